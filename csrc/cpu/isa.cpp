@@ -1,0 +1,60 @@
+// Which instruction sets this processor runs, probed once, and the one that a test has forced.
+#include "isa.h"
+
+#include <atomic>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace llama_fast::cpu {
+namespace {
+
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512bf16"};
+
+Isa probe() {
+#if LF_X86
+  __builtin_cpu_init();
+  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")))
+    return Isa::portable;
+  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")))
+    return Isa::avx2;
+  return __builtin_cpu_supports("avx512bf16") ? Isa::avx512bf16 : Isa::avx512;
+#else
+  return Isa::portable;
+#endif
+}
+
+Isa best_isa() {
+  static const Isa best = probe();
+  return best;
+}
+
+std::atomic<int> forced{-1};
+
+}  // namespace
+
+Isa current_isa() {
+  const int f = forced.load(std::memory_order_relaxed);
+  return f < 0 ? best_isa() : static_cast<Isa>(f);
+}
+
+int isa_count() { return static_cast<int>(best_isa()) + 1; }
+const char* isa_name(int i) { return kNames[static_cast<int>(best_isa()) - i]; }
+const char* isa() { return kNames[static_cast<int>(current_isa())]; }
+
+void set_isa(const char* name) {
+  if (name[0] == '\0') {
+    forced = -1;
+    return;
+  }
+  for (int i = 0; i <= static_cast<int>(best_isa()); ++i)
+    if (std::strcmp(name, kNames[i]) == 0) {
+      forced = i;
+      return;
+    }
+  throw std::invalid_argument("isa: " + std::string(name) + " is not one that this processor runs (best: " +
+                              kNames[static_cast<int>(best_isa())] + ")");
+}
+
+}  // namespace llama_fast::cpu
