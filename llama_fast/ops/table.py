@@ -200,6 +200,7 @@ class Op:
         return dims
 
     def _match(self, name: str, tensor: Tensor, dims: dict[str, int]) -> None:
+        found = f"{self.name}: {name} has shape {tuple(tensor.shape)}"
         alternatives = [a.split() for a in self.public[name].split("|")]
         for alternative in alternatives:
             tokens, shape = alternative, tuple(tensor.shape)
@@ -210,23 +211,15 @@ class Op:
                     continue
                 lead, shape = shape[:split], shape[split:]
                 if dims.setdefault("...", lead) != lead:  # type: ignore[arg-type]
-                    raise ValueError(
-                        f"{self.name}: {name} has shape {tuple(tensor.shape)}, expected leading dimensions {dims['...']}"
-                    )
+                    raise ValueError(f"{found}, expected leading dimensions {dims['...']}")
             if len(shape) != len(tokens):
                 continue
             for token, size in zip(tokens, shape, strict=True):
                 expected = _size(token, dims) if token[0] in dims else dims.setdefault(token, size)
                 if size != expected:
-                    raise ValueError(
-                        f"{self.name}: {name} has shape {tuple(tensor.shape)}, expected [{', '.join(alternative)}] with "
-                        f"{token} = {expected}"
-                    )
+                    raise ValueError(f"{found}, expected [{', '.join(alternative)}] with {token} = {expected}")
             return
-        raise ValueError(
-            f"{self.name}: {name} has shape {tuple(tensor.shape)}, expected "
-            + " or ".join(f"[{', '.join(alternative)}]" for alternative in alternatives)
-        )
+        raise ValueError(f"{found}, expected " + " or ".join(f"[{', '.join(a)}]" for a in alternatives))
 
 
 def _size(token: str, dims: Dims) -> int:
