@@ -24,15 +24,15 @@ D head dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from llama_fast.ops import linear
 from llama_fast.ops.dispatch import forced, primitives
-from llama_fast.ops.linear import linear, linear_dw, linear_dx
 from llama_fast.parallel import Collectives, Single
 
 POLICIES = ("save", "recompute-cheap", "recompute-all")
@@ -76,7 +76,7 @@ class BlockOptions:
     policy: str = "recompute-cheap"
     window: int = 0
     interleaved: bool = False
-    collectives: Collectives = Single()
+    collectives: Collectives = field(default_factory=Single)
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -126,7 +126,7 @@ def _forward(
     n1_RC, rstd1_R = _rms_norm_fwd(x_RC, w.norm1_C, options.eps, backend=backend)
     n1_all = join.gather(n1_RC)
     tokens = cos.shape[1]  # of the whole sequence, where x holds a part of it
-    q, k, v_BTGD = (linear(n1_all, m).view(B, tokens, m.shape[0] // D, D) for m in (w.wq_HDxC, w.wk_GDxC, w.wv_GDxC))
+    q, k, v_BTGD = (linear.nt(n1_all, m).view(B, tokens, m.shape[0] // D, D) for m in (w.wq_HDxC, w.wk_GDxC, w.wv_GDxC))
     q_BTHD, k_BTGD = _rope_fwd(q, k, cos, sin, options.interleaved, backend=backend)
     keys, values = k_BTGD, v_BTGD
     if cache is not None:
@@ -135,12 +135,12 @@ def _forward(
         cache.v_BSGD[:, cache.used : end] = v_BTGD
         keys, values = cache.k_BSGD[:, :end], cache.v_BSGD[:, :end]
     out_BTHD, lse_BHT = _attention_fwd(q_BTHD, keys, values, cu_seqlens, D**-0.5, True, options.window, backend=backend)
-    attended_RC = join.reduce(linear(out_BTHD.flatten(2).flatten(0, 1), w.wo_CxHD))
+    attended_RC = join.reduce(linear.nt(out_BTHD.flatten(2).flatten(0, 1), w.wo_CxHD))
     n2_RC, h_RC, rstd2_R = _add_rms_norm_fwd(attended_RC, x_RC, w.norm2_C, options.eps, backend=backend)
     n2_all = join.gather(n2_RC)
-    gate_RF, up_RF = linear(n2_all, w.wgate_FC), linear(n2_all, w.wup_FC)
+    gate_RF, up_RF = linear.nt(n2_all, w.wgate_FC), linear.nt(n2_all, w.wup_FC)
     (act_RF,) = _swiglu_fwd(gate_RF, up_RF, backend=backend)
-    y_RC = join.reduce(linear(act_RF, w.wdown_CF)).add_(h_RC)
+    y_RC = join.reduce(linear.nt(act_RF, w.wdown_CF)).add_(h_RC)
     return y_RC.view(B, T, C), _Activations(
         n1_RC, rstd1_R, q_BTHD, k_BTGD, v_BTGD, out_BTHD, lse_BHT, h_RC, n2_RC, rstd2_R, gate_RF, up_RF, act_RF
     )
@@ -164,27 +164,27 @@ def _backward(
     x_RC, dy_RC = x_BTC.reshape(B * T, C), dy_BTC.reshape(B * T, C)
 
     dy_all = join.gather(dy_RC)
-    dact_RF = linear_dx(dy_all, w.wdown_CF)
+    dact_RF = linear.nn(dy_all, w.wdown_CF)
     act_RF = a.act_RF
     if act_RF is None and needs.wdown_CF:
         (act_RF,) = _swiglu_fwd(a.gate_RF, a.up_RF, backend=backend)
-    dwdown = linear_dw(dy_all, act_RF) if needs.wdown_CF else None
+    dwdown = linear.tn(dy_all, act_RF) if needs.wdown_CF else None
     dgate_RF, dup_RF = _swiglu_bwd(dact_RF, a.gate_RF, a.up_RF, backend=backend)
     del dact_RF, act_RF
     dwgate = dwup = None
     if needs.wgate_FC or needs.wup_FC:
         n2_RC = a.n2_RC if a.n2_RC is not None else _rms_norm_fwd(a.h_RC, w.norm2_C, eps, backend=backend)[0]
         n2_all = join.gather(n2_RC)
-        dwgate = linear_dw(dgate_RF, n2_all) if needs.wgate_FC else None
-        dwup = linear_dw(dup_RF, n2_all) if needs.wup_FC else None
+        dwgate = linear.tn(dgate_RF, n2_all) if needs.wgate_FC else None
+        dwup = linear.tn(dup_RF, n2_all) if needs.wup_FC else None
         del n2_RC, n2_all
-    dn2_RC = join.reduce(linear_dx(dup_RF, w.wup_FC, add_to=linear_dx(dgate_RF, w.wgate_FC)))
+    dn2_RC = join.reduce(linear.nn(dgate_RF, w.wgate_FC).add_(linear.nn(dup_RF, w.wup_FC)))
     del dgate_RF, dup_RF
     dh_RC, dnorm2 = _add_rms_norm_bwd(dn2_RC, dy_RC, a.h_RC, w.norm2_C, a.rstd2_R, backend=backend)
 
     dh_all = join.gather(dh_RC)
-    dwo = linear_dw(dh_all, a.out_BTHD.flatten(2).flatten(0, 1)) if needs.wo_CxHD else None
-    dout_BTHD = linear_dx(dh_all, w.wo_CxHD).view(a.out_BTHD.shape)
+    dwo = linear.tn(dh_all, a.out_BTHD.flatten(2).flatten(0, 1)) if needs.wo_CxHD else None
+    dout_BTHD = linear.nn(dh_all, w.wo_CxHD).view(a.out_BTHD.shape)
     dq, dk, dv = _attention_bwd(
         dout_BTHD, a.q_BTHD, a.k_BTGD, a.v_BTGD, a.out_BTHD, a.lse_BHT, cu_seqlens,
         options.head_dim**-0.5, True, options.window, backend=backend,
@@ -195,13 +195,12 @@ def _backward(
     if needs.wq_HDxC or needs.wk_GDxC or needs.wv_GDxC:
         n1_RC = a.n1_RC if a.n1_RC is not None else _rms_norm_fwd(x_RC, w.norm1_C, eps, backend=backend)[0]
         n1_all = join.gather(n1_RC)
-        dwq = linear_dw(dq, n1_all) if needs.wq_HDxC else None
-        dwk = linear_dw(dk, n1_all) if needs.wk_GDxC else None
-        dwv = linear_dw(dv, n1_all) if needs.wv_GDxC else None
+        dwq = linear.tn(dq, n1_all) if needs.wq_HDxC else None
+        dwk = linear.tn(dk, n1_all) if needs.wk_GDxC else None
+        dwv = linear.tn(dv, n1_all) if needs.wv_GDxC else None
         del n1_RC, n1_all
-    dn1_RC = linear_dx(dq, w.wq_HDxC)
-    dn1_RC = linear_dx(dk, w.wk_GDxC, add_to=dn1_RC)
-    dn1_RC = join.reduce(linear_dx(dv, w.wv_GDxC, add_to=dn1_RC))
+    dn1_RC = linear.nn(dq, w.wq_HDxC).add_(linear.nn(dk, w.wk_GDxC)).add_(linear.nn(dv, w.wv_GDxC))
+    dn1_RC = join.reduce(dn1_RC)
     dx_RC, dnorm1 = _add_rms_norm_bwd(dn1_RC, dh_RC, x_RC, w.norm1_C, a.rstd1_R, backend=backend)
     return dx_RC.view(B, T, C), Weights(dnorm1, dwq, dwk, dwv, dwo, dnorm2, dwgate, dwup, dwdown)  # type: ignore[arg-type]
 

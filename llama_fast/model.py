@@ -30,8 +30,8 @@ class Llama(nn.Module):
         dtype: of the parameters; the default is torch's.
         policy: what each block keeps for the backward: "save", "recompute-cheap" or "recompute-all" (block.py).
 
-    Weights are drawn by `reset_parameters(0)`, equal to PlainLlama's. `lm_head.weight` is `embed_tokens.weight` where the
-    config ties them. Under autocast the residual stream too is in autocast's dtype.
+    Weights are drawn by `reset_parameters(0)`, equal to PlainLlama's. Where the config ties them, `lm_head.weight` is
+    `embed_tokens.weight`. Under autocast the residual stream too is in autocast's dtype.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The block's hand-written backward against autograd of the plain block, for each policy; bytes kept; ways of calling."""
+"""The block's hand-written backward against autograd of the plain block, for each policy; bytes kept; ways to call."""
 
 from __future__ import annotations
 
