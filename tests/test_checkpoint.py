@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+import llama_fast
 from llama_fast import checkpoint
 from llama_fast.config import PRESETS
 from llama_fast.plain import PlainLlama
@@ -182,7 +183,9 @@ print(checkpoint.latest(sys.argv[1], print).name)
 
 def test_writes_that_fail_in_the_kernel(tmp_path: Path) -> None:
     """The same without a patch: the operating system refuses to let a file grow past a limit."""
-    done = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, check=False)
+    env = {**os.environ, "PYTHONPATH": str(Path(llama_fast.__file__).parents[1])}
+    command = [sys.executable, "-c", LIMITED, str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     lines = done.stdout.splitlines()
     assert len(lines) == 3, done
     assert "step_0000002 not written" in lines[0]
