@@ -201,6 +201,23 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: t.detach() for name, t in tensors.items() if first.setdefault(id(t), name) == name}
 
 
+def state_bytes(value: Any, where: str) -> int:
+    """Bytes of the tensors in `value`, which is called `where` in errors.
+
+    Raises:
+        ValueError: a part of it is of a type that would not load back with weights_only=True; names the part.
+    """
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if type(value) in (dict, OrderedDict):
+        return sum(state_bytes(v, f"{where}[{k!r}]") for k, v in value.items())
+    if type(value) in (list, tuple):
+        return sum(state_bytes(v, f"{where}[{i}]") for i, v in enumerate(value))
+    if value is not None and type(value) not in (bool, int, float, str):
+        raise ValueError(f"{where} is a {type(value).__name__}: expected tensors, plain numbers, strings or containers")
+    return 0
+
+
 def _write_files(folder: Path, step: int, model: nn.Module, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
     safetensors.torch.save_file({k: t.contiguous() for k, t in weights.items()}, folder / WEIGHTS)
     with open(folder / STATE, "wb") as file:
@@ -215,23 +232,10 @@ def _write_files(folder: Path, step: int, model: nn.Module, weights: dict[str, T
 
 
 def _expect_space(run_dir: Path, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
-    needed = _bytes_of(weights, "weights") + _bytes_of(state, "state") + _SPARE_BYTES
+    needed = state_bytes(weights, "weights") + state_bytes(state, "state") + _SPARE_BYTES
     free = shutil.disk_usage(run_dir).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"{needed:,} bytes needed, {free:,} free in {run_dir}")
-
-
-def _bytes_of(value: Any, where: str) -> int:
-    """Bytes of the tensors in `value`; raises for a type that would not load back with weights_only=True."""
-    if isinstance(value, Tensor):
-        return value.nbytes
-    if type(value) in (dict, OrderedDict):
-        return sum(_bytes_of(v, f"{where}[{k!r}]") for k, v in value.items())
-    if type(value) in (list, tuple):
-        return sum(_bytes_of(v, f"{where}[{i}]") for i, v in enumerate(value))
-    if value is not None and type(value) not in (bool, int, float, str):
-        raise ValueError(f"{where} is a {type(value).__name__}: expected tensors, plain numbers, strings or containers")
-    return 0
 
 
 def _remove(path: Path) -> None:

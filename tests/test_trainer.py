@@ -28,6 +28,7 @@ import llama_fast
 from llama_fast import checkpoint
 from llama_fast.config import LlamaConfig
 from llama_fast.plain import PlainLlama
+from llama_fast.train import trainer
 from llama_fast.train.progress import Progress
 from llama_fast.train.recipe import Recipe, build_optimizer
 from llama_fast.train.trainer import Report, Settings, Trainer, measure_gemm_rate
@@ -120,6 +121,15 @@ def assert_equal(a: Any, b: Any) -> None:
             assert_equal(x, y)
     else:
         assert a == b
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """These models are too small for two threads, and the killed runs have one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -361,6 +371,41 @@ def test_full_disk_leaves_the_last_checkpoint(
     assert_same_run(tmp_path, whole[0])
 
 
+@pytest.mark.parametrize("written", [None, 10])
+def test_full_disk_under_the_log(tmp_path: Path, whole: tuple[Path, Report], written: int | None) -> None:
+    """The log is refused in step 5: by an error, or by a write that stops halfway."""
+
+    class FullLog(Trainer):
+        def _append(self, log: Any, row: dict[str, Any]) -> None:
+            if self.step == 5:
+                log = Full(log)
+            super()._append(log, row)
+
+    class Full:
+        def __init__(self, log: Any) -> None:
+            self.log = log
+
+        def write(self, line: bytes) -> int:
+            if written is None:
+                raise OSError(28, "No space left on device")
+            return self.log.write(line[:written])
+
+    progress = Progress(12, quiet=True)
+    with pytest.raises(OSError, match=r"log.jsonl, step 5, not written: No space left on device; checkpoints are"):
+        FullLog(PlainLlama(CONFIG), Rows(noise=True), SETTINGS, tmp_path, progress=progress).run()
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step_0000003"]
+    train(tmp_path, resume=True)
+    assert_same_run(tmp_path, whole[0])
+
+
+def test_data_state_that_cannot_be_saved(tmp_path: Path) -> None:
+    data = Rows()
+    data.row = np.int64(3)  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"data.state_dict\(\)\['row'\] is a int64"):
+        train(tmp_path, data=data)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_bad_data_is_named(tmp_path: Path) -> None:
     class Bad(Rows):
         def __init__(self, *batches: tuple[Tensor, Tensor]) -> None:
@@ -488,6 +533,8 @@ def killed_runs(folder: Path) -> None:
     """For each of KILLS a run that dies and one that resumes it; prints how each first one ended. Before any torch
     arithmetic, so that the forks start with no threads."""
     torch.set_num_threads(1)
+    trainer._gemm_rate = lambda *args: 1e12  # else each fork measures it
+    build_optimizer(PlainLlama(CONFIG), RECIPE)  # imports half of torch, once for all forks
     for i, (target, nth) in enumerate(KILLS.values()):
         run_dir = folder / str(i)
         for resume in (False, True):
@@ -514,10 +561,7 @@ def test_killed_runs_resume_bit_for_bit(tmp_path: Path) -> None:
     assert (done.stderr, done.returncode) == ("", 0)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(lines) == 2 * len(KILLS)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     train(tmp_path / "whole", settings=dataclasses.replace(SETTINGS, keep=2))
-    torch.set_num_threads(threads)
     for i, name in enumerate(KILLS):
         (_, _, died, left), (_, _, resumed, final) = lines[2 * i], lines[2 * i + 1]
         assert (died, resumed) == (-signal.SIGKILL, 0), (name, left)

@@ -8,6 +8,7 @@ resumed run computes bit for bit what an uninterrupted one does, on the same mac
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import functools
 import json
@@ -62,7 +63,7 @@ class Data(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run trains; all but `steps` of work a step, held in every checkpoint and compared at resume.
+    """How a run trains. What shapes the curve (all but eval_*, checkpoint_every and keep) must not change at resume.
 
     Args:
         recipe: optimizer and schedule.
@@ -129,7 +130,8 @@ class Report:
         tokens_per_s: of this process's steps, without evaluation and checkpoints; 0 where it did none.
         seconds: of the run's steps, those before a resume included.
         peak_memory_bytes: the largest resident set of this process since it started (getrusage's ru_maxrss), so with
-            the interpreter and whatever ran before; on a GPU torch.cuda.max_memory_allocated.
+            the interpreter and whatever ran before, a parent that forked it included; on a GPU
+            torch.cuda.max_memory_allocated.
         checkpoint: the newest one.
     """
 
@@ -156,8 +158,8 @@ class Trainer:
         progress: what shows the run; the default is a bar on a terminal and plain lines elsewhere.
 
     Raises:
-        ValueError: a parameter is not float32; `run_dir` holds checkpoints and `resume` is False; the checkpoint was
-            trained with other settings or does not fit the model.
+        ValueError: a parameter is not float32; the state of `data` could not be saved; `run_dir` holds checkpoints and
+            `resume` is False; the checkpoint was trained with other settings or does not fit the model.
     """
 
     def __init__(
@@ -174,6 +176,7 @@ class Trainer:
         for name, p in model.named_parameters():
             if p.dtype != torch.float32:
                 raise ValueError(f"{name} is {p.dtype}: expected float32; dtype = 'bfloat16' trains with autocast")
+        checkpoint.state_bytes(data.state_dict(), "data.state_dict()")  # better now than at the first checkpoint
         self.device = next(model.parameters()).device
         self.optimizer = build_optimizer(model, settings.recipe)
         self.step = 0
@@ -213,7 +216,7 @@ class Trainer:
                 self.step += 1
                 if self._due(self.settings.eval_every):
                     row["valid_loss"] = self.valid_loss()
-                log.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+                self._append(log, row)
                 rate = row["tokens_per_s"]
                 self.progress.step(self.step, row["loss"], row["lr"], rate, rate * flops if flops else None)
                 if self._due(self.settings.checkpoint_every) or self.step == steps:
@@ -306,6 +309,15 @@ class Trainer:
             return 0.0
         rate = _gemm_rate(self.settings.dtype, self.device, torch.get_num_threads())
         return config.flops_per_token(self.settings.seq_len) / rate
+
+    def _append(self, log: FileIO, row: dict[str, Any]) -> None:
+        line = json.dumps(row, allow_nan=False).encode() + b"\n"
+        try:
+            if log.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            what = f"log {self._log_path}, step {self.step}, not written: {error.strerror}; checkpoints are untouched"
+            raise OSError(error.errno, what) from error
 
     def _save(self, log_fd: int) -> None:
         os.fsync(log_fd)  # so that the log never ends before the checkpoint
