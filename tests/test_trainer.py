@@ -274,6 +274,9 @@ def test_stop_signal_saves_and_resumes(tmp_path: Path, whole: tuple[Path, Report
     assert report.losses == whole[1].losses
     assert report.valid_losses == whole[1].valid_losses
     assert_same_run(tmp_path, whole[0])
+    seconds = [json.loads(line)["seconds"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert seconds == sorted(seconds)
+    assert seconds[-1] == report.seconds
     # nothing left to do: the same report again
     again = train(tmp_path, resume=True)
     assert (again.losses, again.step, again.tokens_per_s) == (report.losses, 12, 0.0)
