@@ -102,12 +102,21 @@ def test_ids_of_short_texts_are_sentencepieces(
 def test_chunks_and_threads_do_not_change_ids(tok: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "".join(stdlib_texts()[:4]) + "\n\n#\n\n\n#\n# x\n    y\n\n###\n" * 50
     whole = tok.encode(text)
-    pieces = [tok.piece(i).decode(errors="replace") for i in range(tok.vocab_size)]
-    assert tok._after_newline == {b for piece in pieces for a, b in itertools.pairwise(piece) if a == "\n"}
     monkeypatch.setattr(tokenizer_module, "_CHUNK_CHARS", 1)
     assert len(list(tok._chunks(text))) > 500
     assert tok.encode(text) == whole
     assert tok.encode_many([text, "", text], num_threads=3) == [whole, [], whole]
+
+
+def test_chunks_respect_pieces_with_two_newlines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "a\n\nb\n\nc\n\nd\n\n#x" * 20
+    tok = Tokenizer.train([text], tmp_path / "m", vocab_size=269)
+    whole = tok.encode(text)
+    assert b"\n\n#" in map(tok.piece, whole)
+    assert b"\n#" not in {tok.piece(i) for i in range(tok.vocab_size)}
+    monkeypatch.setattr(tokenizer_module, "_CHUNK_CHARS", 1)
+    assert len(list(tok._chunks(text))) == 61
+    assert tok.encode(text) == whole
 
 
 def test_training_follows_llama(tok: Tokenizer) -> None:
