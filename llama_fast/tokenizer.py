@@ -15,6 +15,7 @@ be encoded on several threads and still give the ids of the whole text.
 import codecs
 import hashlib
 import io
+import itertools
 import operator
 import os
 import re
@@ -36,6 +37,7 @@ _NOT_IN_TRAINING = {0: None, 0x2581: None, 0x2585: None}
 # A text whose round trip fails if the model's normaliser changes anything: runs of spaces, NFKC candidates, controls.
 _PROBE = "  a \n\n \t b\u00a0\ufb01\uff21e\u0301\u212b\u200b\ufeff\x01\r\n  "
 _CHUNK_CHARS = 1 << 16  # a unit of work for a thread; smaller ones cost more in calls than they give in balance
+_CHUNKS_A_PART = 64  # about 4 MB of text: plenty for the threads, and its ids fit anywhere
 _SENTENCE_CHARS = 4096  # the trainer counts pieces a sentence at a time and drops sentences over its length limit
 _SAMPLE_BYTES = 10_000_000  # trains in seconds; more text moves few of the 32,000 most frequent merges
 
@@ -171,28 +173,33 @@ class Tokenizer:
         Raises:
             ValueError: a lone surrogate in a `str`.
         """
-        parts_of_text: list[list[list[int] | None]] = []
-        chunks: list[str] = []
-        for text in texts:
-            parts: list[list[int] | None] = []
-            for segment in self._segments(_to_str(text)):
-                if isinstance(segment, bytes):
-                    parts.append([self._byte_ids[byte] for byte in segment])
-                else:
-                    parts.append(None)
-                    chunks.append(segment)
-            parts_of_text.append(parts)
-        threads = _cores() if num_threads is None else num_threads
-        encoded = iter(self._sp.encode(chunks, num_threads=max(1, min(threads, len(chunks)))) if chunks else [])
+        segments = [list(self._segments(_to_str(text))) for text in texts]
+        encoded = iter(self._encode_segments([s for of_text in segments for s in of_text], num_threads))
         result = []
-        for parts in parts_of_text:
+        for of_text in segments:
             ids = [self.bos_id] if bos else []
-            for part in parts:
-                ids.extend(next(encoded) if part is None else part)
+            for _ in of_text:
+                ids.extend(next(encoded))
             if eos:
                 ids.append(self.eos_id)
             result.append(ids)
         return result
+
+    def encode_parts(
+        self, text: str | bytes, *, bos: bool = False, eos: bool = False, num_threads: int | None = None
+    ) -> Iterator[list[int]]:
+        """The ids of `encode(text)` a few MB of text at a time, so that they never stand in memory all together.
+
+        Raises:
+            ValueError: a lone surrogate in a `str`.
+        """
+        if bos:
+            yield [self.bos_id]
+        segments = self._segments(_to_str(text))
+        while part := list(itertools.islice(segments, _CHUNKS_A_PART)):
+            yield [i for ids in self._encode_segments(part, num_threads) for i in ids]
+        if eos:
+            yield [self.eos_id]
 
     def decode_bytes(self, ids: Iterable[int], *, continuation: bool = False) -> bytes:
         """The bytes that `ids` stand for; control ids stand for none.
@@ -235,6 +242,15 @@ class Tokenizer:
         if self._sp.is_unknown(i):
             return " \u2047 ".encode()  # SentencePiece's own picture of it; `encode` never gives this id
         return name.replace(_SPACE, " ").encode()
+
+    def _encode_segments(self, segments: Sequence[str | bytes], num_threads: int | None) -> list[list[int]]:
+        chunks = [segment for segment in segments if isinstance(segment, str)]
+        threads = _cores() if num_threads is None else num_threads
+        encoded = iter(self._sp.encode(chunks, num_threads=max(1, min(threads, len(chunks)))) if chunks else [])
+        return [
+            next(encoded) if isinstance(segment, str) else [self._byte_ids[byte] for byte in segment]
+            for segment in segments
+        ]
 
     def _segments(self, text: str) -> Iterator[str | bytes]:
         """`text`, with its prefix space, as strings for SentencePiece and bytes for byte pieces, in order."""
