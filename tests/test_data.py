@@ -41,6 +41,8 @@ def folder(tmp_path: Path) -> Path:
     (root / "sub" / ".hidden").mkdir(parents=True)
     for i in range(40):
         (root / ("sub" if i % 2 else "") / f"{i}.txt").write_text(f"document {i} " * (20 + i) + f"end {i}\n")
+    (root / "link.txt").symlink_to(root / "0.txt")
+    (root / "sub" / "loop").symlink_to(root)
     (root / "empty.txt").write_text("")
     (root / "image.png").write_bytes(b"\x89PNG\0\0")
     (root / "latin.txt").write_bytes(b"caf\xe9")
@@ -137,7 +139,7 @@ def test_sources_of_one_name_are_told_apart(tmp_path: Path) -> None:
         (lambda p: [f"{p}/nothing"], "data '.*/nothing': no text in folder .*1 empty or binary files"),
         (lambda p: [f"{p}/fifo"], "fifo is not a regular file"),
         (lambda p: [f"{p}/docs", f"{p}/docs/0.txt"], "data '.*/0.txt': .*0.txt is already in '.*/docs'"),
-        (lambda p: [f"{p}/docs", f"{p}/docs"], "is already in"),
+        (lambda p: [f"{p}/docs"] * 2, "is already in"),
     ],
 )
 def test_bad_arguments_are_named(folder: Path, tmp_path: Path, make: Callable[[Path], list[str]], problem: str) -> None:

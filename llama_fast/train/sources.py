@@ -104,8 +104,8 @@ def parse_data_args(args: Sequence[str]) -> list[Source]:
     if not args:
         raise ValueError("no data arguments; expected PATH or PATH:WEIGHT, a text file or a folder of text files")
     sources: list[Source] = []
-    owner: dict[str, str] = {}
-    for arg in args:
+    owner: dict[str, int] = {}
+    for i, arg in enumerate(args):
         path, weight = _path_and_weight(arg)
         if path.is_dir():
             root = path
@@ -122,9 +122,9 @@ def parse_data_args(args: Sequence[str]) -> list[Source]:
             except _NotText as error:
                 raise ValueError(f"data {arg!r}: {error}") from error
         for file in paths:
-            other = owner.setdefault(os.path.realpath(file), arg)
-            if other is not arg:
-                raise ValueError(f"data {arg!r}: {file} is already in {other!r}; expected each file once")
+            other = owner.setdefault(os.path.realpath(file), i)
+            if other != i:
+                raise ValueError(f"data {arg!r}: {file} is already in {args[other]!r}; expected each file once")
         names = {source.name.lower() for source in sources}
         sources.append(Source(_free_name(path, names), tuple(paths), weight, root, skipped=skipped))
     return sources
