@@ -192,7 +192,7 @@ def test_what_is_held_out_depends_on_names_alone(folder: Path, tok: Tokenizer, t
     assert documents(tok, a.valid) == documents(tok, b.valid)[::-1]
 
 
-@pytest.mark.parametrize("text", [TEXT, "no newline " * 500, "\u4e2d\u6587" * 999, "line\n" + "x" * 3000])
+@pytest.mark.parametrize("text", [TEXT, "no newline " * 500, "\u4e2d\u6587" * 998, "line\n" + "x" * 3000])
 def test_one_document_is_split_at_its_tail(tok: Tokenizer, tmp_path: Path, text: str) -> None:
     (tmp_path / "book").write_text(text)
     dataset = build_token_file(parse_data_args([str(tmp_path / "book")]), tok, tmp_path / "out", valid_fraction=0.1)
@@ -200,6 +200,15 @@ def test_one_document_is_split_at_its_tail(tok: Tokenizer, tmp_path: Path, text:
     assert train + valid == text
     assert 0.09 * len(text) < len(valid) <= 0.1 * len(text) + 1
     assert "\n" not in text[10:] or train.endswith("\n")
+
+
+def test_a_few_large_documents_are_split_at_their_tails(tok: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "books").mkdir()
+    for name, lines in {"a": 1, "b": 500, "c": 500}.items():
+        (tmp_path / "books" / name).write_text(f"a line of {name}\n" * lines)
+    dataset = build_token_file(parse_data_args([str(tmp_path / "books")]), tok, tmp_path / "out", valid_fraction=0.1)
+    valid = documents(tok, dataset.sources[0].valid)
+    assert [text.count("\n") for text in valid[-2:]] == [49, 49]
 
 
 def test_long_documents_and_many_documents_encode_alike(
@@ -210,7 +219,17 @@ def test_long_documents_and_many_documents_encode_alike(
     monkeypatch.setattr(data_module, "_BATCH_BYTES", 1000)
     monkeypatch.setattr("llama_fast.tokenizer._CHUNK_CHARS", 10)
     monkeypatch.setattr("llama_fast.tokenizer._CHUNKS_A_PART", 3)
+    encode_parts, long = Tokenizer.encode_parts, []
+
+    def counted(self: Tokenizer, text: str | bytes, **options: bool) -> Iterator[list[int]]:
+        for part in encode_parts(self, text, **options):  # type: ignore[arg-type]
+            long.append(len(part))
+            yield part
+
+    monkeypatch.setattr(Tokenizer, "encode_parts", counted)
     b = build_token_file(parse_data_args([str(folder)]), tok, tmp_path / "b").sources[0]
+    assert len(long) > 100, "a long document's ids come in parts"
+    assert max(long) < 1000 < len(tok.encode(TEXT)) / 5
     assert a.train.tolist() == b.train.tolist()
     assert a.valid.tolist() == b.valid.tolist()
 

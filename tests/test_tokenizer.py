@@ -108,6 +108,18 @@ def test_chunks_and_threads_do_not_change_ids(tok: Tokenizer, monkeypatch: pytes
     assert tok.encode_many([text, "", text], num_threads=3) == [whole, [], whole]
 
 
+def test_parts_join_to_the_whole(tok: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = b"\xff" + stdlib_texts()[1].encode() + b"\xe2\x96 x"
+    whole = tok.encode(text, bos=True, eos=True)
+    monkeypatch.setattr(tokenizer_module, "_CHUNK_CHARS", 100)
+    monkeypatch.setattr(tokenizer_module, "_CHUNKS_A_PART", 2)
+    parts = list(tok.encode_parts(text, bos=True, eos=True))
+    assert len(parts) > 10
+    assert max(map(len, parts)) < 400
+    assert [i for part in parts for i in part] == whole
+    assert list(tok.encode_parts("")) == []
+
+
 def test_chunks_respect_pieces_with_two_newlines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "a\n\nb\n\nc\n\nd\n\n#x" * 20
     tok = Tokenizer.train([text], tmp_path / "m", vocab_size=269)
