@@ -21,7 +21,7 @@ namespace llama_fast::cpu::LF_ISA {
 namespace {
 
 constexpr int kLanes = VecF::kLanes;
-constexpr int64_t kOutputs = 4;            // rows of W at a time: four streams, and four chains of sums for one row of x
+constexpr int64_t kOutputs = 4;  // rows of W at a time: four streams, and four chains of sums for one row of x
 constexpr int64_t kGrainElements = 32768;  // of W, a thread's least share
 constexpr int64_t kAhead = 1024;           // bytes of prefetch
 

@@ -1,8 +1,8 @@
 """Cross entropy of a linear layer's output without its logits: public function and autograd.
 
 Forward: for "mean" and "sum" the gradients are computed in the forward pass, chunk by chunk while a chunk's logits exist,
-and kept until the backward, which only scales them by the incoming gradient: nothing of size [R, V] is kept or computed
-twice. Backward for "none": any gradient may come in, so the logits are computed again.
+and kept until the backward, which only scales them, in place, by the incoming gradient: nothing of size [R, V] is kept
+or computed twice. Backward for "none": any gradient may come in, so the logits are computed again.
 """
 
 from __future__ import annotations
@@ -39,29 +39,57 @@ class _LinearCrossEntropyRows(torch.autograd.Function):
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
-    """sum_r row_scale[r] loss[r], with its gradients saved."""
+    """sum_r loss[r] / count. The first backward hands out the gradients of the forward pass, scaled in place: they belong
+    to nobody else. A second one through a retained graph computes them again."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, row_scale: Tensor, options: tuple[Any, ...]
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, count: Tensor, options: tuple[Any, ...]
     ) -> Tensor:
-        loss, _, dhidden, dweight = _fwd(hidden, weight, targets, row_scale, *options)
+        loss, _, dhidden, dweight = _fwd(hidden, weight, targets, _row_scale(1.0 / count, targets), *options)
+        ctx.save_for_backward(hidden, weight, targets, count)
+        ctx.gradients, ctx.options, ctx.backend = (dhidden, dweight), options, forced()
+        return _total(loss, count)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            *inputs, count = ctx.saved_tensors
+            gradients = _bwd(_row_scale(dloss / count, inputs[-1]), *inputs, *ctx.options, backend=ctx.backend)
+        # on a CPU reading the scalar costs nothing; elsewhere it would wait for the device
+        elif dloss.device.type != "cpu" or dloss.item() != 1.0:
+            for g in gradients:
+                g.mul_(dloss)
+        return *gradients, None, None, None
+
+
+class _LinearCrossEntropySumTraced(torch.autograd.Function):
+    """The same for torch.compile, which sees saved tensors only and no change in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, count: Tensor, options: tuple[Any, ...]
+    ) -> Tensor:
+        loss, _, dhidden, dweight = _fwd(hidden, weight, targets, _row_scale(1.0 / count, targets), *options)
         ctx.save_for_backward(dhidden, dweight)
-        return _weighted(loss, row_scale)
+        return _total(loss, count)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         dhidden, dweight = ctx.saved_tensors
-        # reading the scalar costs nothing on a CPU; elsewhere it would wait for the device
-        if torch.compiler.is_compiling() or dloss.device.type != "cpu" or dloss.item() != 1.0:
-            dhidden, dweight = (g * dloss.to(g.dtype) for g in (dhidden, dweight))
-        return dhidden, dweight, None, None, None
+        return (dhidden * dloss).to(dhidden.dtype), (dweight * dloss).to(dweight.dtype), None, None, None
 
 
-def _weighted(loss: Tensor, row_scale: Tensor) -> Tensor:
-    """sum_r row_scale[r] loss[r] in float64, rounded once."""
-    return (loss.double() * row_scale.double()).sum().to(loss.dtype)
+def _row_scale(scale: Tensor, targets: Tensor) -> Tensor:
+    return scale.expand(targets.shape).contiguous()
+
+
+def _total(loss: Tensor, count: Tensor) -> Tensor:
+    """The sum in float64, rounded once."""
+    return (loss.double().sum() / count).to(loss.dtype)
 
 
 def linear_cross_entropy(
@@ -93,7 +121,7 @@ def linear_cross_entropy(
 
     Gradient: dhidden, dweight, computed in the forward pass for "mean" and "sum" and in the backward for "none". Logits
         and their gradients are rounded to the dtype of `hidden`, as eager PyTorch does.
-    Memory:   keeps dhidden and dweight for the backward ("none": the inputs). Beyond them, on the CPU, the logits of
+    Memory:   keeps the inputs, dhidden and dweight for the backward ("none": the inputs). Beyond them, on the CPU, the logits of
         512 rows in float32; in half precision those of R/4 rows (256 if that is more), or those of 1024 rows and a
         float32 copy of dweight where this is less.
     Error:    forward at most 1.0x, backward 1.5x that of F.cross_entropy(F.linear(hidden, weight).float(), targets) in
@@ -118,18 +146,18 @@ def linear_cross_entropy(
         raise ValueError(f"linear_cross_entropy: z_loss is {z_loss}, expected a number >= 0")
     if reduction not in _REDUCTIONS:
         raise ValueError(f"linear_cross_entropy: reduction is {reduction!r}, expected one of {', '.join(_REDUCTIONS)}")
-    rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    rows, flat = hidden.reshape(targets.numel(), hidden.shape[-1]), targets.reshape(-1)
     _check_targets(flat, weight.shape[0], ignore_index)
     options = (ignore_index, float(label_smoothing), float(z_loss))
     with torch.autocast(device, enabled=False):
         if reduction == "none":
             return _LinearCrossEntropyRows.apply(rows, weight, flat, options).view(targets.shape)
-        row_scale = (flat != ignore_index).to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
-        if reduction == "mean":
-            row_scale = row_scale / row_scale.sum()
+        counted = (flat != ignore_index).sum() if reduction == "mean" else torch.ones((), device=flat.device)
+        count = counted.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
         if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-            return _LinearCrossEntropySum.apply(rows, weight, flat, row_scale, options)
-        return _weighted(_fwd(rows, weight, flat, None, *options)[0], row_scale)
+            summed = _LinearCrossEntropySumTraced if torch.compiler.is_compiling() else _LinearCrossEntropySum
+            return summed.apply(rows, weight, flat, count, options)
+        return _total(_fwd(rows, weight, flat, None, *options)[0], count)
 
 
 def _check_targets(targets: Tensor, V: int, ignore_index: int) -> None:

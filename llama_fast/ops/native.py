@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llama_fast.ops import linear, table
@@ -73,7 +74,9 @@ attention_bwd = _launcher(table.ATTENTION, "bwd")
 
 # ---- linear_cross_entropy: by chunks of rows, whose logits are the only ones that exist -------------------------------
 # Reasons and derivation: docs/ops/linear_cross_entropy.md.
-_CHUNKS = 4  # each adds its dweight to the sum in half precision, rounding: 4 keep the error within 1.5x of one rounding
+_CHUNKS = (
+    4  # each adds its dweight to the sum in half precision, rounding: 4 keep the error within 1.5x of one rounding
+)
 _CHUNK_ROWS = 512  # fewer make W, read once a chunk and a product, the bottleneck
 _ACCUMULATOR_ROWS = 1024  # the same where a float32 accumulator of dweight is read and written too
 
