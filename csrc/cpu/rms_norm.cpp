@@ -15,21 +15,26 @@
 namespace llama_fast::cpu {
 
 void rms_norm_fwd(const Tensor& x, const Tensor& weight, double eps, const Tensor& y, const Tensor& rstd) {
+  use_huge_pages(y);
   LF_DISPATCH(norm_fwd, x, Tensor{}, weight, eps, y, Tensor{}, rstd);
 }
 
 void add_rms_norm_fwd(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps, const Tensor& y,
                       const Tensor& sum, const Tensor& rstd) {
+  use_huge_pages(y);
+  use_huge_pages(sum);
   LF_DISPATCH(norm_fwd, x, residual, weight, eps, y, sum, rstd);
 }
 
 void rms_norm_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd, const Tensor& dx,
                   const Tensor& dweight) {
+  use_huge_pages(dx);
   LF_DISPATCH(norm_bwd, dy, Tensor{}, x, weight, rstd, dx, dweight);
 }
 
 void add_rms_norm_bwd(const Tensor& dy, const Tensor& dsum, const Tensor& sum, const Tensor& weight,
                       const Tensor& rstd, const Tensor& dx, const Tensor& dweight) {
+  use_huge_pages(dx);
   LF_DISPATCH(norm_bwd, dy, dsum, sum, weight, rstd, dx, dweight);
 }
 
@@ -43,6 +48,14 @@ namespace {
 constexpr int64_t kGrainElements = 16384;  // a thread's least share: below it, waking a thread costs more than it saves
 constexpr int64_t kParts = 64;             // partial sums of dweight; more than the threads of a large machine would help
 constexpr int64_t kRows = 4;               // rows that the backward takes at once, to read and write dweight a fourth as often
+
+// Whether the second pass over a row fetches the next rows into the caches, as found on a Zen 5, GB/s a core with and
+// without, C = 4096: forward bf16 31 against 39, f32 44 against 36, with the addition bf16 34 against 30, f32 45 against
+// 41; backward bf16 37 against 33, f32 38 against 41, with the addition bf16 38 against 34, f32 29 against 39.
+template <class T, bool kAdd>
+constexpr bool kFwdReadsAhead = kAdd || sizeof(T) == 4;
+template <class T>
+constexpr bool kBwdReadsAhead = sizeof(T) == 2;
 
 template <class T>
 const T* row(const Tensor& a, int64_t r) {
@@ -61,7 +74,7 @@ bool rows_share_boundaries(const Tensor& a) {
 
 // kAdd: sum_out = x + residual is written, rounded to T, and normalised as rounded.
 template <class T, bool kAdd, bool kStream>
-void norm_fwd_row(const T* x, const T* residual, const T* weight, float eps, T* y, T* sum_out, float* rstd, int64_t C) {
+void norm_fwd_row(const T* x, const T* residual, const T* weight, float eps, T* y, T* sum_out, float* rstd, int64_t C, int64_t x_next, int64_t residual_next) {
   const auto value = [&](int64_t c, auto n) {
     if constexpr (kAdd)
       return rounded(load_lanes(x + c, n) + load_lanes(residual + c, n), T{});
@@ -75,6 +88,10 @@ void norm_fwd_row(const T* x, const T* residual, const T* weight, float eps, T* 
   const float r = 1.0F / std::sqrt(squares / static_cast<float>(C) + eps);
   *rstd = r;
   for_each_vector(kStream ? lanes_before_boundary(y) : 0, C, [&](int64_t c, auto n) {
+    if constexpr (kFwdReadsAhead<T, kAdd>) {
+      __builtin_prefetch(x + x_next + c);
+      if constexpr (kAdd) __builtin_prefetch(residual + residual_next + c);
+    }
     const VecF v = value(c, n);
     if constexpr (kAdd) write_lanes<kStream>(sum_out + c, v, n);
     write_lanes<kStream>(y + c, v * VecF(r) * load_lanes(weight + c, n), n);
@@ -91,7 +108,7 @@ void norm_fwd_rows(const Tensor& x, const Tensor& residual, const Tensor& weight
       T* sum_row = kAdd ? row_of_output<T>(sum_out, r) : nullptr;
       const T* residual_row = kAdd ? row<T>(residual, r) : nullptr;
       norm_fwd_row<T, kAdd, kStream>(row<T>(x, r), residual_row, weight.ptr<T>(), eps, y_row, sum_row,
-                                     rstd.ptr<float>() + r, C);
+                                     rstd.ptr<float>() + r, C, x.stride[0], kAdd ? residual.stride[0] : 0);
     }
     stream_fence();
   });
@@ -128,6 +145,7 @@ void norm_bwd_rows(const Tensor& dy, const Tensor& dsum, const Tensor& x, const 
     dsum_row[i] = kAdd ? row<T>(dsum, r + i) : nullptr;
     dx_row[i] = row_of_output<T>(dx, r + i);
     const float dot = sum_over_row(C, [&](int64_t c, auto n, VecF total) {
+      if constexpr (kAdd) __builtin_prefetch(dsum_row[i] + c);
       return fma(load_lanes(dy_row[i] + c, n) * load_lanes(x_row[i] + c, n), load_lanes(weight + c, n), total);
     });
     const float s = rstd[r + i];
@@ -138,6 +156,10 @@ void norm_bwd_rows(const Tensor& dy, const Tensor& dsum, const Tensor& x, const 
     const VecF w = load_lanes(weight + c, n);
     VecF dw = first ? VecF(0.0F) : load_lanes(dweight_part + c, n);
     for (int i = 0; i < kN; ++i) {
+      if constexpr (kBwdReadsAhead<T>) {
+        __builtin_prefetch(dy_row[i] + c + kN * dy.stride[0]);
+        __builtin_prefetch(x_row[i] + c + kN * x.stride[0]);
+      }
       const VecF g = load_lanes(dy_row[i] + c, n), v = load_lanes(x_row[i] + c, n);
       dw = fma(g * v, scale[i], dw);
       VecF d = fma(v, k[i], g * w * scale[i]);

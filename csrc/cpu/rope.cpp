@@ -15,11 +15,15 @@ namespace llama_fast::cpu {
 
 void rope_fwd(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, bool interleaved,
               const Tensor& q_out, const Tensor& k_out) {
+  use_huge_pages(q_out);
+  use_huge_pages(k_out);
   LF_DISPATCH(turn, q, k, cos, sin, interleaved, 1.0F, q_out, k_out);
 }
 
 void rope_bwd(const Tensor& dq_out, const Tensor& dk_out, const Tensor& cos, const Tensor& sin, bool interleaved,
               const Tensor& dq, const Tensor& dk) {
+  use_huge_pages(dq);
+  use_huge_pages(dk);
   LF_DISPATCH(turn, dq_out, dk_out, cos, sin, interleaved, -1.0F, dq, dk);
 }
 
@@ -32,13 +36,20 @@ namespace {
 
 constexpr int64_t kGrainElements = 16384;  // a thread's least share: below it, waking a thread costs more than it saves
 
+// Float32 halves lie too far apart for the processor's own prefetching: 35 -> 46 GB/s a core on a Zen 5 with D = 128; of
+// half the size they do not, and prefetching costs as much there.
+constexpr int64_t kHeadsAhead = 8, kLine = 16;
+
 template <bool kStream, class T>
 void turn_halves(const T* x, const float* cos, const float* sin, VecF sign, T* out, int64_t half) {
+  const VecF minus = VecF(0.0F) - sign;
   for_each_vector(0, half, [&](int64_t c, auto n) {
     const VecF x0 = load_lanes(x + c, n), x1 = load_lanes(x + half + c, n);
-    const VecF cosine = load_lanes(cos + c, n), sine = load_lanes(sin + c, n) * sign;
-    write_lanes<kStream>(out + c, x0 * cosine - x1 * sine, n);
-    write_lanes<kStream>(out + half + c, fma(x1, cosine, x0 * sine), n);
+    write_lanes<kStream>(out + c, fma(x0, load_lanes(cos + c, n), x1 * (load_lanes(sin + c, n) * minus)), n);
+  });
+  for_each_vector(0, half, [&](int64_t c, auto n) {
+    const VecF x0 = load_lanes(x + c, n), x1 = load_lanes(x + half + c, n);
+    write_lanes<kStream>(out + half + c, fma(x1, load_lanes(cos + c, n), x0 * (load_lanes(sin + c, n) * sign)), n);
   });
 }
 
@@ -70,6 +81,8 @@ void turn_heads(const Tensor& x, const Tensor& out, int64_t b, int64_t t, const 
   for (int64_t h = 0; h < x.size[2]; ++h) {
     const T* x_head = x_token + h * x.stride[2];
     T* out_head = out_token + h * out.stride[2];
+    if constexpr (!kInterleaved && sizeof(T) == 4)
+      for (int64_t c = 0; c < 2 * half; c += kLine) __builtin_prefetch(x_head + kHeadsAhead * 2 * half + c);
     if constexpr (kInterleaved)
       turn_pairs<kStream>(x_head, cos, sin, VecF(sign), out_head, half);
     else

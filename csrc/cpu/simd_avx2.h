@@ -84,6 +84,7 @@ LF_INLINE VecF rotate_pairs(VecF x, VecF c, VecF s) {
   return _mm256_fmaddsub_ps(x.v, c.v, _mm256_mul_ps(_mm256_permute_ps(x.v, 0xb1), s.v));
 }
 
+constexpr bool kScalesByAnyPower = false;
 LF_INLINE VecF scale_by_power_of_two(VecF x, VecF n) {
   const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
   return _mm256_mul_ps(x.v, _mm256_castsi256_ps(bits));

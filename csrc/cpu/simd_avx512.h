@@ -83,6 +83,7 @@ LF_INLINE VecF rotate_pairs(VecF x, VecF c, VecF s) {
   return _mm512_fmaddsub_ps(x.v, c.v, _mm512_mul_ps(_mm512_permute_ps(x.v, 0xb1), s.v));
 }
 
+constexpr bool kScalesByAnyPower = true;
 LF_INLINE VecF scale_by_power_of_two(VecF x, VecF n) { return _mm512_scalef_ps(x.v, n.v); }
 LF_INLINE VecF round(VecF x) {
   return _mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -74,6 +74,8 @@ LF_INLINE VecF rotate_pairs(VecF x, VecF c, VecF s) {
   return x.v * c.v + swapped * s.v;
 }
 
+// Whether scale_by_power_of_two takes any integral n.
+constexpr bool kScalesByAnyPower = false;
 // 2^n x for integral |n| <= 126 per lane.
 LF_INLINE VecF scale_by_power_of_two(VecF x, VecF n) {
   const VecF::RawI bits = (__builtin_convertvector(n.v, VecF::RawI) + 127) << 23;

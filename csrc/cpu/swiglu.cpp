@@ -11,9 +11,14 @@
 
 namespace llama_fast::cpu {
 
-void swiglu_fwd(const Tensor& gate, const Tensor& up, const Tensor& y) { LF_DISPATCH(fwd, gate, up, y); }
+void swiglu_fwd(const Tensor& gate, const Tensor& up, const Tensor& y) {
+  use_huge_pages(y);
+  LF_DISPATCH(fwd, gate, up, y);
+}
 
 void swiglu_bwd(const Tensor& dy, const Tensor& gate, const Tensor& up, const Tensor& dgate, const Tensor& dup) {
+  use_huge_pages(dgate);
+  use_huge_pages(dup);
   LF_DISPATCH(bwd, dy, gate, up, dgate, dup);
 }
 
@@ -32,7 +37,7 @@ template <bool kStream, class T>
 void fwd_row(const T* gate, const T* up, T* y, int64_t n) {
   for_each_vector(kStream ? lanes_before_boundary(y) : 0, n, [&](int64_t c, auto lanes) {
     const VecF g = load_lanes(gate + c, lanes);
-    write_lanes<kStream>(y + c, g * sigmoid(g) * load_lanes(up + c, lanes), lanes);
+    write_lanes<kStream>(y + c, g * sigmoid<T>(g) * load_lanes(up + c, lanes), lanes);
   });
 }
 
@@ -40,7 +45,7 @@ void fwd_row(const T* gate, const T* up, T* y, int64_t n) {
 template <bool kStream, class T>
 void bwd_row(const T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t n) {
   for_each_vector(kStream ? lanes_before_boundary(dgate) : 0, n, [&](int64_t c, auto lanes) {
-    const VecF g = load_lanes(gate + c, lanes), d = load_lanes(dy + c, lanes), s = sigmoid(g);
+    const VecF g = load_lanes(gate + c, lanes), d = load_lanes(dy + c, lanes), s = sigmoid<T>(g);
     write_lanes<kStream>(dup + c, d * (g * s), lanes);
     const VecF slope = s * fma(g, VecF(1.0F) - s, VecF(1.0F));
     write_lanes<kStream>(dgate + c, d * load_lanes(up + c, lanes) * slope, lanes);
