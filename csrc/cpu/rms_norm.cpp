@@ -32,8 +32,8 @@ void rms_norm_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight, const
   LF_DISPATCH(norm_bwd, dy, Tensor{}, x, weight, rstd, dx, dweight);
 }
 
-void add_rms_norm_bwd(const Tensor& dy, const Tensor& dsum, const Tensor& sum, const Tensor& weight,
-                      const Tensor& rstd, const Tensor& dx, const Tensor& dweight) {
+void add_rms_norm_bwd(const Tensor& dy, const Tensor& dsum, const Tensor& sum, const Tensor& weight, const Tensor& rstd,
+                      const Tensor& dx, const Tensor& dweight) {
   use_huge_pages(dx);
   LF_DISPATCH(norm_bwd, dy, dsum, sum, weight, rstd, dx, dweight);
 }
@@ -46,12 +46,12 @@ namespace llama_fast::cpu::LF_ISA {
 namespace {
 
 constexpr int64_t kGrainElements = 16384;  // a thread's least share: below it, waking a thread costs more than it saves
-constexpr int64_t kParts = 64;             // partial sums of dweight; more than the threads of a large machine would help
-constexpr int64_t kRows = 4;               // rows that the backward takes at once, to read and write dweight a fourth as often
+constexpr int64_t kParts = 64;  // partial sums of dweight; more than the threads of a large machine would help
+constexpr int64_t kRows = 4;    // rows that the backward takes at once, to read and write dweight a fourth as often
 
 // Whether the second pass over a row fetches the next rows into the caches, as found on a Zen 5, GB/s a core with and
-// without, C = 4096: forward bf16 31 against 39, f32 44 against 36, with the addition bf16 34 against 30, f32 45 against
-// 41; backward bf16 37 against 33, f32 38 against 41, with the addition bf16 38 against 34, f32 29 against 39.
+// without, C = 4096: forward bf16 31 against 39, f32 44 against 36, with the addition bf16 34 against 30, f32 45
+// against 41; backward bf16 37 against 33, f32 38 against 41, with the addition bf16 38 against 34, f32 29 against 39.
 template <class T, bool kAdd>
 constexpr bool kFwdReadsAhead = kAdd || sizeof(T) == 4;
 template <class T>
@@ -74,7 +74,8 @@ bool rows_share_boundaries(const Tensor& a) {
 
 // kAdd: sum_out = x + residual is written, rounded to T, and normalised as rounded.
 template <class T, bool kAdd, bool kStream>
-void norm_fwd_row(const T* x, const T* residual, const T* weight, float eps, T* y, T* sum_out, float* rstd, int64_t C, int64_t x_next, int64_t residual_next) {
+void norm_fwd_row(const T* x, const T* residual, const T* weight, double eps, T* y, T* sum_out, float* rstd, int64_t C,
+                  int64_t x_next, int64_t residual_next) {
   const auto value = [&](int64_t c, auto n) {
     if constexpr (kAdd)
       return rounded(load_lanes(x + c, n) + load_lanes(residual + c, n), T{});
@@ -85,7 +86,7 @@ void norm_fwd_row(const T* x, const T* residual, const T* weight, float eps, T* 
     const VecF v = value(c, n);
     return fma(v, v, total);
   });
-  const float r = 1.0F / std::sqrt(squares / static_cast<float>(C) + eps);
+  const auto r = static_cast<float>(1.0 / std::sqrt(squares / static_cast<double>(C) + eps));
   *rstd = r;
   for_each_vector(kStream ? lanes_before_boundary(y) : 0, C, [&](int64_t c, auto n) {
     if constexpr (kFwdReadsAhead<T, kAdd>) {
@@ -99,7 +100,7 @@ void norm_fwd_row(const T* x, const T* residual, const T* weight, float eps, T* 
 }
 
 template <class T, bool kAdd, bool kStream>
-void norm_fwd_rows(const Tensor& x, const Tensor& residual, const Tensor& weight, float eps, const Tensor& y,
+void norm_fwd_rows(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps, const Tensor& y,
                    const Tensor& sum_out, const Tensor& rstd) {
   const int64_t R = x.size[0], C = x.size[1];
   parallel_for(R, std::max<int64_t>(1, kGrainElements / std::max<int64_t>(C, 1)), [&](int64_t begin, int64_t end) {
@@ -121,11 +122,11 @@ void norm_fwd(const Tensor& x, const Tensor& residual, const Tensor& weight, dou
     using T = decltype(tag);
     const int64_t bytes = (add ? 2 : 1) * x.size[0] * x.size[1] * static_cast<int64_t>(sizeof(T));
     const bool past_caches =
-        should_stream(bytes) && (!add || (y.stride[0] == sum_out.stride[0] && same_boundaries(y.ptr<T>(), sum_out.ptr<T>())));
+        should_stream(bytes) &&
+        (!add || (y.stride[0] == sum_out.stride[0] && same_boundaries(y.ptr<T>(), sum_out.ptr<T>())));
     with_bool(add, [&](auto kAdd) {
-      with_bool(past_caches, [&](auto kStream) {
-        norm_fwd_rows<T, kAdd, kStream>(x, residual, weight, static_cast<float>(eps), y, sum_out, rstd);
-      });
+      with_bool(past_caches,
+                [&](auto kStream) { norm_fwd_rows<T, kAdd, kStream>(x, residual, weight, eps, y, sum_out, rstd); });
     });
   });
 }
@@ -154,7 +155,7 @@ void norm_bwd_rows(const Tensor& dy, const Tensor& dsum, const Tensor& x, const 
   }
   for_each_vector(kStream ? lanes_before_boundary(dx_row[0]) : 0, C, [&](int64_t c, auto n) {
     const VecF w = load_lanes(weight + c, n);
-    VecF dw = first ? VecF(0.0F) : load_lanes(dweight_part + c, n);
+    VecF dw(0.0F);  // of these rows alone: fewer additions to the large sum, so less of them is rounded away
     for (int i = 0; i < kN; ++i) {
       if constexpr (kBwdReadsAhead<T>) {
         __builtin_prefetch(dy_row[i] + c + kN * dy.stride[0]);
@@ -166,7 +167,7 @@ void norm_bwd_rows(const Tensor& dy, const Tensor& dsum, const Tensor& x, const 
       if constexpr (kAdd) d = d + load_lanes(dsum_row[i] + c, n);
       write_lanes<kStream>(dx_row[i] + c, d, n);
     }
-    write_lanes<false>(dweight_part + c, dw, n);
+    write_lanes<false>(dweight_part + c, first ? dw : dw + load_lanes(dweight_part + c, n), n);
   });
 }
 
@@ -189,7 +190,8 @@ void norm_bwd(const Tensor& dy, const Tensor& dsum, const Tensor& x, const Tenso
               norm_bwd_rows<kRows, T, kAdd, kStream>(dy, dsum, x, weight.ptr<T>(), rstd.ptr<float>(), dx, r, r == begin,
                                                      dw);
             for (; r < end; ++r)
-              norm_bwd_rows<1, T, kAdd, kStream>(dy, dsum, x, weight.ptr<T>(), rstd.ptr<float>(), dx, r, r == begin, dw);
+              norm_bwd_rows<1, T, kAdd, kStream>(dy, dsum, x, weight.ptr<T>(), rstd.ptr<float>(), dx, r, r == begin,
+                                                 dw);
           }
           stream_fence();
         });

@@ -36,8 +36,8 @@ namespace {
 
 constexpr int64_t kGrainElements = 16384;  // a thread's least share: below it, waking a thread costs more than it saves
 
-// Float32 halves lie too far apart for the processor's own prefetching: 35 -> 46 GB/s a core on a Zen 5 with D = 128; of
-// half the size they do not, and prefetching costs as much there.
+// Float32 halves lie too far apart for the processor's own prefetching: 35 -> 46 GB/s a core on a Zen 5 with D = 128;
+// of half the size they do not, and prefetching costs as much there.
 constexpr int64_t kHeadsAhead = 8, kLine = 16;
 
 template <bool kStream, class T>
@@ -58,8 +58,8 @@ void turn_pairs(const T* x, const float* cos, const float* sin, VecF sign, T* ou
   const int64_t D = 2 * half;
   int64_t c = 0;
   for (; c + VecF::kLanes <= D; c += VecF::kLanes)
-    write_lanes<kStream>(
-        out + c, rotate_pairs(load(x + c), load_twice(cos + c / 2), load_twice(sin + c / 2) * sign), AllLanes{});
+    write_lanes<kStream>(out + c, rotate_pairs(load(x + c), load_twice(cos + c / 2), load_twice(sin + c / 2) * sign),
+                         AllLanes{});
   if (c < D) {
     float cos_tail[VecF::kLanes / 2] = {}, sin_tail[VecF::kLanes / 2] = {};
     for (int64_t i = 0; c / 2 + i < half; ++i) {
@@ -93,8 +93,8 @@ void turn_heads(const Tensor& x, const Tensor& out, int64_t b, int64_t t, const 
 // Whether every vector that is written to `out` stands on a boundary.
 template <class T>
 bool heads_on_boundaries(const Tensor& out) {
-  const bool strides = out.stride[0] % VecF::kLanes == 0 && out.stride[1] % VecF::kLanes == 0 &&
-                       out.stride[2] % VecF::kLanes == 0;
+  const bool strides =
+      out.stride[0] % VecF::kLanes == 0 && out.stride[1] % VecF::kLanes == 0 && out.stride[2] % VecF::kLanes == 0;
   return out.data == nullptr ||
          (strides && (out.size[3] / 2) % VecF::kLanes == 0 && lanes_before_boundary(out.ptr<T>()) == 0);
 }

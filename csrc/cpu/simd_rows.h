@@ -40,16 +40,22 @@ LF_INLINE void for_each_vector(int64_t head, int64_t C, const F& f) {
   if (c < C) f(c, C - c);
 }
 
-// The sum over a row's lanes of f(c, n, total) - total, in four sums at a time to hide the latency of an addition.
+// The sum over a row's lanes of f(c, n, total) - total. Four sums at a time hide the latency of an addition; those of
+// kRun vectors are added up before they grow large beside a term, which keeps long rows as exact as short ones.
 template <class F>
 LF_INLINE float sum_over_row(int64_t C, const F& f) {
-  VecF total[4] = {VecF(0.0F), VecF(0.0F), VecF(0.0F), VecF(0.0F)};
+  constexpr int64_t kRun = 64 * VecF::kLanes;
+  VecF all(0.0F);
   int64_t c = 0;
-  for (; c + 4 * VecF::kLanes <= C; c += 4 * VecF::kLanes)
-    for (int i = 0; i < 4; ++i) total[i] = f(c + i * VecF::kLanes, AllLanes{}, total[i]);
-  for (; c + VecF::kLanes <= C; c += VecF::kLanes) total[0] = f(c, AllLanes{}, total[0]);
-  if (c < C) total[1] = f(c, C - c, total[1]);
-  return sum((total[0] + total[1]) + (total[2] + total[3]));
+  while (c + 4 * VecF::kLanes <= C) {
+    VecF total[4] = {VecF(0.0F), VecF(0.0F), VecF(0.0F), VecF(0.0F)};
+    for (const int64_t stop = C - c < kRun ? C : c + kRun; c + 4 * VecF::kLanes <= stop; c += 4 * VecF::kLanes)
+      for (int i = 0; i < 4; ++i) total[i] = f(c + i * VecF::kLanes, AllLanes{}, total[i]);
+    all = all + ((total[0] + total[1]) + (total[2] + total[3]));
+  }
+  for (; c + VecF::kLanes <= C; c += VecF::kLanes) all = f(c, AllLanes{}, all);
+  if (c < C) all = f(c, C - c, all);
+  return sum(all);
 }
 
 // Columns of the row at p before the first one where a vector may be streamed.

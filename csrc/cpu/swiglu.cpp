@@ -1,5 +1,6 @@
-// swiglu on the CPU: y = silu(gate) up. All arithmetic is float32 and each output is rounded once; the backward recomputes
-// the sigmoid and overwrites dgate and dup. Elementwise, so independent of the threads. Derivation: docs/ops/swiglu.md.
+// swiglu on the CPU: y = silu(gate) up. All arithmetic is float32 and each output is rounded once; the backward
+// recomputes the sigmoid and overwrites dgate and dup. Elementwise, so independent of the threads. Derivation:
+// docs/ops/swiglu.md.
 #ifndef LF_ISA
 
 #include "memory.h"
@@ -86,8 +87,7 @@ void fwd(const Tensor& gate, const Tensor& up, const Tensor& y) {
 }
 
 void bwd(const Tensor& dy, const Tensor& gate, const Tensor& up, const Tensor& dgate, const Tensor& dup) {
-  const bool flat =
-      rows_adjoin(dy) && rows_adjoin(gate) && rows_adjoin(up) && rows_adjoin(dgate) && rows_adjoin(dup);
+  const bool flat = rows_adjoin(dy) && rows_adjoin(gate) && rows_adjoin(up) && rows_adjoin(dgate) && rows_adjoin(dup);
   const int64_t R = flat ? 1 : dy.size[0], F = flat ? dy.size[0] * dy.size[1] : dy.size[1];
   with_dtype(dy.dtype, [&](auto tag) {
     using T = decltype(tag);

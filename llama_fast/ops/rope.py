@@ -16,9 +16,7 @@ _rope_fwd, _rope_bwd = primitives["rope_fwd"], primitives["rope_bwd"]
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
         q_out, k_out = _rope_fwd(q, k, cos, sin, interleaved)
         ctx.save_for_backward(cos, sin)
         ctx.interleaved, ctx.backend = interleaved, forced()
