@@ -211,8 +211,9 @@ def train(
         checkpoint_every=checkpoint_every,
         keep=keep,
     )
+    sources = run.sources_of(data or [])
     model = run.build_model(sizes, plain=plain, policy=policy, seed=seed)
-    tokenizer, dataset = run.prepare(run.sources_of(data or []), sizes.vocab_size, tokens or out / "data")
+    tokenizer, dataset = run.prepare(sources, sizes.vocab_size, tokens or out / "data")
     run.keep_tokenizer(tokenizer, out)
     trainer = Trainer(model, run.RunData(dataset, batch_size, seq_len, seed), settings, out, resume=resume)
     report = trainer.run()

@@ -86,11 +86,15 @@ def build_model(config: LlamaConfig, *, plain: bool = False, policy: str = "reco
     Raises:
         ValueError: no such policy.
     """
-    from llama_fast.model import Llama
-    from llama_fast.plain import PlainLlama
+    if plain:
+        from llama_fast.plain import PlainLlama
 
-    model = PlainLlama(config) if plain else Llama(config, policy=policy)
-    model.reset_parameters(seed)
+        model: nn.Module = PlainLlama(config)
+    else:
+        from llama_fast.model import Llama
+
+        model = Llama(config, policy=policy)
+    model.reset_parameters(seed)  # type: ignore[operator]
     return model
 
 
