@@ -97,12 +97,17 @@ def verify(
         where = f"{r.backend}/{r.isa}" if r.isa else r.backend
         dtype = str(r.dtype).removeprefix("torch.")
         numbers = (f"{r.error:.2e}", f"{r.eager_error:.2e}", f"{r.budget:.2e}")
-        table.add_row(r.case.op, str(r.case), where, dtype, r.tensor, *numbers, r.problem or "yes")
+        table.add_row(r.case.op, str(r.case), where, dtype, r.tensor, *numbers, "NO" if r.problem else "yes")
     console = _console()
     console.print(table)
     for name, reason in skipped.items():
         console.print(f"not run: {name}: {reason}", highlight=False)
-    bad = sum(bool(r.problem) for r in results)
+    bad = 0
+    for r in results:
+        if r.problem:
+            bad += 1
+            where = f"{r.backend}/{r.isa}" if r.isa else r.backend
+            console.print(f"NO: {r.case.op} {r.case}, {where}, {r.dtype}, {r.tensor}: {r.problem}", highlight=False)
     console.print(f"{len(results)} tensors checked, {len(results) - bad} within budget, {bad} not", highlight=False)
     if bad or not results:
         raise typer.Exit(1)
