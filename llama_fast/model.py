@@ -89,6 +89,7 @@ class Llama(nn.Module):
             ValueError: no such policy.
         """
         for layer in self.layers:
+            assert isinstance(layer, TransformerBlock)
             layer.options = dataclasses.replace(layer.options, policy=policy)
 
     def rope_tables(self, start: int, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
