@@ -129,10 +129,8 @@ def main(
         llama_fast.keep_host_memory()
     limits = measure_limits(benchmarks)
     facts = environment()
-    console.print(
-        f"{facts['machine']}, {facts['threads']} threads, {facts['isa'] or 'no native library'}, torch {facts['torch']}",
-        highlight=False,
-    )
+    isa = facts["isa"] or "no native library"
+    console.print(f"{facts['machine']}, {facts['threads']} threads, {isa}, torch {facts['torch']}", highlight=False)
     for name, rate in limits.items():
         what = "copy bandwidth" if name == "copy" else f"matrix product {name.removeprefix('torch.')}"
         unit = "GB/s" if name == "copy" else "GFLOP/s"

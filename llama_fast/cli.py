@@ -74,7 +74,9 @@ def info(brief: Annotated[bool, typer.Option("--brief", help="One line.")] = Fal
 @app.command()
 def verify(
     op: OpOption = None,
-    every: Annotated[bool, typer.Option("--all", help="Every tensor of every case, not the worst of each kind.")] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every tensor of every case, not the worst of each kind.")
+    ] = False,
 ) -> None:
     """Errors of every op, backend and instruction set that runs here, against float64, beside eager PyTorch's.
 
@@ -250,10 +252,11 @@ def generate(
     model, tokenizer, _ = run.load_run(checkpoint)
     ids = tokenizer.encode(prompt, bos=True)
     decoder = tokenizer.stream_decoder(continuation=bool(prompt))
-    print(prompt, end="", flush=True)
+    before = [prompt]  # printed with the first token: an argument out of its range prints nothing
 
     def show(column: torch.Tensor) -> None:
-        print(decoder.feed(int(column[0])), end="", flush=True)
+        text = decoder.feed(int(column[0]))
+        print(before.pop() + text if before else text, end="", flush=True)
 
     model.generate(
         torch.tensor([ids]),
@@ -265,7 +268,7 @@ def generate(
         eos_id=tokenizer.eos_id,
         on_token=show,
     )
-    print(decoder.finish())
+    print("".join(before) + decoder.finish())
 
 
 @app.command()
@@ -285,7 +288,6 @@ def _keep_host_memory() -> None:
 
     if hasattr(llama_fast, "keep_host_memory"):
         llama_fast.keep_host_memory()
-
 
 
 def _benchmark_suite() -> Any:

@@ -200,9 +200,7 @@ def _draw(found: dict[str, dict[str, Any]], path: Path) -> None:
 
     plain, ours = found["plain"]["losses"], found["ours"]["losses"]
     steps = range(1, len(plain) + 1)
-    figure, (top, bottom) = plt.subplots(
-        2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1), layout="constrained"
-    )
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 1), layout="constrained")
     top.plot(steps, plain, color="#d98032", linewidth=4, alpha=0.5, label=NAMES["plain"])
     top.plot(steps, ours, color="#20507a", linewidth=1.2, label=NAMES["ours"])
     top.set_ylabel("training loss, nats a token")
@@ -222,7 +220,7 @@ def _sample(run_dir: Path, console: Console) -> None:
 
     model, tokenizer, _ = run.load_run(run_dir)
     ids = torch.tensor([tokenizer.encode(PROMPT, bos=True)])
-    generated = model.generate(ids, max_new_tokens=160, temperature=0.7, top_p=0.95, seed=1)  # type: ignore[operator]
+    generated = model.generate(ids, max_new_tokens=160, temperature=0.7, top_p=0.95, seed=1)
     console.print(tokenizer.decode(generated[0].tolist()), markup=False, highlight=False)
 
 

@@ -95,11 +95,16 @@ def test_empty_input_gives_empty_results_and_gradients(op: str) -> None:
     for dims in EMPTY[op]:
         for dtype in (torch.float32, torch.bfloat16):
             inputs = Case(op, dims).inputs(dtype) if op != "linear_cross_entropy" else _no_rows(dims, dtype)
-            leaves = {n: x.requires_grad_() if x.is_floating_point() and n not in ("cos", "sin") else x for n, x in inputs.items()}
+            leaves = {
+                n: x.requires_grad_() if x.is_floating_point() and n not in ("cos", "sin") else x
+                for n, x in inputs.items()
+            }
             options = {"reduction": "sum"} if op == "linear_cross_entropy" else {}
             results = _call(op, leaves, **options)
             wanted = [x for x in leaves.values() if x.requires_grad]
-            for x, g in zip(wanted, torch.autograd.grad(results, wanted, [torch.ones_like(r) for r in results]), strict=True):
+            for x, g in zip(
+                wanted, torch.autograd.grad(results, wanted, [torch.ones_like(r) for r in results]), strict=True
+            ):
                 assert g.shape == x.shape
                 assert not g.any(), f"{op} {dims}: a gradient of nothing is not zero"
             for r in results:

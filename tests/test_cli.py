@@ -183,6 +183,6 @@ def test_peak_memory_is_this_process_alone() -> None:
 def test_saved_bytes_of_the_block_are_half() -> None:
     config = LlamaConfig.preset("demo")
     ours, plain = (demo.saved_bytes_per_token_and_layer(kind, config) for kind in ("ours", "plain"))
-    formula = 4 * (6 + 2 * config.ffn_dim / config.dim) * config.dim  # DESIGN section 6, and the row statistics
+    formula = 4 * (6 + 2 * config.ffn_dim / config.dim) * config.dim  # docs/block.md, and the row statistics
     assert formula < ours < 1.02 * formula + 64
     assert ours < 0.6 * plain

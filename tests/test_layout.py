@@ -1,4 +1,4 @@
-"""The tree is as DESIGN says: one question, one file. Each test reads source text; nothing is executed but the table."""
+"""One question, one file: the shape of the tree, and the rules that source text can show."""
 
 from __future__ import annotations
 
@@ -213,9 +213,9 @@ def test_public_functions_of_the_package_have_docstrings() -> None:
     for path in _files(".py", under="llama_fast"):
         if path.name not in described:
             for node in ast.parse(path.read_text()).body:
-                if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-                    if ast.get_docstring(node) is None:
-                        bare.append(f"{_name(path)}: {node.name}")
+                public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+                if public and ast.get_docstring(node) is None:
+                    bare.append(f"{_name(path)}: {node.name}")
     assert not bare, bare
 
 

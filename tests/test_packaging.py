@@ -139,7 +139,11 @@ def test_without_a_compiler_it_installs_on_reference(tree: Path, tmp_path: Path,
     wheel = _wheel(clean, tmp_path / "wheel", PATH=str(empty), PYTHONPATH=no_torch)
     assert wheel.name.endswith("py3-none-any.whl")
     _install(wheel, tmp_path / "site")
-    code = "import torch, llama_fast as lf; x = torch.ones(2, 4); print(lf.explain('rms_norm', x, x[0]), lf.rms_norm(x, x[0]))"
+    code = (
+        "import torch, llama_fast as lf\n"
+        "x = torch.ones(2, 4)\n"
+        "print(lf.explain('rms_norm', x, x[0]), lf.rms_norm(x, x[0]))"
+    )
     done = _run([sys.executable, "-c", code], tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert done.returncode == 0, done.stderr
     assert "reference: runs" in done.stdout
@@ -156,7 +160,8 @@ def test_source_distribution_is_complete(tree: Path, tmp_path: Path, no_torch: s
     done = _run([sys.executable, "-c", code], tree, PYTHONPATH=no_torch)
     assert done.returncode == 0, done.stderr
     (archive,) = tmp_path.glob("*.tar.gz")
-    names = {n.partition("/")[2] for n in tarfile.open(archive).getnames()}
+    with tarfile.open(archive) as file:
+        names = {n.partition("/")[2] for n in file.getnames()}
     for folder, suffix in (("csrc", "*.[ch]*"), ("llama_fast", "*.py"), ("benchmarks", "*.py"), ("tests", "*.py")):
         for source in (ROOT / folder).rglob(suffix):
             assert source.relative_to(ROOT).as_posix() in names

@@ -10,7 +10,7 @@ import dataclasses
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -18,6 +18,9 @@ from llama_fast import checkpoint
 from llama_fast.config import LlamaConfig
 from llama_fast.tokenizer import Tokenizer
 from llama_fast.train.data import Source, TokenDataset, build_token_file, default_sources, parse_data_args
+
+if TYPE_CHECKING:
+    from llama_fast.model import Llama
 
 TOKENIZER = "tokenizer.model"
 
@@ -61,8 +64,8 @@ def sources_of(data: Sequence[str]) -> list[Source]:
 def prepare(sources: Sequence[Source], vocab_size: int, folder: Path) -> tuple[Tokenizer, TokenDataset]:
     """The tokenizer and the token files in `folder`, made where they are not there yet.
 
-    A `tokenizer.model` of the right size in `folder` is used as it is; token files are reused if they came from the same
-    text and tokenizer.
+    A `tokenizer.model` of the right size in `folder` is used as it is; token files are reused if they came from the
+    same text and tokenizer.
 
     Raises:
         ValueError: the text cannot be read or is too little for `vocab_size`, or tokenizer.model has another size.
@@ -80,7 +83,9 @@ def prepare(sources: Sequence[Source], vocab_size: int, folder: Path) -> tuple[T
     return tokenizer, build_token_file(sources, tokenizer, folder)
 
 
-def build_model(config: LlamaConfig, *, plain: bool = False, policy: str = "recompute-cheap", seed: int = 0) -> nn.Module:
+def build_model(
+    config: LlamaConfig, *, plain: bool = False, policy: str = "recompute-cheap", seed: int = 0
+) -> nn.Module:
     """A float32 model with the weights of `seed`: `Llama`, or the same in plain PyTorch.
 
     Raises:
@@ -126,7 +131,7 @@ def config_for(name: str, seq_len: int, vocab_size: int | None) -> LlamaConfig:
     return config if vocab_size is None else dataclasses.replace(config, vocab_size=vocab_size)
 
 
-def load_run(path: Path, *, plain: bool = False) -> tuple[nn.Module, Tokenizer, Path]:
+def load_run(path: Path) -> tuple[Llama, Tokenizer, Path]:
     """Model, tokenizer and checkpoint of a run folder (its newest good checkpoint) or of one checkpoint in it.
 
     Raises:
@@ -149,6 +154,8 @@ def load_run(path: Path, *, plain: bool = False) -> tuple[nn.Module, Tokenizer, 
             break
     else:
         raise FileNotFoundError(f"no {TOKENIZER} in {folder.parent}: expected it beside the checkpoints")
-    model = build_model(checkpoint.load_config(folder), plain=plain)
+    from llama_fast.model import Llama
+
+    model = Llama(checkpoint.load_config(folder))
     checkpoint.load_into(model, checkpoint.load_model_weights(folder))
     return model.eval(), tokenizer, folder
