@@ -96,6 +96,7 @@ LF_INLINE f16 from_float<f16>(float x) {
 #define LF_ISA portable
 #include "simd_portable.h"
 #include "simd_math.h"
+#include "simd_dot.h"
 #undef LF_ISA
 
 #if LF_X86
@@ -103,6 +104,7 @@ LF_TARGET_BEGIN(LF_TARGET_AVX2)
 #define LF_ISA avx2
 #include "simd_avx2.h"
 #include "simd_math.h"
+#include "simd_dot.h"
 #undef LF_ISA
 LF_TARGET_END
 
@@ -111,6 +113,7 @@ LF_TARGET_BEGIN(LF_TARGET_AVX512)
 #define LF_NATIVE_BF16 0
 #include "simd_avx512.h"
 #include "simd_math.h"
+#include "simd_dot.h"
 #undef LF_NATIVE_BF16
 #undef LF_ISA
 LF_TARGET_END
@@ -120,6 +123,7 @@ LF_TARGET_BEGIN(LF_TARGET_AVX512BF16)
 #define LF_NATIVE_BF16 1
 #include "simd_avx512.h"
 #include "simd_math.h"
+#include "simd_dot.h"
 #undef LF_NATIVE_BF16
 #undef LF_ISA
 LF_TARGET_END
