@@ -1,0 +1,1 @@
+"""The ops: table, dispatch, implementations, and the documented public functions."""

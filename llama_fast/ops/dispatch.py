@@ -1,0 +1,162 @@
+"""The only place that chooses a backend, and the primitives through which everything else calls one.
+
+Eager calls go straight to the launcher. Under `torch.compile` the call becomes the registered op
+`torch.ops.llama_fast.<primitive>`, opaque to the compiler, with a fake kernel made from the op's row.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama_fast.ops.table import OPS, Backend, Op
+
+_forced: ContextVar[str | None] = ContextVar("llama_fast_backend", default=None)
+
+
+class NotSupported(RuntimeError):
+    """No backend takes the call; the message lists every objection."""
+
+
+def backend_names() -> tuple[str, ...]:
+    """Every backend that some op has, in order of preference."""
+    return tuple(dict.fromkeys(b.name for op in OPS.values() for b in op.backends))
+
+
+@contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Within the block, ops run on the backend `name` or raise `NotSupported`; None leaves the choice as it was.
+
+    The backward pass of an op runs on the backend that its forward pass was forced to, wherever it is called.
+
+    Raises:
+        ValueError: no op has a backend of that name.
+    """
+    if name is not None and name not in backend_names():
+        raise ValueError(f"backend: {name!r} is not one of {', '.join(backend_names())}")
+    token = _forced.set(name if name is not None else _forced.get())
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def forced() -> str | None:
+    """The backend that `lf.backend` or LLAMA_FAST_BACKEND asks for, or None."""
+    if torch.compiler.is_compiling():
+        return None
+    return _forced.get() or os.environ.get("LLAMA_FAST_BACKEND") or None
+
+
+@functools.cache
+def unavailable(module: str) -> str | None:
+    """Why the backend module cannot be used on this machine, or None."""
+    return importlib.import_module(module).unavailable()
+
+
+def objection(b: Backend, dims: dict[str, Any], dtype: torch.dtype, device: str) -> str | None:
+    """Why backend `b` refuses a call of these sizes, or None."""
+    if b.device is not None and device != b.device:
+        return f"runs on {b.device}, the tensors are on {device}"
+    if dtype not in b.dtypes:
+        return f"dtype {dtype} not in {', '.join(sorted(str(d) for d in b.dtypes))}"
+    reason = unavailable(b.module)
+    if reason is not None:
+        return reason
+    return next((text for limit in b.limits if (text := limit(dims)) is not None), None)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(name: str, dims: tuple[tuple[str, int], ...], dtype: torch.dtype, device: str, only: str | None) -> Backend:
+    objections = []
+    for b in OPS[name].backends:
+        if only is not None and b.name != only:
+            continue
+        text = objection(b, dict(dims), dtype, device)
+        if text is None:
+            return b
+        objections.append(f"  {b.name}: {text}")
+    if not objections:
+        objections.append(f"  {only}: {name} has no such backend")
+    raise NotSupported(f"{name}: no backend takes this call\n" + "\n".join(objections))
+
+
+def explain(name: str, *tensors: Tensor) -> str:
+    """Says which backend runs the op `name` on these tensors, and what each other one objects.
+
+    Args:
+        name: a public op, for example "attention".
+        tensors: the op's tensors, in the order of its public function.
+
+    Raises:
+        ValueError: unknown name, or tensors that the op would refuse.
+    """
+    if name not in OPS:
+        raise ValueError(f"name: {name!r} is not one of {', '.join(OPS)}")
+    op = OPS[name]
+    if not tensors:
+        raise ValueError(f"tensors: {name} takes {', '.join(op.public)}")
+    dims = op.check(**dict(zip(op.public, tensors, strict=False)))
+    dtype, device = tensors[0].dtype, tensors[0].device.type
+    only, lines, chosen = forced(), [], False
+    for b in op.backends:
+        text = objection(b, dims, dtype, device)
+        if text is None and only is not None and b.name != only:
+            text = f"{only} is asked for"
+        if text is None and not chosen:
+            chosen, text = True, "runs"
+        lines.append(f"{b.name}: {text or 'could run, stands later in the order'}")
+    return f"{name} {str(dtype).removeprefix('torch.')} on {device}\n" + "\n".join(f"  {line}" for line in lines)
+
+
+class Primitive:
+    """A pure function of the table, `<op>_fwd` or `<op>_bwd`: no autograd, no checks. Gives a tuple of its results."""
+
+    def __init__(self, op: Op, direction: str) -> None:
+        self.op, self.direction, self.name = op, direction, f"{op.name}_{direction}"
+        self._single = len(op.schema(direction).results) == 1
+
+    def __call__(self, *args: Any, backend: str | None = None) -> tuple[Tensor, ...]:
+        if torch.compiler.is_compiling():
+            results = getattr(torch.ops.llama_fast, self.name)(*args)
+            return (results,) if self._single else results
+        return self.launch(args, backend or forced())
+
+    def launch(self, args: tuple[Any, ...], only: str | None) -> tuple[Tensor, ...]:
+        dims = self.op.bind(self.direction, args)
+        chosen = _choose(self.op.name, tuple(dims.items()), self._dtype(args), args[0].device.type, only)
+        return getattr(importlib.import_module(chosen.module), self.name)(*args)
+
+    def _dtype(self, args: tuple[Any, ...]) -> torch.dtype:
+        for arg, value in zip(self.op.schema(self.direction).args, args, strict=True):
+            if self.op.base(arg.name) not in self.op.dtypes:
+                return value.dtype
+        return args[0].dtype
+
+    def register(self, library: torch.library.Library) -> None:
+        """Makes the primitive known to torch as `llama_fast::<name>`."""
+        library.define(self.name + self.op.schema(self.direction).text)
+
+        def unwrap(results: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+            return results[0] if self._single else results
+
+        library.impl(self.name, lambda *args: unwrap(self.launch(args, forced())), "CompositeExplicitAutograd")
+        fake: Callable[..., Any] = lambda *args: unwrap(self.op.allocate(self.direction, args))  # noqa: E731
+        torch.library.register_fake(f"llama_fast::{self.name}", fake, lib=library)
+
+
+_library = torch.library.Library("llama_fast", "DEF")
+primitives: dict[str, Primitive] = {}
+for _op in OPS.values():
+    for _direction in ("fwd", "bwd"):
+        _primitive = Primitive(_op, _direction)
+        _primitive.register(_library)
+        primitives[_primitive.name] = _primitive

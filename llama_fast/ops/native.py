@@ -1,0 +1,71 @@
+"""Launchers of the native library: allocate the results, call the kernel. Tensors are checked before they come here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from llama_fast.ops import table
+from llama_fast.ops.table import Op
+
+_import_error: str | None = None
+try:
+    # torch (imported above) comes first: the library's OpenMP symbols resolve to the runtime that torch loads.
+    from llama_fast import _native  # type: ignore[attr-defined]
+except ImportError as error:
+    _native = None
+    _import_error = str(error)
+
+
+def unavailable() -> str | None:
+    """Why the native library cannot be used, or None."""
+    if _native is None:
+        return f"the native library is not built ({_import_error}): install g++ and reinstall llama_fast"
+    return None
+
+
+def isas() -> list[str]:
+    """Instruction sets that this processor runs, best first; the last is "portable". Empty without the library."""
+    return [] if _native is None else _native.cpu.isas()
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    return _native.cpu.isa()
+
+
+def set_isa(name: str) -> None:
+    """Makes the CPU kernels use one of `isas()`; "" goes back to the best. For tests: holds for the whole process."""
+    _native.cpu.set_isa(name)
+
+
+def rows(x: Tensor) -> Tensor:
+    """`x` as a kernel wants it: the last dimension contiguous, copied only if it is not."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def _launcher(op: Op, direction: str) -> Callable[..., tuple[Tensor, ...]]:
+    name = f"{op.name}_{direction}"
+
+    def launch(*args: Any) -> tuple[Tensor, ...]:
+        args = tuple(rows(a) if isinstance(a, Tensor) and a.ndim > 0 else a for a in args)
+        results = op.allocate(direction, args)
+        getattr(_native.cpu, name)(*args, *results)
+        return results
+
+    launch.__name__ = name
+    return launch
+
+
+rms_norm_fwd = _launcher(table.RMS_NORM, "fwd")
+rms_norm_bwd = _launcher(table.RMS_NORM, "bwd")
+add_rms_norm_fwd = _launcher(table.ADD_RMS_NORM, "fwd")
+add_rms_norm_bwd = _launcher(table.ADD_RMS_NORM, "bwd")
+swiglu_fwd = _launcher(table.SWIGLU, "fwd")
+swiglu_bwd = _launcher(table.SWIGLU, "bwd")
+rope_fwd = _launcher(table.ROPE, "fwd")
+rope_bwd = _launcher(table.ROPE, "bwd")
+attention_fwd = _launcher(table.ATTENTION, "fwd")
+attention_bwd = _launcher(table.ATTENTION, "bwd")

@@ -1,0 +1,250 @@
+"""Every op in plain PyTorch: the truth of the tests in float64, and the backend that runs everywhere.
+
+The functions named as the ops are differentiable and say what an op means, with no thought of speed; half precision is
+computed in float32 and rounded once. The `reference` backend's primitives are made of them: a backward is autograd's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def unavailable() -> str | None:
+    """None: the reference runs wherever torch does."""
+    return None
+
+
+def _up(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], doutputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    doutputs = [d.to(o.dtype) for d, o in zip(doutputs, outputs, strict=True)]
+    return torch.autograd.grad(list(outputs), list(inputs), doutputs)
+
+
+def _leaves(*tensors: Tensor) -> list[Tensor]:
+    return [t.detach().requires_grad_() for t in tensors]
+
+
+# ---- rms_norm, add_rms_norm -----------------------------------------------------------------------------------------
+def _rstd(x: Tensor, eps: float) -> Tensor:
+    return (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """x [..., C], weight [C] -> x (mean_c x^2 + eps)^(-1/2) weight, in the dtype of x."""
+    x_up = _up(x)
+    return (x_up * _rstd(x_up, eps) * _up(weight)).to(x.dtype)
+
+
+def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return rms_norm(x, weight, eps), _rstd(_up(x), eps).squeeze(-1)
+
+
+def rms_norm_bwd(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    dy_up, x_hat = _up(dy), _up(x) * rstd.unsqueeze(-1)
+    dx_hat = dy_up * _up(weight)
+    dx = (dx_hat - x_hat * (dx_hat * x_hat).mean(-1, keepdim=True)) * rstd.unsqueeze(-1)
+    return dx.to(x.dtype), (dy_up * x_hat).sum(0).to(weight.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """x, residual [..., C], weight [C] -> rms_norm(x + residual), x + residual."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def add_rms_norm_fwd(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    total = x + residual
+    y, rstd = rms_norm_fwd(total, weight, eps)
+    return y, total, rstd
+
+
+def add_rms_norm_bwd(dy: Tensor, dsum: Tensor, sum: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    dx, dweight = rms_norm_bwd(_up(dy), _up(sum), weight, rstd)
+    return (dx + dsum).to(sum.dtype), dweight
+
+
+# ---- swiglu ---------------------------------------------------------------------------------------------------------
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, elementwise."""
+    return (torch.nn.functional.silu(_up(gate)) * _up(up)).to(gate.dtype)
+
+
+def swiglu_fwd(gate: Tensor, up: Tensor) -> tuple[Tensor]:
+    return (swiglu(gate, up),)
+
+
+def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+    with torch.enable_grad():
+        leaves = _leaves(gate, up)
+        return _gradients([swiglu(*leaves)], leaves, [dy])
+
+
+# ---- rope -----------------------------------------------------------------------------------------------------------
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    x_up = _up(x)
+    a, b = (x_up[..., 0::2], x_up[..., 1::2]) if interleaved else x_up.chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    a, b = a * cos - b * sin, a * sin + b * cos
+    turned = torch.stack((a, b), dim=-1).flatten(-2) if interleaved else torch.cat((a, b), dim=-1)
+    return turned.to(x.dtype)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> tuple[Tensor, Tensor]:
+    """Turns each pair of q [B,T,H,D] and k [B,T,G,D] by the angle whose cos, sin are [T,D/2] or [B,T,D/2]."""
+    return _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)
+
+
+def rope_fwd(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    return rope(q, k, cos, sin, interleaved=interleaved)
+
+
+def rope_bwd(dq_out: Tensor, dk_out: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    return rope(dq_out, dk_out, cos, -sin, interleaved=interleaved)  # a rotation's transpose turns back
+
+
+# ---- attention ------------------------------------------------------------------------------------------------------
+def attention_mask(
+    T: int, S: int, *, causal: bool, window: int, cu_seqlens: Tensor | None, device: torch.device
+) -> Tensor:
+    """[T, S] bool, True where query i sees key j."""
+    i = torch.arange(T, device=device).unsqueeze(1) + (S - T)  # aligned bottom right
+    j = torch.arange(S, device=device).unsqueeze(0)
+    mask = torch.ones(T, S, dtype=torch.bool, device=device)
+    if causal:
+        mask &= j <= i
+    if window > 0:
+        mask &= (j <= i) & (j > i - window)
+    if cu_seqlens is not None:
+        sequence = torch.bucketize(torch.arange(T, device=device), cu_seqlens[1:], right=True)
+        mask &= sequence.unsqueeze(1) == sequence.unsqueeze(0)
+    return mask
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float, causal: bool, window: int
+) -> tuple[Tensor, Tensor]:
+    H, G = q.shape[2], k.shape[2]
+    q_BHTD, k_BHSD, v_BHSD = (_up(x).transpose(1, 2) for x in (q, k, v))
+    k_BHSD, v_BHSD = (x.repeat_interleave(H // G, dim=1) for x in (k_BHSD, v_BHSD))
+    mask = attention_mask(q.shape[1], k.shape[1], causal=causal, window=window, cu_seqlens=cu_seqlens, device=q.device)
+    scores = (q_BHTD @ k_BHSD.transpose(-1, -2) * scale).masked_fill(~mask, -torch.inf)
+    sees = mask.any(-1, keepdim=True)
+    lse = torch.logsumexp(scores.masked_fill(~sees, 0.0), dim=-1, keepdim=True) if k.shape[1] else scores.sum(-1, True)
+    weights = torch.where(mask, (scores - lse).exp(), 0.0)
+    out = (weights @ v_BHSD).transpose(1, 2).to(q.dtype)
+    return out, torch.where(sees, lse, -torch.inf).squeeze(-1)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> Tensor:
+    """The public attention with the whole [T, S] matrix; packed inputs [R, H, D] too."""
+    packed = q.ndim == 3
+    if packed:
+        q, k, v = (x.unsqueeze(0) for x in (q, k, v))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, _ = _attention(q, k, v, cu_seqlens, scale, causal, window or 0)
+    return out.squeeze(0) if packed else out
+
+
+def attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float, causal: bool, window: int
+) -> tuple[Tensor, Tensor]:
+    return _attention(q, k, v, cu_seqlens, scale, causal, window)
+
+
+def attention_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+) -> tuple[Tensor, ...]:
+    with torch.enable_grad():
+        leaves = _leaves(q, k, v)
+        return _gradients([_attention(*leaves, cu_seqlens, scale, causal, window)[0]], leaves, [dout])
+
+
+# ---- linear_cross_entropy -------------------------------------------------------------------------------------------
+def _cross_entropy_rows(
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
+) -> tuple[Tensor, Tensor]:
+    logits = _up(hidden) @ _up(weight).T
+    lse = torch.logsumexp(logits, dim=-1)
+    counts = targets != ignore_index
+    true = logits.gather(1, targets.where(counts, 0).unsqueeze(1)).squeeze(1)
+    loss = lse - (1.0 - label_smoothing) * true
+    if label_smoothing:
+        loss = loss - label_smoothing * logits.mean(-1)
+    return torch.where(counts, loss + z_loss * lse.square(), 0.0), lse
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """cross_entropy(hidden weight^T, targets) with all logits: hidden [..., C], weight [V, C], targets [...] int64."""
+    rows, flat = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    loss, _ = _cross_entropy_rows(rows, weight, flat, ignore_index, label_smoothing, z_loss)
+    if reduction == "none":
+        return loss.view(targets.shape)
+    return loss.sum() / (flat != ignore_index).sum() if reduction == "mean" else loss.sum()
+
+
+def linear_cross_entropy_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    row_scale: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Tensor, ...]:
+    loss, lse = _cross_entropy_rows(hidden, weight, targets, ignore_index, label_smoothing, z_loss)
+    if row_scale is None:
+        return loss, lse, hidden.new_empty(0), weight.new_empty(0)
+    return (
+        loss,
+        lse,
+        *linear_cross_entropy_bwd(row_scale, hidden, weight, targets, ignore_index, label_smoothing, z_loss),
+    )
+
+
+def linear_cross_entropy_bwd(
+    dloss: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Tensor, ...]:
+    with torch.enable_grad():
+        leaves = _leaves(hidden, weight)
+        loss, _ = _cross_entropy_rows(*leaves, targets, ignore_index, label_smoothing, z_loss)
+        return _gradients([loss], leaves, [dloss])

@@ -1,0 +1,65 @@
+"""What the tests of the ops share: the matrix of backends and instruction sets, and the error budget as an assertion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama_fast.ops import dispatch, native
+from llama_fast.ops.dispatch import Primitive
+from llama_fast.verify import Case, Result, instruction_set, measure
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# "cpu/avx2" is the cpu backend forced to that instruction set; the tests run each that this processor has.
+TARGETS = tuple(f"cpu/{isa}" for isa in native.isas()) + ("reference",)
+
+
+@contextmanager
+def target(name: str) -> Iterator[str]:
+    """Forces a target of TARGETS within the block; gives the backend's name."""
+    backend, _, isa = name.partition("/")
+    with dispatch.backend(backend), instruction_set(isa):
+        yield backend
+
+
+def over_budget(case: Case, target_name: str, dtype: torch.dtype, seed: int = 0) -> list[Result]:
+    """The results of a case that miss their budget."""
+    with target(target_name) as backend:
+        return [r for r in measure(case, backend, dtype, seed=seed) if r.problem]
+
+
+def assert_within_budget(case: Case, target_name: str, dtype: torch.dtype, seed: int = 0) -> None:
+    """Forward and backward of a case are within the error budget of llama_fast/verify.py."""
+    problems = over_budget(case, target_name, dtype, seed)
+    assert not problems, "\n".join(f"{case} {target_name} {dtype} {r.tensor}: {r.problem}" for r in problems)
+
+
+def assert_bug_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+    case: Case,
+    primitive: str,
+    bug: Callable[[tuple[Tensor, ...], Mapping[str, Any]], None],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Plants a bug in a primitive of the cpu backend and sees the budget fail.
+
+    `bug(results, args)` changes the results in place; `args` are the primitive's arguments by name.
+    """
+    assert_within_budget(case, TARGETS[0], dtype)
+    launch = Primitive.launch
+
+    def with_bug(self: Primitive, args: tuple[Any, ...], only: str | None) -> tuple[Tensor, ...]:
+        results = launch(self, args, only)
+        if self.name == primitive:
+            names = [arg.name for arg in self.op.schema(self.direction).args]
+            bug(results, dict(zip(names, args, strict=True)))
+        return results
+
+    monkeypatch.setattr(Primitive, "launch", with_bug)
+    assert over_budget(case, TARGETS[0], dtype), f"{case}: the bug planted in {primitive} went unseen"
