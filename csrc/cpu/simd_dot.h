@@ -17,6 +17,8 @@ constexpr int kPerUnit = 1;
 LF_INLINE VecF load_units(const float* p) { return load(p); }
 LF_INLINE VecF broadcast_unit(const float* p) { return VecF(*p); }
 LF_INLINE VecF dot(VecF a, VecF b, VecF c) { return fma(a, b, c); }
+// Units of successive lanes of `a`: kLanes / kPerUnit of them.
+LF_INLINE void store_along(float* p, VecF a) { store(p, a); }
 
 #if defined(LF_NATIVE_BF16) && LF_NATIVE_BF16
 template <>
@@ -33,6 +35,7 @@ LF_INLINE VecPairs load_units(const uint32_t* p) { return {_mm512_loadu_si512(p)
 LF_INLINE VecPairs broadcast_unit(const uint32_t* p) { return {_mm512_set1_epi32(static_cast<int>(*p))}; }
 // c + a0 b0 + a1 b1 per lane; subnormal bfloat16 count as zero.
 LF_INLINE VecF dot(VecPairs a, VecPairs b, VecF c) { return _mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v); }
+LF_INLINE void store_along(uint32_t* p, VecF a) { store(reinterpret_cast<bf16*>(p), a); }
 // p[i] = (even[i], odd[i]), rounded to nearest even.
 LF_INLINE void store_pairs(uint32_t* p, VecF even, VecF odd) {
   const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(odd.v, even.v);
