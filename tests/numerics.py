@@ -1,4 +1,4 @@
-"""What the tests of the ops share: the matrix of backends and instruction sets, and the error budget as an assertion."""
+"""What the tests of the ops share: the matrix of backends and instruction sets, the error budget as an assertion."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llama_fast.verify import Case, Result, instruction_set, measure
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # "cpu/avx2" is the cpu backend forced to that instruction set; the tests run each that this processor has.
-TARGETS = tuple(f"cpu/{isa}" for isa in native.isas()) + ("reference",)
+TARGETS = (*(f"cpu/{isa}" for isa in native.isas()), "reference")
 
 
 @contextmanager

@@ -13,7 +13,6 @@ import llama_fast as lf
 from llama_fast.verify import Case
 
 SHAPES = [
-    {"...": (7,), "C": 1},
     {"...": (2, 5), "C": 3},
     {"...": (3, 37), "C": 512},
     {"...": (300,), "C": 1003},
@@ -37,6 +36,13 @@ def test_budget(op: str, target_name: str, dtype: torch.dtype) -> None:
 def test_gradcheck(op: str) -> None:
     inputs = [x.double().requires_grad_() for x in Case(op, {"...": (2, 3), "C": 5}).inputs(torch.float64).values()]
     assert torch.autograd.gradcheck(getattr(lf, op), inputs)
+
+
+@pytest.mark.parametrize("target_name", TARGETS)
+def test_one_column_gives_the_sign(target_name: str) -> None:
+    x = torch.tensor([[3.0], [-0.5], [1e-3]])
+    with target(target_name):
+        torch.testing.assert_close(lf.rms_norm(x, torch.full((1,), 2.0), 0.0), 2.0 * x.sign())
 
 
 @pytest.mark.parametrize("target_name", TARGETS)

@@ -180,8 +180,8 @@ def attention_bwd(
     window: int,
 ) -> tuple[Tensor, ...]:
     with torch.enable_grad():
-        leaves = _leaves(q, k, v)
-        return _gradients([_attention(*leaves, cu_seqlens, scale, causal, window)[0]], leaves, [dout])
+        q, k, v = _leaves(q, k, v)
+        return _gradients([_attention(q, k, v, cu_seqlens, scale, causal, window)[0]], [q, k, v], [dout])
 
 
 # ---- linear_cross_entropy -------------------------------------------------------------------------------------------
@@ -245,6 +245,6 @@ def linear_cross_entropy_bwd(
     z_loss: float,
 ) -> tuple[Tensor, ...]:
     with torch.enable_grad():
-        leaves = _leaves(hidden, weight)
-        loss, _ = _cross_entropy_rows(*leaves, targets, ignore_index, label_smoothing, z_loss)
-        return _gradients([loss], leaves, [dloss])
+        hidden, weight = _leaves(hidden, weight)
+        loss, _ = _cross_entropy_rows(hidden, weight, targets, ignore_index, label_smoothing, z_loss)
+        return _gradients([loss], [hidden, weight], [dloss])

@@ -113,7 +113,7 @@ class Op:
         rules: what every backend needs of the sizes.
         backends: in order of preference; the first without an objection runs.
         traffic: sizes, bytes an element -> bytes that forward and backward must move.
-        flops: sizes -> floating-point operations of forward and backward; None for a memory-bound op.
+        flops: sizes, options -> floating-point operations of forward and backward; None for a memory-bound op.
         fake: direction -> function of the primitive's arguments that gives empty results, where shapes cannot say it.
     """
 
@@ -126,7 +126,7 @@ class Op:
     traffic: Callable[[Dims, int], tuple[int, int]]
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     rules: tuple[Limit, ...] = ()
-    flops: Callable[[Dims], tuple[int, int]] | None = None
+    flops: Callable[[Dims, Mapping[str, Any]], tuple[int, int]] | None = None
     fake: dict[str, Callable[..., tuple[Tensor, ...]]] = field(default_factory=dict)
 
     def schema(self, direction: str) -> Schema:
@@ -200,6 +200,7 @@ class Op:
         return dims
 
     def _match(self, name: str, tensor: Tensor, dims: dict[str, int]) -> None:
+        found = f"{self.name}: {name} has shape {tuple(tensor.shape)}"
         alternatives = [a.split() for a in self.public[name].split("|")]
         for alternative in alternatives:
             tokens, shape = alternative, tuple(tensor.shape)
@@ -210,23 +211,15 @@ class Op:
                     continue
                 lead, shape = shape[:split], shape[split:]
                 if dims.setdefault("...", lead) != lead:  # type: ignore[arg-type]
-                    raise ValueError(
-                        f"{self.name}: {name} has shape {tuple(tensor.shape)}, expected leading dimensions {dims['...']}"
-                    )
+                    raise ValueError(f"{found}, expected leading dimensions {dims['...']}")
             if len(shape) != len(tokens):
                 continue
             for token, size in zip(tokens, shape, strict=True):
                 expected = _size(token, dims) if token[0] in dims else dims.setdefault(token, size)
                 if size != expected:
-                    raise ValueError(
-                        f"{self.name}: {name} has shape {tuple(tensor.shape)}, expected [{', '.join(alternative)}] with "
-                        f"{token} = {expected}"
-                    )
+                    raise ValueError(f"{found}, expected [{', '.join(alternative)}] with {token} = {expected}")
             return
-        raise ValueError(
-            f"{self.name}: {name} has shape {tuple(tensor.shape)}, expected "
-            + " or ".join(f"[{', '.join(alternative)}]" for alternative in alternatives)
-        )
+        raise ValueError(f"{found}, expected " + " or ".join(f"[{', '.join(a)}]" for a in alternatives))
 
 
 def _size(token: str, dims: Dims) -> int:
@@ -300,9 +293,13 @@ ROPE = Op(
 )
 
 
-def _attention_flops(d: Dims) -> tuple[int, int]:
-    full = d["B"] * d["H"] * d["T"] * d["S"] * d["D"]
-    return 4 * full, 10 * full
+def _attention_flops(d: Dims, options: Mapping[str, Any]) -> tuple[int, int]:
+    T, S, window = d["T"], d["S"], options.get("window") or 0
+    pairs = T * S
+    if options.get("causal", True) or window:
+        seen = (min(S, max(0, i + S - T + 1)) for i in range(T))
+        pairs = sum(min(n, window) if window else n for n in seen)
+    return 4 * d["B"] * d["H"] * d["D"] * pairs, 10 * d["B"] * d["H"] * d["D"] * pairs
 
 
 ATTENTION = Op(
@@ -369,7 +366,7 @@ LINEAR_CROSS_ENTROPY = Op(
         (2 * d["R"] * d["C"] + 2 * d["V"] * d["C"]) * item,
         (2 * d["R"] * d["C"] + 2 * d["V"] * d["C"]) * item,
     ),
-    flops=lambda d: (2 * d["R"] * d["C"] * d["V"], 4 * d["R"] * d["C"] * d["V"]),
+    flops=lambda d, _: (2 * d["R"] * d["C"] * d["V"], 4 * d["R"] * d["C"] * d["V"]),
     fake={
         "fwd": _linear_cross_entropy_results,
         "bwd": lambda _dloss, hidden, weight, *_: (torch.empty_like(hidden), torch.empty_like(weight)),
