@@ -1,10 +1,10 @@
 // The backward of attention on the CPU: dq, dk, dv, all overwritten.
-// Weights are recomputed from lse, their gradients use delta = rowsum(dout out); both are float32, and rounded to T before
-// they are multiplied where the processor multiplies bfloat16 pairs, and nowhere else. dk and dv of a key block are
-// summed in float32 by the one task that owns the block, over rows in order; dq is summed in float32 over the blocks of
-// a part in order, then over the parts in order; each is rounded once. The number of parts depends on the number of
-// threads, nothing else does. No atomics. Scratch: packed q, dout and the float32 dq, at most kWaveBytes or one head's;
-// never T x S. Design and derivation: docs/ops/attention.md.
+// Weights are recomputed from lse, their gradients use delta = rowsum(dout out); both are float32, and rounded to T
+// before they are multiplied where the processor multiplies bfloat16 pairs, and nowhere else. dk and dv of a key block
+// are summed in float32 by the one task that owns the block, over rows in order; dq is summed in float32 over the
+// blocks of a part in order, then over the parts in order; each is rounded once. The number of parts depends on the
+// number of threads, nothing else does. No atomics. Scratch: packed q, dout and the float32 dq, at most kWaveBytes or
+// one head's; never T x S. Design and derivation: docs/ops/attention.md.
 #ifndef LF_ISA
 
 #include <type_traits>
@@ -33,8 +33,9 @@ void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const T
 namespace llama_fast::cpu::LF_ISA {
 namespace {
 
-constexpr int64_t kWaveBytes = 64 << 20;  // packed rows that are worked on together; enough heads for 16 threads and more
-constexpr int64_t kTasksPerThread = 4;    // fewer heads than that are cut into parts
+// Packed rows that are worked on together, and at least that much a thread, so that a wave has tasks for all.
+constexpr int64_t kWaveBytes = 32 << 20, kWaveBytesPerThread = 8 << 20;
+constexpr int64_t kTasksPerThread = 4;  // a head with more than its share of the work is cut into parts
 
 // The packed rows of a tile, all read once for each key block that it sees.
 template <class U>
@@ -68,7 +69,9 @@ struct KeyBlock {
   U* ds_keys;            // [kKeys / kPer][kRows]: sums over keys; ds_rows itself where a unit is one element
   float* buffer;         // four rows of Dp
 
-  static int64_t floats(int64_t D) { return 3 * kKeys * D + 2 * kKeys * round_up(D, kLanes) + 3 * kKeys * kRows + 4 * round_up(D, kLanes); }
+  static int64_t floats(int64_t D) {
+    return 3 * kKeys * D + 2 * kKeys * round_up(D, kLanes) + 3 * kKeys * kRows + 4 * round_up(D, kLanes);
+  }
   KeyBlock(float* base, int64_t D) {
     const int64_t kPer = kPerUnit<U>, Dp = round_up(D, kLanes);
     k_along = reinterpret_cast<U*>(base);
@@ -231,14 +234,24 @@ void bwd(const AttentionSizes& sizes, const BwdTensors<T>& x, const Tensor& q, c
   const auto tiles_of = [&](const Head& head) { return sizes.tiles(head); };
   const auto blocks = [](const Head& head) { return blocks_of(head.S, kKeys); };
 
-  const int64_t heads = q.size[0] * sizes.G;
-  const int64_t parts = std::clamp<int64_t>(blocks_of(kTasksPerThread * max_threads(), std::max<int64_t>(heads, 1)), 1,
-                                            std::max<int64_t>(1, blocks_of(k.size[1], kKeys)));
-  const int64_t slot_bytes = (tile_floats + parts * dq_floats) * static_cast<int64_t>(sizeof(float));
-  const std::vector<Wave> waves = waves_of(sizes, q, k, cu_seqlens, kWaveBytes / slot_bytes, tiles_of);
-  int64_t slots = 0;
-  for (const Wave& wave : waves) slots = std::max(slots, wave.slots);
-  const Scratch<float> tiles(slots * tile_floats), dq(slots * parts * dq_floats);
+  std::vector<Head> heads = heads_of(sizes, q, k, cu_seqlens);
+  const auto cost_of = [&](const Head& head) { return sizes.tiles(head) * blocks(head); };
+  int64_t cost = 0;
+  for (const Head& head : heads) cost += cost_of(head);
+  const int64_t share = std::max<int64_t>(1, cost / (kTasksPerThread * max_threads()));
+  for (Head& head : heads)
+    head.parts = std::clamp<int64_t>(cost_of(head) / share, 1, std::max<int64_t>(1, blocks(head)));
+
+  const std::vector<Wave> waves =
+      waves_of(heads, std::max(kWaveBytes, kWaveBytesPerThread * max_threads()), tiles_of, [&](const Head& head) {
+        return sizes.tiles(head) * (tile_floats + head.parts * dq_floats) * static_cast<int64_t>(sizeof(float));
+      });
+  int64_t slots = 0, part_slots = 0;
+  for (const Wave& wave : waves) {
+    slots = std::max(slots, wave.slots);
+    part_slots = std::max(part_slots, wave.part_slots);
+  }
+  const Scratch<float> tiles(slots * tile_floats), dq(part_slots * dq_floats);
   const Scratch<float> blocks_scratch(max_threads() * KeyBlock<U>::floats(D));
   const auto block_of = [&](int thread) {
     return KeyBlock<U>(blocks_scratch.data() + thread * KeyBlock<U>::floats(D), D);
@@ -254,23 +267,23 @@ void bwd(const AttentionSizes& sizes, const BwdTensors<T>& x, const Tensor& q, c
     });
 
     // part p of a head has the key blocks p, p + parts, ...
-    const std::vector<Task> each_part =
-        tasks_of(wave, [&](const Head&) { return parts; },
-                 [&](const Head& head, int64_t part) { return sizes.tiles(head) * blocks(head) - part; });
+    const std::vector<Task> each_part = tasks_of(
+        wave, [](const Head& head) { return head.parts; },
+        [&](const Head& head, int64_t) { return cost_of(head) / head.parts; });
     parallel_tasks(static_cast<int64_t>(each_part.size()), [&](int64_t task, int thread) {
       const Head& head = wave.heads[each_part[task].head];
       const int64_t part = each_part[task].index;
-      float* dq_part = dq.data() + (head.slot * parts + part * sizes.tiles(head)) * dq_floats;
+      float* dq_part = dq.data() + (head.part_slot + part * sizes.tiles(head)) * dq_floats;
       std::memset(dq_part, 0, static_cast<size_t>(sizes.tiles(head) * dq_floats) * sizeof(float));
-      for (int64_t index = part; index < blocks(head); index += parts)
+      for (int64_t index = part; index < blocks(head); index += head.parts)
         bwd_block<T, U>(sizes, head, index, x, block_of(thread), tiles.data() + head.slot * tile_floats, dq_part);
     });
 
     parallel_tasks(static_cast<int64_t>(each_tile.size()), [&](int64_t task, int thread) {
       const Head& head = wave.heads[each_tile[task].head];
       const int64_t index = each_tile[task].index, first = index * kRows;
-      float* total = dq.data() + (head.slot * parts + index) * dq_floats;
-      for (int64_t part = 1; part < parts; ++part) {
+      float* total = dq.data() + (head.part_slot + index) * dq_floats;
+      for (int64_t part = 1; part < head.parts; ++part) {
         const float* more = total + part * sizes.tiles(head) * dq_floats;
         for (int64_t i = 0; i < dq_floats; i += kLanes) store(total + i, load(total + i) + load(more + i));
       }

@@ -1,7 +1,7 @@
 // The forward of attention on the CPU: out [B,T,H,D] T and lse [B,H,T] float32, both overwritten.
 // Scores, their exponentials, the sums and the accumulator of out are float32; the weights are rounded to T before they
-// multiply v where the processor multiplies bfloat16 pairs, and nowhere else; out is rounded once. Nothing depends on the
-// number of threads. Scratch: packed k and v, at most kWaveBytes or one head's, and a tile a thread; never T x S.
+// multiply v where the processor multiplies bfloat16 pairs, and nowhere else; out is rounded once. Nothing depends on
+// the number of threads. Scratch: packed k and v, at most kWaveBytes or one head's, and a tile a thread; never T x S.
 // Design and derivation: docs/ops/attention.md.
 #ifndef LF_ISA
 
@@ -42,10 +42,7 @@ struct FwdTile {
 
   static int64_t floats(int64_t D) { return D * kRows + kKeys * kRows + D * kRows + 4 * round_up(D, kLanes); }
   FwdTile(float* base, int64_t D)
-      : q(reinterpret_cast<U*>(base)),
-        scores(base + D * kRows),
-        out(scores + kKeys * kRows),
-        buffer(out + D * kRows) {}
+      : q(reinterpret_cast<U*>(base)), scores(base + D * kRows), out(scores + kKeys * kRows), buffer(out + D * kRows) {}
 };
 
 struct RowState {
@@ -85,8 +82,8 @@ void score_block(const U* k, const FwdTile<U>& tile, int64_t Du, Range panels, i
     }
 }
 
-// Replaces scores by weights 2^(score - max) as units across keys; updates max, sum and alpha. True where alpha is 1 for
-// every row.
+// Replaces scores by weights 2^(score - max) as units across keys; updates max, sum and alpha. True where alpha is 1
+// for every row.
 template <class U>
 bool soften_block(const FwdTile<U>& tile, Range panels, int64_t groups, RowState& state) {
   constexpr int kPer = kPerUnit<U>;
@@ -176,8 +173,7 @@ void fwd_tile(const AttentionSizes& sizes, const Head& head, int64_t index, cons
   Before before = Before::kNothing;
   Bounds bounds;
   for (int64_t key = seen.begin / kKeys * kKeys; key < seen.end; key += kKeys) {
-    const Range panels = {std::max<int64_t>(seen.begin - key, 0) / kM,
-                          blocks_of(std::min(seen.end - key, kKeys), kM)};
+    const Range panels = {std::max<int64_t>(seen.begin - key, 0) / kM, blocks_of(std::min(seen.end - key, kKeys), kM)};
     const U* k_block = k_pack + (head.slot + key / kKeys) * block_units;
     const U* v_block = v_pack + (head.slot + key / kKeys) * block_units;
     if (key + panels.begin * kM >= common.begin && key + panels.end * kM <= common.end) {
@@ -213,7 +209,8 @@ void fwd(const AttentionSizes& sizes, const Tensor& q, const Tensor& k, const Te
   const int64_t D = sizes.D, block_units = kKeys * D / kPerUnit<U>;
   const auto blocks = [](const Head& head) { return head.T > 0 ? blocks_of(head.S, kKeys) : 0; };
   const std::vector<Wave> waves =
-      waves_of(sizes, q, k, cu_seqlens, kWaveBytes / (2 * block_units * static_cast<int64_t>(sizeof(U))), blocks);
+      waves_of(heads_of(sizes, q, k, cu_seqlens), kWaveBytes, blocks,
+               [&](const Head& head) { return 2 * blocks(head) * block_units * static_cast<int64_t>(sizeof(U)); });
   int64_t slots = 0;
   for (const Wave& wave : waves) slots = std::max(slots, wave.slots);
   const Scratch<U> k_pack(slots * block_units), v_pack(slots * block_units);
@@ -233,13 +230,13 @@ void fwd(const AttentionSizes& sizes, const Tensor& q, const Tensor& k, const Te
       pack_rows<T>(row_of(k_rows), keys, D, k_pack.data() + at);
       pack_panels<T>(row_of(v_rows), keys, D, reinterpret_cast<U*>(tile.buffer), v_pack.data() + at);
     });
-    const std::vector<Task> tasks =
-        tasks_of(wave, [&](const Head& head) { return sizes.tiles(head); },
-                 [&](const Head& head, int64_t index) {
-                   Range common;
-                   const Range seen = sizes.keys_of_tile(head, index, &common);
-                   return seen.end - seen.begin;
-                 });
+    const std::vector<Task> tasks = tasks_of(
+        wave, [&](const Head& head) { return sizes.tiles(head); },
+        [&](const Head& head, int64_t index) {
+          Range common;
+          const Range seen = sizes.keys_of_tile(head, index, &common);
+          return seen.end - seen.begin;
+        });
     parallel_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t task, int thread) {
       fwd_tile<T, U>(sizes, wave.heads[tasks[task].head], tasks[task].index, k_pack.data(), v_pack.data(),
                      FwdTile<U>(tiles.data() + thread * FwdTile<U>::floats(D), D), q_rows, out_rows, lse);

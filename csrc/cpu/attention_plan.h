@@ -1,5 +1,5 @@
-// How a call of attention is cut into tasks: the same for every instruction set, and a function of the sizes and, in the
-// backward, of the number of threads. Ordinary C++; included before the regions of each_isa.h open.
+// How a call of attention is cut into tasks: the same for every instruction set, and a function of the sizes and, in
+// the backward, of the number of threads. Ordinary C++; included before the regions of each_isa.h open.
 //
 // A head is one key/value head of one sequence, with the `rep` query heads that share it. Its rows are the pairs
 // (query token t, query head h) of the group, ordered r = t * rep + h, so that a tile of kRows rows covers few tokens.
@@ -15,7 +15,7 @@
 
 namespace llama_fast::cpu {
 
-constexpr int64_t kRows = 64;  // rows of a tile: S^T and P^T of a key block, 64 x kKeys x 4 bytes, stay near the core
+constexpr int64_t kRows = 64;   // rows of a tile: S^T and P^T of a key block, 64 x kKeys x 4 bytes, stay near the core
 constexpr int64_t kKeys = 128;  // keys of a block: long enough to hide loading and storing the accumulators of out
 
 constexpr int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
@@ -49,7 +49,9 @@ struct Head {
   int64_t batch, group;  // group: the key/value head
   int64_t q_begin, T;
   int64_t k_begin, S;
-  int64_t slot;  // where its packed data starts, in blocks or tiles of its wave
+  int64_t slot = 0;       // where its packed blocks of keys or tiles of rows start in its wave
+  int64_t parts = 1;      // the backward's: into how many its key blocks are dealt
+  int64_t part_slot = 0;  // where its parts' tiles of dq start in its wave
 };
 
 struct Task {
@@ -58,10 +60,10 @@ struct Task {
   int64_t cost;
 };
 
-// Heads that are packed and then worked on together; `slots` blocks or tiles of scratch.
+// Heads that are packed and then worked on together, and the sizes of their scratch.
 struct Wave {
   std::vector<Head> heads;
-  int64_t slots = 0;
+  int64_t slots = 0, part_slots = 0;
 };
 
 struct AttentionSizes {
@@ -85,24 +87,45 @@ inline AttentionSizes attention_sizes(const Tensor& q, const Tensor& k, double s
   return {H, G, q.size[3], G > 0 ? H / G : 1, {causal, std::max<int64_t>(window, 0)}, scale};
 }
 
-// All heads, in waves of at most `max_slots` (or one head, if that is more). slots_of: Head -> its slots.
-template <class F>
-std::vector<Wave> waves_of(const AttentionSizes& sizes, const Tensor& q, const Tensor& k, const Tensor& cu_seqlens,
-                           int64_t max_slots, const F& slots_of) {
-  std::vector<Wave> waves;
+inline std::vector<Head> heads_of(const AttentionSizes& sizes, const Tensor& q, const Tensor& k,
+                                  const Tensor& cu_seqlens) {
+  std::vector<Head> heads;
   const int32_t* cu = cu_seqlens.ptr<int32_t>();
   const int64_t sequences = cu != nullptr ? std::max<int64_t>(cu_seqlens.size[0] - 1, 0) : q.size[0];
   for (int64_t n = 0; n < sequences; ++n)
     for (int64_t g = 0; g < sizes.G; ++g) {
-      Head head = {n, g, 0, q.size[1], 0, k.size[1], 0};
-      if (cu != nullptr) head = {0, g, cu[n], cu[n + 1] - cu[n], cu[n], cu[n + 1] - cu[n], 0};
-      const int64_t slots = slots_of(head);
-      if (waves.empty() || waves.back().slots + slots > max_slots) waves.emplace_back();
-      Wave& wave = waves.back();
-      head.slot = wave.slots;
-      wave.slots += slots;
-      wave.heads.push_back(head);
+      if (cu == nullptr)
+        heads.push_back({n, g, 0, q.size[1], 0, k.size[1]});
+      else
+        heads.push_back({0, g, cu[n], cu[n + 1] - cu[n], cu[n], cu[n + 1] - cu[n]});
     }
+  return heads;
+}
+
+// The heads in waves of about equal scratch, each of about `budget` at most, or one head. slots_of(head): its blocks or
+// tiles; size_of(head): its scratch, in the unit of the budget.
+template <class Slots, class Size>
+std::vector<Wave> waves_of(const std::vector<Head>& heads, int64_t budget, const Slots& slots_of, const Size& size_of) {
+  int64_t total = 0;
+  for (const Head& head : heads) total += size_of(head);
+  const int64_t count = std::max<int64_t>(1, blocks_of(total, budget));
+  std::vector<Wave> waves(1);
+  int64_t before = 0, current = 0;
+  for (const Head& head : heads) {
+    const int64_t size = size_of(head);
+    const auto middle = static_cast<double>(before) + 0.5 * static_cast<double>(size);
+    const auto index =
+        static_cast<int64_t>(middle * static_cast<double>(count) / static_cast<double>(std::max<int64_t>(total, 1)));
+    if (index > current && !waves.back().heads.empty()) waves.emplace_back();
+    current = index;
+    before += size;
+    Wave& wave = waves.back();
+    wave.heads.push_back(head);
+    wave.heads.back().slot = wave.slots;
+    wave.heads.back().part_slot = wave.part_slots;
+    wave.slots += slots_of(head);
+    wave.part_slots += slots_of(head) * head.parts;
+  }
   return waves;
 }
 

@@ -2,8 +2,8 @@
 // Included inside the ISA regions of attention_fwd.cpp and attention_bwd.cpp; no include guard.
 //
 // A product is C[kM, kV vectors] += sum_n a[m, n] b[n, lane]: `a` is broadcast, `b` loaded, both in units (simd_dot.h).
-// Operands along D (`Du = D / kPer` units a row) are kept as they come, a row after the other; an operand whose sum runs
-// over rows has, in one unit, kPer successive rows of a column.
+// Operands along D (`Du = D / kPer` units a row) are kept as they come, a row after the other; an operand whose sum
+// runs over rows has, in one unit, kPer successive rows of a column.
 
 namespace llama_fast::cpu::LF_ISA {
 namespace {

@@ -39,9 +39,8 @@ LF_INLINE void store_along(uint32_t* p, VecF a) { store(reinterpret_cast<bf16*>(
 // p[i] = (even[i], odd[i]), rounded to nearest even.
 LF_INLINE void store_pairs(uint32_t* p, VecF even, VecF odd) {
   const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(odd.v, even.v);
-  const __m512i order =
-      _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3,
-                       18, 2, 17, 1, 16, 0);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, halves));
 }
 #endif
@@ -50,8 +49,8 @@ LF_INLINE void store_pairs(uint32_t* p, VecF even, VecF odd) {
 LF_INLINE VecF select_less(VecF a, VecF b, VecF x, VecF y) { return VecF(a.v < b.v ? x.v : y.v); }
 
 // 2^x for x <= 127, within 1 ulp; exactly 0 below 2^-125.5, so that no subnormal arises; NaN for NaN.
-// x = n + r with |r| <= 1/2: the sum with 1.5 * 2^23 + 126 rounds x to n and leaves n + 126, the exponent of 2^(n-1), in
-// the low bits. The polynomial is minimax for 2 * 2^r in relative error.
+// x = n + r with |r| <= 1/2: the sum with 1.5 * 2^23 + 126 rounds x to n and leaves n + 126, the exponent of 2^(n-1),
+// in the low bits. The polynomial is minimax for 2 * 2^r in relative error.
 LF_INLINE VecF exp2_flush(VecF x) {
   const VecF magic(12582912.0F + 126.0F);
   x = max(VecF(-126.0F), x);  // the order of the operands keeps a NaN
