@@ -43,10 +43,11 @@ struct RowTile {
   U *q_along, *dout_along;    // [Du][kRows], sums along D
   U *q_across, *dout_across;  // [kRows / kPer][Dp], sums over rows; Dp is D rounded up to kLanes
   float* lse2;                // [kRows] lse * log2(e); +inf for a row that sees no key or lies past the end
+  float* lse2_rest;           // [kRows] what its rounding left, without which all weights of a row err alike
   float* delta;               // [kRows] sum_d dout out
 
   static int64_t floats(int64_t D) {
-    return (2 * D * kRows + 2 * kRows * round_up(D, kLanes)) / kPerUnit<U> + 2 * kRows;
+    return (2 * D * kRows + 2 * kRows * round_up(D, kLanes)) / kPerUnit<U> + 3 * kRows;
   }
   RowTile(float* base, int64_t D) {
     const int64_t along = D * kRows / kPerUnit<U>, across = kRows * round_up(D, kLanes) / kPerUnit<U>;
@@ -55,7 +56,8 @@ struct RowTile {
     q_across = dout_along + along;
     dout_across = q_across + across;
     lse2 = reinterpret_cast<float*>(dout_across + across);
-    delta = lse2 + kRows;
+    lse2_rest = lse2 + kRows;
+    delta = lse2_rest + kRows;
   }
 };
 
@@ -113,13 +115,17 @@ void pack_tile(const AttentionSizes& sizes, const Head& head, int64_t index, con
   }
   for (int64_t r = 0; r < kRows; ++r) {
     tile.lse2[r] = std::numeric_limits<float>::infinity();
-    tile.delta[r] = 0.0F;
+    tile.lse2_rest[r] = tile.delta[r] = 0.0F;
     if (r >= n) continue;
     const int64_t row = first + r;
     const float lse = x.lse.template ptr<float>()[head.batch * x.lse.stride[0] +
                                                   (head.group * sizes.rep + row % sizes.rep) * x.lse.stride[1] +
                                                   (head.q_begin + row / sizes.rep) * x.lse.stride[2]];
-    if (lse != -std::numeric_limits<float>::infinity()) tile.lse2[r] = lse * 1.44269504088896341F;
+    if (lse != -std::numeric_limits<float>::infinity()) {
+      const double exact = static_cast<double>(lse) * 1.4426950408889634;
+      tile.lse2[r] = static_cast<float>(exact);
+      tile.lse2_rest[r] = std::isfinite(lse) ? static_cast<float>(exact - static_cast<double>(tile.lse2[r])) : 0.0F;
+    }
     const T *dout = dout_row(r), *out = query_row(x.out, sizes, head, row);
     VecF total(0.0F);
     int64_t d = 0;
@@ -138,21 +144,20 @@ void weigh_block(const KeyBlock<U>& block, const RowTile<U>& tile, int64_t Du, R
   for (int64_t j = panels.begin * kM; j < panels.end * kM; j += kM)
     for (int64_t r = 0; r < groups * kV * kLanes; r += kV * kLanes) {
       VecF acc[kM][kV];
-      clear(acc);
       multiply<kV>(block.k_along + j * Du, 1, Du, tile.q_along + r, kRows, Du, acc);
 #pragma GCC unroll 8
       for (int v = 0; v < kV; ++v) {
-        const VecF lse2 = load(tile.lse2 + r + v * kLanes);
+        const VecF minus_lse2 = VecF(0.0F) - load(tile.lse2 + r + v * kLanes);
+        const VecF rest = load(tile.lse2_rest + r + v * kLanes);
 #pragma GCC unroll 8
         for (int m = 0; m < kM; ++m) {
-          VecF weight = exp2_flush(fma(acc[m][v], VecF(factor), VecF(0.0F) - lse2));
+          VecF weight = exp2_flush(fma(acc[m][v], VecF(factor), minus_lse2) - rest);
           if constexpr (kMasked)
             weight = bounds.seen(VecF(static_cast<float>(j + m)), r + v * kLanes, weight, VecF(0.0F));
           store(p[m] + v * kLanes, weight);
           store_along(block.p_rows + ((j + m) * kRows + r + v * kLanes) / kPer, weight);
         }
       }
-      clear(acc);
       multiply<kV>(block.v_along + j * Du, 1, Du, tile.dout_along + r, kRows, Du, acc);
 #pragma GCC unroll 8
       for (int v = 0; v < kV; ++v) {
@@ -187,7 +192,7 @@ void bwd_block(const AttentionSizes& sizes, const Head& head, int64_t index, con
   std::memset(block.dk, 0, static_cast<size_t>(kKeys * Dp) * sizeof(float));
   std::memset(block.dv, 0, static_cast<size_t>(kKeys * Dp) * sizeof(float));
 
-  const auto factor = static_cast<float>(sizes.scale * 1.4426950408889634);
+  const float factor = exponent_factor(sizes.scale);
   const Range queries = sizes.mask.queries_of({key, key + keys}, head.T, head.S);
   Bounds bounds;
   for (int64_t t = queries.begin * sizes.rep / kRows; t < blocks_of(queries.end * sizes.rep, kRows); ++t) {

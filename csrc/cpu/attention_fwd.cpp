@@ -52,40 +52,35 @@ struct RowState {
   alignas(64) float block_max[kRows];
 };
 
-// scores[m, r] = factor * k[m] . q[r] for panels [begin, end) of kM keys, hidden ones -inf; the maxima of each row.
+// scores[m, r] = k[m] . q[r] for panels [begin, end) of kM keys, times `factor` -inf where hidden; the maxima of each
+// row, times `factor`.
 template <bool kMasked, class U>
 void score_block(const U* k, const FwdTile<U>& tile, int64_t Du, Range panels, int64_t groups, float factor,
                  const Bounds& bounds, RowState& state) {
   for (int64_t r = 0; r < groups * kV * kLanes; r += kLanes)
     store(state.block_max + r, VecF(-std::numeric_limits<float>::infinity()));
+  const VecF hidden(factor < 0.0F ? std::numeric_limits<float>::infinity() : -std::numeric_limits<float>::infinity());
   for (int64_t p = panels.begin; p < panels.end; ++p)
     for (int64_t r = 0; r < groups * kV * kLanes; r += kV * kLanes) {
-      VecF acc[kM][kV];
-      clear(acc);
+      VecF acc[kM][kV], top[kV];
       multiply<kV>(k + p * kM * Du, 1, Du, tile.q + r, kRows, Du, acc);
-      VecF top[kV];
 #pragma GCC unroll 8
       for (int v = 0; v < kV; ++v) top[v] = load(state.block_max + r + v * kLanes);
-#pragma GCC unroll 8
-      for (int m = 0; m < kM; ++m)
-#pragma GCC unroll 8
-        for (int v = 0; v < kV; ++v) {
-          VecF s = acc[m][v] * VecF(factor);
-          if constexpr (kMasked)
-            s = bounds.seen(VecF(static_cast<float>(p * kM + m)), r + v * kLanes, s,
-                            VecF(-std::numeric_limits<float>::infinity()));
-          top[v] = max(top[v], s);
-          store(tile.scores + (p * kM + m) * kRows + r + v * kLanes, s);
-        }
+      for_each_acc<kV>([&](int m, int v) {
+        VecF s = acc[m][v];
+        if constexpr (kMasked) s = bounds.seen(VecF(static_cast<float>(p * kM + m)), r + v * kLanes, s, hidden);
+        top[v] = max(top[v], s * VecF(factor));
+        store(tile.scores + (p * kM + m) * kRows + r + v * kLanes, s);
+      });
 #pragma GCC unroll 8
       for (int v = 0; v < kV; ++v) store(state.block_max + r + v * kLanes, top[v]);
     }
 }
 
-// Replaces scores by weights 2^(score - max) as units across keys; updates max, sum and alpha. True where alpha is 1
-// for every row.
+// Replaces scores by weights 2^(factor score - max) as units across keys; updates max, sum and alpha. True where alpha
+// is 1 for every row.
 template <class U>
-bool soften_block(const FwdTile<U>& tile, Range panels, int64_t groups, RowState& state) {
+bool soften_block(const FwdTile<U>& tile, Range panels, int64_t groups, float factor, RowState& state) {
   constexpr int kPer = kPerUnit<U>;
   U* weights = reinterpret_cast<U*>(tile.scores);
   VecF changed(0.0F);
@@ -96,12 +91,13 @@ bool soften_block(const FwdTile<U>& tile, Range panels, int64_t groups, RowState
     // finite where no key was seen yet, so that -inf - max is -inf and not NaN
     const VecF top = max(new_max, VecF(-std::numeric_limits<float>::max()));
     const VecF alpha = exp2_flush(old_max - top);
+    const VecF minus_top = VecF(0.0F) - top;
     store(state.alpha + r, alpha);
     changed = max(changed, VecF(1.0F) - alpha);
     VecF total[2] = {VecF(0.0F), VecF(0.0F)};
     for (int64_t j = panels.begin * kM; j < panels.end * kM; j += 2) {
-      const VecF even = exp2_flush(load(tile.scores + j * kRows + r) - top);
-      const VecF odd = exp2_flush(load(tile.scores + (j + 1) * kRows + r) - top);
+      const VecF even = exp2_flush(fma(load(tile.scores + j * kRows + r), VecF(factor), minus_top));
+      const VecF odd = exp2_flush(fma(load(tile.scores + (j + 1) * kRows + r), VecF(factor), minus_top));
       total[0] = total[0] + even;
       total[1] = total[1] + odd;
       if constexpr (kPer == 2) {
@@ -129,27 +125,17 @@ void add_block(const U* v_panels, const FwdTile<U>& tile, int64_t D, Range panel
     for (int64_t r = 0; r < groups * kV * kLanes; r += kV * kLanes) {
       float* out = tile.out + d * kRows + r;
       VecF acc[kM][kV];
-      if (before == Before::kNothing) {
-        clear(acc);
-      } else {
-#pragma GCC unroll 8
-        for (int m = 0; m < kM; ++m)
-#pragma GCC unroll 8
-          for (int v = 0; v < kV; ++v) acc[m][v] = load(out + m * kRows + v * kLanes);
-        if (before == Before::kRescale) {
-#pragma GCC unroll 8
-          for (int v = 0; v < kV; ++v) {
-            const VecF alpha = load(state.alpha + r + v * kLanes);
-#pragma GCC unroll 8
-            for (int m = 0; m < kM; ++m) acc[m][v] = acc[m][v] * alpha;
-          }
-        }
-      }
       multiply<kV>(v_panels + d * (kKeys / kPer) + first * kM, kM, 1, weights + r, kRows, count, acc);
+      if (before == Before::kRescale) {
+        VecF alpha[kV];
 #pragma GCC unroll 8
-      for (int m = 0; m < kM; ++m)
-#pragma GCC unroll 8
-        for (int v = 0; v < kV; ++v) store(out + m * kRows + v * kLanes, acc[m][v]);
+        for (int v = 0; v < kV; ++v) alpha[v] = load(state.alpha + r + v * kLanes);
+        for_each_acc<kV>(
+            [&](int m, int v) { acc[m][v] = fma(load(out + m * kRows + v * kLanes), alpha[v], acc[m][v]); });
+      } else if (before == Before::kSame) {
+        for_each_acc<kV>([&](int m, int v) { acc[m][v] = load(out + m * kRows + v * kLanes) + acc[m][v]; });
+      }
+      for_each_acc<kV>([&](int m, int v) { store(out + m * kRows + v * kLanes, acc[m][v]); });
     }
 }
 
@@ -167,7 +153,7 @@ void fwd_tile(const AttentionSizes& sizes, const Head& head, int64_t index, cons
     state.max[r] = -std::numeric_limits<float>::infinity();
     state.sum[r] = 0.0F;
   }
-  const auto factor = static_cast<float>(sizes.scale * 1.4426950408889634);
+  const float factor = exponent_factor(sizes.scale);
   Range common;
   const Range seen = sizes.keys_of_tile(head, index, &common);
   Before before = Before::kNothing;
@@ -182,7 +168,7 @@ void fwd_tile(const AttentionSizes& sizes, const Head& head, int64_t index, cons
       bounds.set(sizes, head, index, key);
       score_block<true>(k_block, tile, Du, panels, groups, factor, bounds, state);
     }
-    const bool same = soften_block(tile, panels, groups, state);
+    const bool same = soften_block(tile, panels, groups, factor, state);
     if (before != Before::kNothing) before = same ? Before::kSame : Before::kRescale;
     add_block(v_block, tile, D, panels, groups, before, state);
     before = Before::kSame;

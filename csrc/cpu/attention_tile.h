@@ -14,11 +14,18 @@ constexpr int kM = kLanes == 16 ? 8 : 4;
 constexpr int kV = 2;
 constexpr int64_t kGroups = kRows / (kV * kLanes);  // column groups of a full tile
 
+// scale * log2(e), by which scores become exponents of two. Never 0: a hidden score of -inf must stay -inf.
+LF_INLINE float exponent_factor(double scale) {
+  const auto factor = static_cast<float>(scale * 1.4426950408889634);
+  return factor == 0.0F ? std::numeric_limits<float>::min() : factor;
+}
+
 LF_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
+// acc += a b over `count` units, one after the other.
 template <int NV, class U>
-LF_INLINE void multiply(const U* a, int64_t a_n, int64_t a_m, const U* b, int64_t b_n, int64_t count,
-                        VecF (&acc)[kM][NV]) {
+LF_INLINE void multiply_chain(const U* a, int64_t a_n, int64_t a_m, const U* b, int64_t b_n, int64_t count,
+                              VecF (&acc)[kM][NV]) {
 #pragma GCC unroll 1
   for (int64_t n = 0; n < count; ++n) {
     decltype(load_units(b)) b_vec[NV];
@@ -33,12 +40,34 @@ LF_INLINE void multiply(const U* a, int64_t a_n, int64_t a_m, const U* b, int64_
   }
 }
 
-template <int NV>
-LF_INLINE void clear(VecF (&acc)[kM][NV]) {
+// f(m, v) for each accumulator.
+template <int NV, class F>
+LF_INLINE void for_each_acc(const F& f) {
 #pragma GCC unroll 8
   for (int m = 0; m < kM; ++m)
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) acc[m][v] = VecF(0.0F);
+    for (int v = 0; v < NV; ++v) f(m, v);
+}
+
+// acc = a b over `count` units. In float32 the sum is cut into chains of kChain, whose sums are added: the rounding
+// error of a chain grows with its length, and the longest operands would have more of it than eager PyTorch.
+template <int NV, class U>
+LF_INLINE void multiply(const U* a, int64_t a_n, int64_t a_m, const U* b, int64_t b_n, int64_t count,
+                        VecF (&acc)[kM][NV]) {
+  constexpr int64_t kChain = 16;
+  for_each_acc<NV>([&](int m, int v) { acc[m][v] = VecF(0.0F); });
+  if (kPerUnit<U> == 2 || count <= kChain) {
+    multiply_chain<NV>(a, a_n, a_m, b, b_n, count, acc);
+    return;
+  }
+  VecF total[kM][NV];
+  for_each_acc<NV>([&](int m, int v) { total[m][v] = VecF(0.0F); });
+  for (int64_t n = 0; n < count; n += kChain) {
+    for_each_acc<NV>([&](int m, int v) { acc[m][v] = VecF(0.0F); });
+    multiply_chain<NV>(a + n * a_n, a_n, a_m, b + n * b_n, b_n, std::min(kChain, count - n), acc);
+    for_each_acc<NV>([&](int m, int v) { total[m][v] = total[m][v] + acc[m][v]; });
+  }
+  for_each_acc<NV>([&](int m, int v) { acc[m][v] = total[m][v]; });
 }
 
 // c[kM, columns] += a b over `count` units, columns a multiple of kLanes.
@@ -48,15 +77,11 @@ LF_INLINE void accumulate(const U* a, int64_t a_n, int64_t a_m, const U* b, int6
   const auto step = [&](int64_t column, auto vectors) {
     constexpr int NV = decltype(vectors)::value;
     VecF acc[kM][NV];
-#pragma GCC unroll 8
-    for (int m = 0; m < kM; ++m)
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) acc[m][v] = load(c + m * c_m + column + v * kLanes);
     multiply<NV>(a, a_n, a_m, b + column, b_n, count, acc);
-#pragma GCC unroll 8
-    for (int m = 0; m < kM; ++m)
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) store(c + m * c_m + column + v * kLanes, acc[m][v]);
+    for_each_acc<NV>([&](int m, int v) {
+      float* to = c + m * c_m + column + v * kLanes;
+      store(to, load(to) + acc[m][v]);
+    });
   };
   int64_t column = 0;
   for (; column + kV * kLanes <= columns; column += kV * kLanes) step(column, std::integral_constant<int, kV>{});

@@ -56,11 +56,12 @@ LF_INLINE VecF exp2_flush(VecF x) {
   x = max(VecF(-126.0F), x);  // the order of the operands keeps a NaN
   const VecF t = x + magic;
   const VecF r = x - (t - magic);
-  VecF p = fma(VecF(0.00265529439586F), r, VecF(0.0193510826684F));
-  p = fma(p, r, VecF(0.111014265471F));
-  p = fma(p, r, VecF(0.480442394477F));
-  p = fma(p, r, VecF(1.38629393413F));
-  p = fma(p, r, VecF(2.00000014331F));
+  VecF p = fma(VecF(0.000306916239953F), r, VecF(0.00267998624383F));
+  p = fma(p, r, VecF(0.0192369779143F));
+  p = fma(p, r, VecF(0.111006575539F));
+  p = fma(p, r, VecF(0.480452937813F));
+  p = fma(p, r, VecF(1.38629441147F));
+  p = fma(p, r, VecF(2.00000000111F));
   using Bits = decltype(t.v < t.v);
   using Raw = decltype(t.v);
   return p * VecF((Raw)((Bits)t.v << 23));
