@@ -139,7 +139,5 @@ def attention(
         return _Attention.apply(q, k, v, None, scale, causal, window or 0)
     if not torch.compiler.is_compiling():
         _check_packed(cu_seqlens, dims["R"], max_seqlen)
-    out = _Attention.apply(
-        q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), cu_seqlens, scale, causal, window or 0
-    )
+    out = _Attention.apply(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), cu_seqlens, scale, causal, window or 0)
     return out.squeeze(0)
