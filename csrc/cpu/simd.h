@@ -98,6 +98,7 @@ LF_INLINE f16 from_float<f16>(float x) {
 #include "simd_portable.h"
 #include "simd_math.h"
 #include "simd_rows.h"
+#include "simd_dot.h"
 #undef LF_ISA
 
 #if LF_X86
@@ -106,6 +107,7 @@ LF_TARGET_BEGIN(LF_TARGET_AVX2)
 #include "simd_avx2.h"
 #include "simd_math.h"
 #include "simd_rows.h"
+#include "simd_dot.h"
 #undef LF_ISA
 LF_TARGET_END
 
@@ -115,6 +117,7 @@ LF_TARGET_BEGIN(LF_TARGET_AVX512)
 #include "simd_avx512.h"
 #include "simd_math.h"
 #include "simd_rows.h"
+#include "simd_dot.h"
 #undef LF_NATIVE_BF16
 #undef LF_ISA
 LF_TARGET_END
@@ -125,6 +128,7 @@ LF_TARGET_BEGIN(LF_TARGET_AVX512BF16)
 #include "simd_avx512.h"
 #include "simd_math.h"
 #include "simd_rows.h"
+#include "simd_dot.h"
 #undef LF_NATIVE_BF16
 #undef LF_ISA
 LF_TARGET_END
