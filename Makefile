@@ -18,12 +18,13 @@ help:  ## list the targets
 
 build: $(VENV)/native  ## set up .venv: dependencies, the package in editable form, the native library
 
-# One pip command for torch and the project, so that pip sees the bound on torch when it chooses a build.
+# One pip command for torch and the project, so that pip sees the bound on torch when it chooses a build. CXX=none: the
+# native library is built once, below, with the tools of .venv and not those of pip's short-lived build environment.
 $(VENV)/installed: setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"llama_fast needs Python 3.10 or newer; $(PYTHON) is {v.major}.{v.minor}. Name another: make PYTHON=python3.12 ...")'
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments: apt install python3-venv" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	CXX=none $(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
 $(VENV)/native: $(VENV)/installed $(NATIVE_SOURCES)
