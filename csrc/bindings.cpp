@@ -107,6 +107,7 @@ PYBIND11_MODULE(_native, module) {
         arg("causal"), arg("window"), arg("out"), arg("lse"), unlocked());
   m.def("attention_bwd", &cpu::attention_bwd, arg("dout"), arg("q"), arg("k"), arg("v"), arg("out"), arg("lse"),
         arg("cu_seqlens"), arg("scale"), arg("causal"), arg("window"), arg("dq"), arg("dk"), arg("dv"), unlocked());
+  m.def("gemv", &cpu::gemv, arg("x"), arg("weight"), arg("y"), unlocked());
   m.def("cross_entropy_rows", &cpu::cross_entropy_rows, arg("logits"), arg("targets"), arg("row_scale"),
         arg("ignore_index"), arg("label_smoothing"), arg("z_loss"), arg("loss"), arg("lse"), unlocked());
 }

@@ -1,5 +1,0 @@
-#include "../ops.h"
-namespace llama_fast::cpu {
-void attention_fwd(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, bool, int64_t, const Tensor&, const Tensor&) {}
-void attention_bwd(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, double, bool, int64_t, const Tensor&, const Tensor&, const Tensor&) {}
-}

@@ -1,0 +1,160 @@
+// How a call of attention is cut into tasks: the same for every instruction set, and a function of the sizes and, in
+// the backward, of the number of threads. Ordinary C++; included before the regions of each_isa.h open.
+//
+// A head is one key/value head of one sequence, with the `rep` query heads that share it. Its rows are the pairs
+// (query token t, query head h) of the group, ordered r = t * rep + h, so that a tile of kRows rows covers few tokens.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "../ops.h"
+
+namespace llama_fast::cpu {
+
+constexpr int64_t kRows = 64;   // rows of a tile: S^T and P^T of a key block, 64 x kKeys x 4 bytes, stay near the core
+constexpr int64_t kKeys = 128;  // keys of a block: long enough to hide loading and storing the accumulators of out
+
+constexpr int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+struct Range {
+  int64_t begin, end;
+  bool empty() const { return begin >= end; }
+};
+
+struct Mask {
+  bool causal;
+  int64_t window;  // 0: none
+
+  // The keys that query t of T sees, of S keys aligned bottom right.
+  Range keys_of(int64_t t, int64_t T, int64_t S) const {
+    const int64_t i = t + S - T;
+    const int64_t end = causal || window > 0 ? std::clamp<int64_t>(i + 1, 0, S) : S;
+    return {window > 0 ? std::clamp<int64_t>(i + 1 - window, 0, end) : 0, end};
+  }
+  // The queries that see any of the keys [keys.begin, keys.end).
+  Range queries_of(Range keys, int64_t T, int64_t S) const {
+    if (!causal && window <= 0) return {0, T};
+    const int64_t shift = S - T;
+    const int64_t begin = std::clamp<int64_t>(keys.begin - shift, 0, T);
+    const int64_t end = window > 0 ? std::clamp<int64_t>(keys.end - shift + window - 1, begin, T) : T;
+    return {begin, end};
+  }
+};
+
+struct Head {
+  int64_t batch, group;  // group: the key/value head
+  int64_t q_begin, T;
+  int64_t k_begin, S;
+  int64_t slot = 0;       // where its packed blocks of keys or tiles of rows start in its wave
+  int64_t parts = 1;      // the backward's: into how many its key blocks are dealt
+  int64_t part_slot = 0;  // where its parts' tiles of dq start in its wave
+};
+
+struct Task {
+  int64_t head;   // in the wave
+  int64_t index;  // of a key block, a tile of rows or a part
+  int64_t cost;
+};
+
+// Heads that are packed and then worked on together, and the sizes of their scratch.
+struct Wave {
+  std::vector<Head> heads;
+  int64_t slots = 0, part_slots = 0;
+};
+
+struct AttentionSizes {
+  int64_t H, G, D, rep;
+  Mask mask;
+  double scale;
+
+  int64_t rows(const Head& head) const { return head.T * rep; }
+  int64_t tiles(const Head& head) const { return blocks_of(rows(head), kRows); }
+  // The keys that some row of tile `tile` sees; [common.begin, common.end) are seen by all of its rows.
+  Range keys_of_tile(const Head& head, int64_t tile, Range* common) const {
+    const int64_t last = std::min((tile + 1) * kRows, rows(head)) - 1;
+    const Range a = mask.keys_of(tile * kRows / rep, head.T, head.S), b = mask.keys_of(last / rep, head.T, head.S);
+    *common = {b.begin, a.end};
+    return {a.begin, b.end};
+  }
+};
+
+inline AttentionSizes attention_sizes(const Tensor& q, const Tensor& k, double scale, bool causal, int64_t window) {
+  const int64_t H = q.size[2], G = k.size[2];
+  return {H, G, q.size[3], G > 0 ? H / G : 1, {causal, std::max<int64_t>(window, 0)}, scale};
+}
+
+inline std::vector<Head> heads_of(const AttentionSizes& sizes, const Tensor& q, const Tensor& k,
+                                  const Tensor& cu_seqlens) {
+  std::vector<Head> heads;
+  const int32_t* cu = cu_seqlens.ptr<int32_t>();
+  const int64_t sequences = cu != nullptr ? std::max<int64_t>(cu_seqlens.size[0] - 1, 0) : q.size[0];
+  for (int64_t n = 0; n < sequences; ++n)
+    for (int64_t g = 0; g < sizes.G; ++g) {
+      if (cu == nullptr)
+        heads.push_back({n, g, 0, q.size[1], 0, k.size[1]});
+      else
+        heads.push_back({0, g, cu[n], cu[n + 1] - cu[n], cu[n], cu[n + 1] - cu[n]});
+    }
+  return heads;
+}
+
+// The heads in waves of about equal scratch, each of about `budget` at most, or one head. slots_of(head): its blocks or
+// tiles; size_of(head): its scratch, in the unit of the budget.
+template <class Slots, class Size>
+std::vector<Wave> waves_of(const std::vector<Head>& heads, int64_t budget, const Slots& slots_of, const Size& size_of) {
+  int64_t total = 0;
+  for (const Head& head : heads) total += size_of(head);
+  const int64_t count = std::max<int64_t>(1, blocks_of(total, budget));
+  std::vector<Wave> waves(1);
+  int64_t before = 0, current = 0;
+  for (const Head& head : heads) {
+    const int64_t size = size_of(head);
+    const auto middle = static_cast<double>(before) + 0.5 * static_cast<double>(size);
+    const auto index =
+        static_cast<int64_t>(middle * static_cast<double>(count) / static_cast<double>(std::max<int64_t>(total, 1)));
+    if (index > current && !waves.back().heads.empty()) waves.emplace_back();
+    current = index;
+    before += size;
+    Wave& wave = waves.back();
+    wave.heads.push_back(head);
+    wave.heads.back().slot = wave.slots;
+    wave.heads.back().part_slot = wave.part_slots;
+    wave.slots += slots_of(head);
+    wave.part_slots += slots_of(head) * head.parts;
+  }
+  return waves;
+}
+
+// The tasks (head, index) with index below count_of(head), those of the greatest cost first.
+template <class Count, class Cost>
+std::vector<Task> tasks_of(const Wave& wave, const Count& count_of, const Cost& cost_of) {
+  std::vector<Task> tasks;
+  for (size_t h = 0; h < wave.heads.size(); ++h)
+    for (int64_t i = 0; i < count_of(wave.heads[h]); ++i)
+      tasks.push_back({static_cast<int64_t>(h), i, cost_of(wave.heads[h], i)});
+  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
+  return tasks;
+}
+
+// Uninitialised memory for `count` T, aligned to a cache line.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : data_(static_cast<T*>(std::aligned_alloc(64, (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64))) {
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* data() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+}  // namespace llama_fast::cpu

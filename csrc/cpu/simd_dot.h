@@ -1,0 +1,83 @@
+// What matrix products on VecF need: units, the dot product of units, transposes, a compare-and-select and a lean 2^x.
+// No include guard: see simd.h.
+//
+// A unit is the four bytes that one lane of a dot product takes at a time: a float, or, where LF_NATIVE_BF16 is 1, a
+// pair of bfloat16 (uint32_t, the lower index in the lower half) multiplied and summed in float32.
+
+namespace llama_fast::cpu::LF_ISA {
+
+// How T is kept for dot products, and how many elements a unit has.
+template <class T>
+struct UnitOf {
+  using type = float;
+};
+template <class U>
+constexpr int kPerUnit = 1;
+
+LF_INLINE VecF load_units(const float* p) { return load(p); }
+LF_INLINE VecF broadcast_unit(const float* p) { return VecF(*p); }
+LF_INLINE VecF dot(VecF a, VecF b, VecF c) { return fma(a, b, c); }
+// Units of successive lanes of `a`: kLanes / kPerUnit of them.
+LF_INLINE void store_along(float* p, VecF a) { store(p, a); }
+
+#if defined(LF_NATIVE_BF16) && LF_NATIVE_BF16
+template <>
+struct UnitOf<bf16> {
+  using type = uint32_t;
+};
+template <>
+inline constexpr int kPerUnit<uint32_t> = 2;
+
+struct VecPairs {
+  __m512i v;
+};
+LF_INLINE VecPairs load_units(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+LF_INLINE VecPairs broadcast_unit(const uint32_t* p) { return {_mm512_set1_epi32(static_cast<int>(*p))}; }
+// c + a0 b0 + a1 b1 per lane; subnormal bfloat16 count as zero.
+LF_INLINE VecF dot(VecPairs a, VecPairs b, VecF c) { return _mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v); }
+LF_INLINE void store_along(uint32_t* p, VecF a) { store(reinterpret_cast<bf16*>(p), a); }
+// p[i] = (even[i], odd[i]), rounded to nearest even.
+LF_INLINE void store_pairs(uint32_t* p, VecF even, VecF odd) {
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(odd.v, even.v);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, halves));
+}
+#endif
+
+// a < b ? x : y, per lane; y where a or b is NaN.
+LF_INLINE VecF select_less(VecF a, VecF b, VecF x, VecF y) { return VecF(a.v < b.v ? x.v : y.v); }
+
+// 2^x for x <= 127, within 1 ulp; exactly 0 below 2^-125.5, so that no subnormal arises; NaN for NaN.
+// x = n + r with |r| <= 1/2: the sum with 1.5 * 2^23 + 126 rounds x to n and leaves n + 126, the exponent of 2^(n-1),
+// in the low bits. The polynomial is minimax for 2 * 2^r in relative error.
+LF_INLINE VecF exp2_flush(VecF x) {
+  const VecF magic(12582912.0F + 126.0F);
+  x = max(VecF(-126.0F), x);  // the order of the operands keeps a NaN
+  const VecF t = x + magic;
+  const VecF r = x - (t - magic);
+  VecF p = fma(VecF(0.000306916239953F), r, VecF(0.00267998624383F));
+  p = fma(p, r, VecF(0.0192369779143F));
+  p = fma(p, r, VecF(0.111006575539F));
+  p = fma(p, r, VecF(0.480452937813F));
+  p = fma(p, r, VecF(1.38629441147F));
+  p = fma(p, r, VecF(2.00000000111F));
+  using Bits = decltype(t.v < t.v);
+  using Raw = decltype(t.v);
+  return p * VecF((Raw)((Bits)t.v << 23));
+}
+
+// to[c * to_stride + r] = from[row[r] + c] for four rows and four columns of units.
+template <class U>
+LF_INLINE void transpose_4x4(const U* from, const int64_t (&row)[4], U* to, int64_t to_stride) {
+  typedef U Quad __attribute__((vector_size(16)));
+  Quad a[4];
+  for (int i = 0; i < 4; ++i) std::memcpy(&a[i], from + row[i], 16);
+  const Quad b0 = __builtin_shufflevector(a[0], a[1], 0, 4, 1, 5), b1 = __builtin_shufflevector(a[2], a[3], 0, 4, 1, 5);
+  const Quad b2 = __builtin_shufflevector(a[0], a[1], 2, 6, 3, 7), b3 = __builtin_shufflevector(a[2], a[3], 2, 6, 3, 7);
+  const Quad c[4] = {__builtin_shufflevector(b0, b1, 0, 1, 4, 5), __builtin_shufflevector(b0, b1, 2, 3, 6, 7),
+                     __builtin_shufflevector(b2, b3, 0, 1, 4, 5), __builtin_shufflevector(b2, b3, 2, 3, 6, 7)};
+  for (int i = 0; i < 4; ++i) std::memcpy(to + i * to_stride, &c[i], 16);
+}
+
+}  // namespace llama_fast::cpu::LF_ISA

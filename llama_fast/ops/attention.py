@@ -1,0 +1,143 @@
+"""Attention: the public function, its checks and its autograd."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from llama_fast.ops import table
+from llama_fast.ops.dispatch import forced, primitives
+
+_attention_fwd, _attention_bwd = primitives["attention_fwd"], primitives["attention_bwd"]
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor | None,
+        scale: float,
+        causal: bool,
+        window: int,
+    ) -> Tensor:
+        out, lse = _attention_fwd(q, k, v, cu_seqlens, scale, causal, window)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
+        ctx.scale, ctx.causal, ctx.window, ctx.backend = scale, causal, window, forced()
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
+        dq, dk, dv = _attention_bwd(
+            dout, q, k, v, out, lse, cu_seqlens, ctx.scale, ctx.causal, ctx.window, backend=ctx.backend
+        )
+        return dq, dk, dv, None, None, None, None
+
+
+def _check_packed(cu_seqlens: Tensor, rows: int, max_seqlen: int | None) -> None:
+    """Checks the values: one pass over N numbers, which on a GPU waits for the device."""
+    if cu_seqlens.numel() == 0:
+        raise ValueError("attention: cu_seqlens is empty, expected [N + 1] row numbers from 0 to the number of rows")
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != rows:
+        raise ValueError(
+            f"attention: cu_seqlens runs from {bounds[0]} to {bounds[-1]}, expected 0 to {rows}, the rows of q"
+        )
+    longest = 0
+    for n, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        if end < begin:
+            raise ValueError(
+                f"attention: cu_seqlens[{n + 1}] = {end} is below cu_seqlens[{n}] = {begin}, expected ascending order"
+            )
+        longest = max(longest, end - begin)
+    if max_seqlen is not None and max_seqlen < longest:
+        raise ValueError(f"attention: max_seqlen is {max_seqlen}, expected at least {longest}, the longest sequence")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> Tensor:
+    """Softmax-weighted means of the values, never holding the T x S weights and never computing the masked part.
+
+        out[b,t,h] = sum_j p_j v[b,j,g],   p = softmax_j(scale q[b,t,h] . k[b,j,g]) over the keys that t sees,  g = h G/H
+
+    Query t stands at key i = t + S - T: the last query sees the last key (a decode, a chunked prefill). Keys across,
+    queries down, x where query t sees key j:
+
+        causal, T = S     causal, S > T     causal, T > S     window = 2        causal=False
+          x . . .           x x x . .         . .               x . . .           x x x x
+          x x . .           x x x x .         . .  zeros        x x . .           x x x x
+          x x x .           x x x x x         x .               . x x .           x x x x
+          x x x x                             x x               . . x x           x x x x
+
+    Args:
+        q: [B, T, H, D], float32 | bfloat16 | float16 | float64; packed: [R, H, D], the sequences one after the other.
+        k, v: [B, S, G, D], dtype of `q`, G divides H: query heads g H/G up to (g+1) H/G share head g. Packed: [R, G, D].
+        causal: query at i sees key j only if j <= i.
+        scale: of the scores; None is 1/sqrt(D).
+        window: query at i sees key j only if i - window < j <= i, so that each query sees at most `window` keys,
+            itself included; None is no such limit. With a window the mask is causal.
+        cu_seqlens: [N + 1] int32, packed only: sequence n owns rows cu_seqlens[n] up to cu_seqlens[n + 1], and sees only
+            itself. Empty sequences are fine.
+        max_seqlen: a bound on the length of the sequences; only checked.
+
+    Returns:
+        out: shape and dtype of `q`. A query that sees no key gives zeros.
+
+    Gradient: dq, dk, dv, recomputing the weights; those of heads that share keys are summed in float32. Not twice
+        differentiable.
+    Memory:   saves q, k, v, out and 4 bytes a query and head. On the CPU the kernels use scratch of about 32 MB (or 8 MB
+        a thread, or what one key/value head needs: forward 2 S D elements, backward 4 T H/G D elements and as many
+        float32, if that is more), whatever T x S.
+    Error:    forward at most 1.0x, backward 1.5x that of F.scaled_dot_product_attention in the same dtype plus one ulp,
+        against float64. A NaN or inf in k or v may also reach queries from which its key is hidden.
+    Repeats:  bitwise, for equal shape, dtype and backend; on the CPU the forward for any number of threads, the backward
+        for the same number.
+    Autocast: float32 tensors are cast to its dtype, as for F.scaled_dot_product_attention.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or an argument's value is out of range.
+        NotSupported: no backend takes the call; the message lists every objection.
+
+    Source: Dao 2023, arXiv:2307.08691; Rabe and Staats 2021, arXiv:2112.05682.
+    """
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    dims = table.ATTENTION.check(q=q, k=k, v=v, cu_seqlens=cu_seqlens)
+    if not q.ndim == k.ndim == v.ndim:
+        raise ValueError(f"attention: q, k, v have {q.ndim}, {k.ndim}, {v.ndim} dimensions, expected the same for all")
+    packed = q.ndim == 3
+    if packed != (cu_seqlens is not None):
+        raise ValueError(
+            f"attention: cu_seqlens is {'missing' if packed else 'given'} and q has shape {tuple(q.shape)}, expected "
+            "[R, H, D] with cu_seqlens or [B, T, H, D] without"
+        )
+    if scale is None:
+        scale = 1.0 / math.sqrt(dims["D"]) if dims["D"] > 0 else 1.0
+    if not math.isfinite(scale):
+        raise ValueError(f"attention: scale is {scale}, expected a finite number")
+    if window is not None and window < 1:
+        raise ValueError(f"attention: window is {window}, expected None or a number of keys >= 1")
+    if cu_seqlens is None:
+        return _Attention.apply(q, k, v, None, scale, causal, window or 0)
+    if not torch.compiler.is_compiling():
+        _check_packed(cu_seqlens, dims["R"], max_seqlen)
+    out = _Attention.apply(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), cu_seqlens, scale, causal, window or 0)
+    return out.squeeze(0)
