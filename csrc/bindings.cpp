@@ -49,16 +49,25 @@ struct type_caster<Tensor> {
       value = Tensor{};
       return true;
     }
-    if (!hasattr(src, "data_ptr")) return false;
-    const tuple shape = src.attr("shape"), stride = src.attr("stride")();
-    value.ndim = static_cast<int>(shape.size());
+    // Interned names and no arguments tuple: a call has a handful of tensors, and a decode step a hundred calls.
+    static PyObject* const names[] = {PyUnicode_InternFromString("shape"), PyUnicode_InternFromString("stride"),
+                                      PyUnicode_InternFromString("dtype"), PyUnicode_InternFromString("data_ptr")};
+    const auto shape = reinterpret_steal<object>(PyObject_GetAttr(src.ptr(), names[0]));
+    const auto stride = reinterpret_steal<object>(PyObject_CallMethodNoArgs(src.ptr(), names[1]));
+    const auto dtype = reinterpret_steal<object>(PyObject_GetAttr(src.ptr(), names[2]));
+    const auto data_ptr = reinterpret_steal<object>(PyObject_CallMethodNoArgs(src.ptr(), names[3]));
+    if (!shape || !stride || !dtype || !data_ptr || !PyTuple_Check(shape.ptr()) || !PyTuple_Check(stride.ptr())) {
+      PyErr_Clear();
+      return false;
+    }
+    value.ndim = static_cast<int>(PyTuple_GET_SIZE(shape.ptr()));
     if (value.ndim > llama_fast::kMaxDims) throw std::invalid_argument("the native ops take at most 4 dimensions");
     for (int i = 0; i < value.ndim; ++i) {
       value.size[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), i));
       value.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(stride.ptr(), i));
     }
-    value.dtype = dtype_of(src.attr("dtype"));
-    value.data = PyLong_AsVoidPtr(object(src.attr("data_ptr")()).ptr());
+    value.dtype = dtype_of(dtype);
+    value.data = PyLong_AsVoidPtr(data_ptr.ptr());
     if (PyErr_Occurred() != nullptr) throw error_already_set();
     return true;
   }
@@ -98,6 +107,7 @@ PYBIND11_MODULE(_native, module) {
         arg("causal"), arg("window"), arg("out"), arg("lse"), unlocked());
   m.def("attention_bwd", &cpu::attention_bwd, arg("dout"), arg("q"), arg("k"), arg("v"), arg("out"), arg("lse"),
         arg("cu_seqlens"), arg("scale"), arg("causal"), arg("window"), arg("dq"), arg("dk"), arg("dv"), unlocked());
+  m.def("gemv", &cpu::gemv, arg("x"), arg("weight"), arg("y"), unlocked());
   m.def("cross_entropy_rows", &cpu::cross_entropy_rows, arg("logits"), arg("targets"), arg("row_scale"),
         arg("ignore_index"), arg("label_smoothing"), arg("z_loss"), arg("loss"), arg("lse"), unlocked());
 }

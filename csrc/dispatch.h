@@ -2,6 +2,7 @@
 #pragma once
 
 #include <stdexcept>
+#include <type_traits>
 
 #include "ops.h"
 
@@ -28,6 +29,15 @@ void with_dtype(DType dtype, F&& f) {
     default:
       throw std::invalid_argument("dtype: expected float32, bfloat16 or float16");
   }
+}
+
+// Calls f(bool_constant<value>).
+template <class F>
+void with_bool(bool value, F&& f) {
+  if (value)
+    f(std::true_type{});
+  else
+    f(std::false_type{});
 }
 
 }  // namespace llama_fast

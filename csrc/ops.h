@@ -67,9 +67,13 @@ void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const T
                    const Tensor& lse, const Tensor& cu_seqlens, double scale, bool causal, int64_t window,
                    const Tensor& dq, const Tensor& dk, const Tensor& dv);
 
+// y = x W^T for 1 to 4 rows;  x: [R, C], weight: [V, C], y: [R, V] T
+void gemv(const Tensor& x, const Tensor& weight, const Tensor& y);
+
 // One chunk of rows of the linear cross-entropy: logits [R, V] T; targets [R] i64; loss, lse [R] f32 (written).
 // With row_scale [R] f32 the logits are overwritten by d(sum_r row_scale[r] loss[r]) / d(logits); without, left alone.
-// loss[r] = cross entropy with smoothing + z_loss lse[r]^2; 0 where targets[r] == ignore_index.
+// loss[r] = cross entropy with smoothing + z_loss lse[r]^2. Where targets[r] == ignore_index, loss, lse and the gradient
+// are 0; where it is otherwise outside [0, V) they are NaN.
 void cross_entropy_rows(const Tensor& logits, const Tensor& targets, const Tensor& row_scale, int64_t ignore_index,
                         double label_smoothing, double z_loss, const Tensor& loss, const Tensor& lse);
 

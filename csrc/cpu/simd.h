@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "../dispatch.h"
 #include "isa.h"
@@ -96,6 +97,7 @@ LF_INLINE f16 from_float<f16>(float x) {
 #define LF_ISA portable
 #include "simd_portable.h"
 #include "simd_math.h"
+#include "simd_rows.h"
 #include "simd_dot.h"
 #undef LF_ISA
 
@@ -104,6 +106,7 @@ LF_TARGET_BEGIN(LF_TARGET_AVX2)
 #define LF_ISA avx2
 #include "simd_avx2.h"
 #include "simd_math.h"
+#include "simd_rows.h"
 #include "simd_dot.h"
 #undef LF_ISA
 LF_TARGET_END
@@ -113,6 +116,7 @@ LF_TARGET_BEGIN(LF_TARGET_AVX512)
 #define LF_NATIVE_BF16 0
 #include "simd_avx512.h"
 #include "simd_math.h"
+#include "simd_rows.h"
 #include "simd_dot.h"
 #undef LF_NATIVE_BF16
 #undef LF_ISA
@@ -123,6 +127,7 @@ LF_TARGET_BEGIN(LF_TARGET_AVX512BF16)
 #define LF_NATIVE_BF16 1
 #include "simd_avx512.h"
 #include "simd_math.h"
+#include "simd_rows.h"
 #include "simd_dot.h"
 #undef LF_NATIVE_BF16
 #undef LF_ISA

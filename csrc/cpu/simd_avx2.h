@@ -68,7 +68,23 @@ LF_INLINE void stream(bf16* p, VecF a) { _mm_stream_si128(reinterpret_cast<__m12
 LF_INLINE void stream(f16* p, VecF a) {
   _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
+LF_INLINE void stream_fence() { _mm_sfence(); }
 
+LF_INLINE VecF rounded(VecF a, float) { return a; }
+LF_INLINE VecF rounded(VecF a, bf16) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bf16_bits(a)), 16));
+}
+LF_INLINE VecF rounded(VecF a, f16) { return _mm256_cvtph_ps(_mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT)); }
+
+LF_INLINE VecF load_twice(const float* p) {
+  const __m256i pairs = _mm256_set_epi32(3, 3, 2, 2, 1, 1, 0, 0);
+  return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), pairs);
+}
+LF_INLINE VecF rotate_pairs(VecF x, VecF c, VecF s) {
+  return _mm256_fmaddsub_ps(x.v, c.v, _mm256_mul_ps(_mm256_permute_ps(x.v, 0xb1), s.v));
+}
+
+constexpr bool kScalesByAnyPower = false;
 LF_INLINE VecF scale_by_power_of_two(VecF x, VecF n) {
   const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
   return _mm256_mul_ps(x.v, _mm256_castsi256_ps(bits));

@@ -69,7 +69,21 @@ LF_INLINE void stream(bf16* p, VecF a) { _mm256_stream_si256(reinterpret_cast<__
 LF_INLINE void stream(f16* p, VecF a) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
+LF_INLINE void stream_fence() { _mm_sfence(); }
 
+LF_INLINE VecF rounded(VecF a, float) { return a; }
+LF_INLINE VecF rounded(VecF a, bf16) { return from_bf16_bits(bf16_bits(a)); }
+LF_INLINE VecF rounded(VecF a, f16) { return _mm512_cvtph_ps(_mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT)); }
+
+LF_INLINE VecF load_twice(const float* p) {
+  const __m512i pairs = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+  return _mm512_permutexvar_ps(pairs, _mm512_castps256_ps512(_mm256_loadu_ps(p)));
+}
+LF_INLINE VecF rotate_pairs(VecF x, VecF c, VecF s) {
+  return _mm512_fmaddsub_ps(x.v, c.v, _mm512_mul_ps(_mm512_permute_ps(x.v, 0xb1), s.v));
+}
+
+constexpr bool kScalesByAnyPower = true;
 LF_INLINE VecF scale_by_power_of_two(VecF x, VecF n) { return _mm512_scalef_ps(x.v, n.v); }
 LF_INLINE VecF round(VecF x) {
   return _mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

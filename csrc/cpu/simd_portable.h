@@ -56,7 +56,26 @@ template <class T>
 LF_INLINE void stream(T* p, VecF a) {
   store(p, a);
 }
+// Stands between a thread's streaming stores and the end of its work.
+LF_INLINE void stream_fence() {}
 
+// To the precision of the type of the second argument.
+template <class T>
+LF_INLINE VecF rounded(VecF a, T) {
+  return VecF::Raw{to_float(from_float<T>(a.v[0])), to_float(from_float<T>(a.v[1])), to_float(from_float<T>(a.v[2])),
+                   to_float(from_float<T>(a.v[3]))};
+}
+
+// kLanes / 2 numbers, each in two neighbouring lanes.
+LF_INLINE VecF load_twice(const float* p) { return VecF::Raw{p[0], p[0], p[1], p[1]}; }
+// Turns the pairs (x0, x1) of neighbouring lanes: (x0 c0 - x1 s0, x1 c1 + x0 s1).
+LF_INLINE VecF rotate_pairs(VecF x, VecF c, VecF s) {
+  const VecF::Raw swapped{-x.v[1], x.v[0], -x.v[3], x.v[2]};
+  return x.v * c.v + swapped * s.v;
+}
+
+// Whether scale_by_power_of_two takes any integral n.
+constexpr bool kScalesByAnyPower = false;
 // 2^n x for integral |n| <= 126 per lane.
 LF_INLINE VecF scale_by_power_of_two(VecF x, VecF n) {
   const VecF::RawI bits = (__builtin_convertvector(n.v, VecF::RawI) + 127) << 23;

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_fast.ops.table import OPS, Backend, Op
+from llama_fast.ops.table import MOST_SHAPES, OPS, Backend, Op
 
-_forced: ContextVar[str | None] = ContextVar("llama_fast_backend", default=None)
+_forced: ContextVar[str | None] = ContextVar("llama_fast_backend", default=os.environ.get("LLAMA_FAST_BACKEND") or None)
 
 
 class NotSupported(RuntimeError):
@@ -53,7 +53,7 @@ def forced() -> str | None:
     """The backend that `lf.backend` or LLAMA_FAST_BACKEND asks for, or None."""
     if torch.compiler.is_compiling():
         return None
-    return _forced.get() or os.environ.get("LLAMA_FAST_BACKEND") or None
+    return _forced.get()
 
 
 @functools.cache
@@ -74,19 +74,18 @@ def objection(b: Backend, dims: dict[str, Any], dtype: torch.dtype, device: str)
     return next((text for limit in b.limits if (text := limit(dims)) is not None), None)
 
 
-@functools.lru_cache(maxsize=4096)
-def _choose(name: str, dims: tuple[tuple[str, int], ...], dtype: torch.dtype, device: str, only: str | None) -> Backend:
+def _choose(op: Op, dims: dict[str, int], dtype: torch.dtype, device: str, only: str | None) -> Backend:
     objections = []
-    for b in OPS[name].backends:
+    for b in op.backends:
         if only is not None and b.name != only:
             continue
-        text = objection(b, dict(dims), dtype, device)
+        text = objection(b, dims, dtype, device)
         if text is None:
             return b
         objections.append(f"  {b.name}: {text}")
     if not objections:
-        objections.append(f"  {only}: {name} has no such backend")
-    raise NotSupported(f"{name}: no backend takes this call\n" + "\n".join(objections))
+        objections.append(f"  {only}: {op.name} has no such backend")
+    raise NotSupported(f"{op.name}: no backend takes this call\n" + "\n".join(objections))
 
 
 def explain(name: str, *tensors: Tensor) -> str:
@@ -122,7 +121,11 @@ class Primitive:
 
     def __init__(self, op: Op, direction: str) -> None:
         self.op, self.direction, self.name = op, direction, f"{op.name}_{direction}"
-        self._single = len(op.schema(direction).results) == 1
+        schema = op.schema(direction)
+        self._single = len(schema.results) == 1
+        self._tensors = [i for i, arg in enumerate(schema.args) if arg.type.startswith("Tensor")]
+        self._leader = next(i for i in self._tensors if op.base(schema.args[i].name) not in op.dtypes)
+        self._chosen: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, *args: Any, backend: str | None = None) -> tuple[Tensor, ...]:
         if torch.compiler.is_compiling():
@@ -131,15 +134,17 @@ class Primitive:
         return self.launch(args, backend or forced())
 
     def launch(self, args: tuple[Any, ...], only: str | None) -> tuple[Tensor, ...]:
-        dims = self.op.bind(self.direction, args)
-        chosen = _choose(self.op.name, tuple(dims.items()), self._dtype(args), args[0].device.type, only)
-        return getattr(importlib.import_module(chosen.module), self.name)(*args)
-
-    def _dtype(self, args: tuple[Any, ...]) -> torch.dtype:
-        for arg, value in zip(self.op.schema(self.direction).args, args, strict=True):
-            if self.op.base(arg.name) not in self.op.dtypes:
-                return value.dtype
-        return args[0].dtype
+        leader = args[self._leader]
+        shapes = [None if args[i] is None else args[i].shape for i in self._tensors]
+        key = (only, leader.dtype, leader.device.type, *shapes)
+        module = self._chosen.get(key)
+        if module is None:
+            if len(self._chosen) >= MOST_SHAPES:
+                self._chosen.clear()
+            dims = self.op.bind(self.direction, args)
+            module = importlib.import_module(_choose(self.op, dims, leader.dtype, leader.device.type, only).module)
+            self._chosen[key] = module
+        return getattr(module, self.name)(*args)
 
     def register(self, library: torch.library.Library) -> None:
         """Makes the primitive known to torch as `llama_fast::<name>`."""
@@ -149,7 +154,7 @@ class Primitive:
             return results[0] if self._single else results
 
         library.impl(self.name, lambda *args: unwrap(self.launch(args, forced())), "CompositeExplicitAutograd")
-        fake: Callable[..., Any] = lambda *args: unwrap(self.op.allocate(self.direction, args))  # noqa: E731
+        fake: Callable[..., Any] = lambda *args: unwrap(self.op.empty_results(self.direction, args))  # noqa: E731
         torch.library.register_fake(f"llama_fast::{self.name}", fake, lib=library)
 
 

@@ -26,7 +26,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     if interleaved:  # as Meta's: complex products in float32
-        pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+        pairs = torch.view_as_complex(x.float().contiguous().unflatten(-1, (x.shape[-1] // 2, 2)))
         return torch.view_as_real(pairs * torch.complex(cos, sin).unsqueeze(-2)).flatten(-2).to(x.dtype)
     # as Hugging Face's: doubled tables in the dtype of x, rotate-half
     cos, sin = (torch.cat((t, t), dim=-1).unsqueeze(-2).to(x.dtype) for t in (cos, sin))

@@ -23,7 +23,8 @@ def _up(x: Tensor) -> Tensor:
 
 def _gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], doutputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     doutputs = [d.to(o.dtype) for d, o in zip(doutputs, outputs, strict=True)]
-    return torch.autograd.grad(list(outputs), list(inputs), doutputs)
+    gradients = torch.autograd.grad(list(outputs), list(inputs), doutputs)
+    return tuple(g.contiguous() for g in gradients)  # a primitive's results are contiguous, as the table says
 
 
 def _leaves(*tensors: Tensor) -> list[Tensor]:
@@ -137,7 +138,7 @@ def _attention(
     sees = mask.any(-1, keepdim=True)
     lse = torch.logsumexp(scores.masked_fill(~sees, 0.0), dim=-1, keepdim=True) if k.shape[1] else scores.sum(-1, True)
     weights = torch.where(mask, (scores - lse).exp(), 0.0)
-    out = (weights @ v_BHSD).transpose(1, 2).to(q.dtype)
+    out = (weights @ v_BHSD).transpose(1, 2).to(q.dtype).contiguous()
     return out, torch.where(sees, lse, -torch.inf).squeeze(-1)
 
 

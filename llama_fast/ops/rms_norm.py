@@ -54,7 +54,8 @@ def _check_eps(name: str, eps: float) -> None:
 
 def _weight_like(x: Tensor, weight: Tensor) -> Tensor:
     """Under autocast the gain may be float32 beside a half-precision x, as for F.rms_norm."""
-    if weight.dtype != x.dtype and torch.is_autocast_enabled(x.device.type):
+    tensors = isinstance(x, Tensor) and isinstance(weight, Tensor)  # the check that follows refuses anything else
+    if tensors and weight.dtype != x.dtype and torch.is_autocast_enabled(x.device.type):
         return weight.to(x.dtype)
     return weight
 

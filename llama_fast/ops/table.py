@@ -21,6 +21,8 @@ Limit = Callable[[Dims], "str | None"]
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 FLOATS = frozenset({F64, F32, BF16, F16})
 
+MOST_SHAPES = 4096  # argument shapes that a primitive remembers; generation makes a new one with every token
+
 
 # ---- limits: the sentence that a user reads stands beside the rule --------------------------------------------------
 def divides(small: str, large: str) -> Limit:
@@ -128,6 +130,7 @@ class Op:
     rules: tuple[Limit, ...] = ()
     flops: Callable[[Dims, Mapping[str, Any]], tuple[int, int]] | None = None
     fake: dict[str, Callable[..., tuple[Tensor, ...]]] = field(default_factory=dict)
+    _known: dict[tuple[Any, ...], list[tuple[list[int], torch.dtype]]] = field(default_factory=dict, init=False)
 
     def schema(self, direction: str) -> Schema:
         return self.fwd if direction == "fwd" else self.bwd
@@ -146,21 +149,36 @@ class Op:
                         dims.setdefault(token, size)
         return dims
 
-    def allocate(self, direction: str, args: Sequence[Any]) -> tuple[Tensor, ...]:
+    def empty_results(self, direction: str, args: Sequence[Any]) -> tuple[Tensor, ...]:
         """Uninitialised results of a primitive, contiguous, on the device of its first argument."""
         if direction in self.fake:
             return self.fake[direction](*args)
-        dims = self.bind(direction, args)
-        like: Tensor = args[0]
-        results = []
+        device = args[0].device
+        return tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self._specs(direction, args))
+
+    def allocate(self, direction: str, args: Sequence[Any]) -> tuple[Tensor, ...]:
+        """`empty_results` of a launcher: remembers what followed from the shapes of the arguments."""
+        if direction in self.fake:
+            return self.fake[direction](*args)
+        key = (direction, args[0].dtype, *[a.shape for a in args if isinstance(a, Tensor)])
+        specs = self._known.get(key)
+        if specs is None:
+            if len(self._known) >= MOST_SHAPES:
+                self._known.clear()
+            specs = self._known[key] = self._specs(direction, args)
+        device = args[0].device
+        return tuple([torch.empty(shape, dtype=dtype, device=device) for shape, dtype in specs])
+
+    def _specs(self, direction: str, args: Sequence[Any]) -> list[tuple[list[int], torch.dtype]]:
+        dims, like = self.bind(direction, args), args[0].dtype
+        specs = []
         for result in self.schema(direction).results:
             base = self.base(result.name)
-            shape = [_size(token, dims) for token in self.shapes[base].split()]
-            dtype = self.dtypes.get(base, like.dtype)
-            if dtype == F32 and like.dtype == F64:
+            dtype = self.dtypes.get(base, like)
+            if dtype == F32 and like == F64:
                 dtype = F64  # statistics are float32, but for the reference's float64
-            results.append(torch.empty(shape, dtype=dtype, device=like.device))
-        return tuple(results)
+            specs.append(([_size(token, dims) for token in self.shapes[base].split()], dtype))
+        return specs
 
     def check(self, **tensors: Tensor | None) -> dict[str, int]:
         """Checks the public function's tensors against each other and gives the size of each letter.

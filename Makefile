@@ -1,0 +1,73 @@
+# `make demo` and `make test` set up all that they need in .venv; `make help` lists the rest.
+# PYTHON=python3.12 chooses the interpreter, CXX=clang++ the compiler, MAX_JOBS=1 compiles one file at a time.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+ASAN   := build-asan
+NATIVE_SOURCES := CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
+OP_TESTS = $(filter $(patsubst llama_fast/ops/%.py,tests/test_%.py,$(wildcard llama_fast/ops/*.py)),$(wildcard tests/*.py))
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help build demo test check format bench verify asan clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+build: $(VENV)/native  ## set up .venv: dependencies, the package in editable form, the native library
+
+# One pip command for torch and the project, so that pip sees the bound on torch when it chooses a build.
+$(VENV)/installed: setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"llama_fast needs Python 3.10 or newer; $(PYTHON) is {v.major}.{v.minor}. Name another: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments: apt install python3-venv" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+$(VENV)/native: $(VENV)/installed $(NATIVE_SOURCES)
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@$(BIN)/llama-fast info --brief
+	@touch $@
+
+demo: build  ## verify, benchmark, train a small LLaMA twice, print a sample; files in demo/
+	@$(BIN)/llama-fast demo
+
+test: build  ## run the tests
+	@$(BIN)/python -m pytest
+
+check: build  ## format, lint, types, layout; under a minute
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+	@$(BIN)/python -m pytest tests/test_layout.py
+
+format: build  ## rewrite Python and C++ in the project's format
+	@$(BIN)/ruff check --fix --select I .
+	@$(BIN)/ruff format .
+	@find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
+
+verify: build  ## error of every op, backend and instruction set against float64
+	@$(BIN)/llama-fast verify
+
+bench: build  ## every op against eager PyTorch and the machine's limit
+	@$(BIN)/llama-fast bench
+
+# A copy of the package with a library of its own, found before the installed one. torch's own code is not instrumented:
+# what is caught is a kernel that reads or writes outside the tensors that it is given.
+asan: build  ## the tests of the ops under AddressSanitizer and UndefinedBehaviorSanitizer
+	@rm -rf $(ASAN)/package && mkdir -p $(ASAN)/package
+	@cp -R llama_fast $(ASAN)/package/ && rm -f $(ASAN)/package/llama_fast/_native*
+	@$(BIN)/cmake -S . -B $(ASAN)/native -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DLLAMA_FAST_SANITIZE=ON \
+	    -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/pybind11-config --cmakedir) \
+	    -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(abspath $(ASAN)/package/llama_fast) >$(ASAN)/configure.log \
+	    || { cat $(ASAN)/configure.log; exit 1; }
+	@$(BIN)/cmake --build $(ASAN)/native
+	@LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    PYTHONPATH=$(abspath $(ASAN)/package) $(BIN)/pytest -p no:cacheprovider $(OP_TESTS)
+
+clean:  ## remove everything that the other targets made
+	rm -rf $(VENV) build $(ASAN) dist demo *.egg-info .mypy_cache .pytest_cache .ruff_cache llama_fast/_native*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

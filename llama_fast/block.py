@@ -1,0 +1,326 @@
+"""The transformer block as one function with a hand-written backward pass.
+
+    n1 = rms_norm(x)         q, k = rope(n1 Wq^T, n1 Wk^T)    v = n1 Wv^T
+    h  = x + attention(q, k, v) Wo^T
+    n2 = rms_norm(h)         gate = n2 Wg^T    up = n2 Wu^T
+    y  = h + (silu(gate) up) Wd^T
+
+What a policy keeps between forward and backward, a layer; all else is computed again in the backward:
+
+    "recompute-cheap"   x, q, k (after rotary), v, the attention output and its log-sum-exp, h, gate, up, the two row
+                        statistics: what a matrix product or the attention made, (6 + 2F/C) C numbers a token if H = G
+    "save"              also n1, n2 and silu(gate) up, (8 + 3F/C) C numbers a token
+    "recompute-all"     x alone, C numbers a token; the backward runs the forward again
+
+Contract of the backward: saved tensors are never overwritten; each gradient is rounded once to the dtype of the
+computation; gradients of weights that need none are not computed. Under autocast the block computes in autocast's dtype
+and casts the weights in the forward and again in the backward, so that no copy of them is kept.
+
+Source: Touvron et al. 2023, arXiv:2302.13971, section 2.4. Derivation: docs/block.md.
+
+Legend: B batch, T query tokens, S key tokens, R = B T rows, C width, F ffn width, H query heads, G key/value heads,
+D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from llama_fast.ops import linear
+from llama_fast.ops.dispatch import forced, primitives
+from llama_fast.parallel import Collectives, Single
+
+POLICIES = ("save", "recompute-cheap", "recompute-all")
+
+_rms_norm_fwd = primitives["rms_norm_fwd"]
+_add_rms_norm_fwd, _add_rms_norm_bwd = primitives["add_rms_norm_fwd"], primitives["add_rms_norm_bwd"]
+_swiglu_fwd, _swiglu_bwd = primitives["swiglu_fwd"], primitives["swiglu_bwd"]
+_rope_fwd, _rope_bwd = primitives["rope_fwd"], primitives["rope_bwd"]
+_attention_fwd, _attention_bwd = primitives["attention_fwd"], primitives["attention_bwd"]
+
+
+class Weights(NamedTuple):
+    """The parameters of a block, in the order of the forward pass."""
+
+    norm1_C: Tensor
+    wq_HDxC: Tensor  # [H D, C]
+    wk_GDxC: Tensor  # [G D, C]
+    wv_GDxC: Tensor
+    wo_CxHD: Tensor  # [C, H D]
+    norm2_C: Tensor
+    wgate_FC: Tensor
+    wup_FC: Tensor
+    wdown_CF: Tensor
+
+
+@dataclass(frozen=True)
+class BlockOptions:
+    """What a block's call does not learn from its tensors.
+
+    Args:
+        head_dim: D.
+        eps: of both norms.
+        policy: one of POLICIES.
+        window: sliding window of the attention, 0 for none.
+        interleaved: rotary layout, see `llama_fast.rope`.
+        collectives: joins the parts of a block that is split over devices.
+    """
+
+    head_dim: int
+    eps: float = 1e-5
+    policy: str = "recompute-cheap"
+    window: int = 0
+    interleaved: bool = False
+    collectives: Collectives = field(default_factory=Single)
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy is {self.policy!r}, expected one of {', '.join(POLICIES)}")
+
+
+class Cache(NamedTuple):
+    """Keys and values of one layer for generation: room [B, S_max, G, D] of which `used` rows are filled."""
+
+    k_BSGD: Tensor
+    v_BSGD: Tensor
+    used: int
+
+
+class _Activations(NamedTuple):
+    n1_RC: Tensor
+    rstd1_R: Tensor
+    q_BTHD: Tensor
+    k_BTGD: Tensor
+    v_BTGD: Tensor
+    out_BTHD: Tensor
+    lse_BHT: Tensor
+    h_RC: Tensor
+    n2_RC: Tensor
+    rstd2_R: Tensor
+    gate_RF: Tensor
+    up_RF: Tensor
+    act_RF: Tensor
+
+
+_CHEAP = frozenset({"n1_RC", "n2_RC", "act_RF"})  # what "recompute-cheap" computes again
+
+
+def _forward(
+    x_BTC: Tensor,
+    w: Weights,
+    cos: Tensor,
+    sin: Tensor,
+    cu_seqlens: Tensor | None,
+    options: BlockOptions,
+    backend: str | None,
+    cache: Cache | None = None,
+) -> tuple[Tensor, _Activations]:
+    B, T, C = x_BTC.shape
+    D, join = options.head_dim, options.collectives
+    x_RC = x_BTC.reshape(B * T, C)
+    n1_RC, rstd1_R = _rms_norm_fwd(x_RC, w.norm1_C, options.eps, backend=backend)
+    n1_all = join.gather(n1_RC)
+    tokens = cos.shape[1]  # of the whole sequence, where x holds a part of it
+    q, k, v_BTGD = (linear.nt(n1_all, m).view(B, tokens, m.shape[0] // D, D) for m in (w.wq_HDxC, w.wk_GDxC, w.wv_GDxC))
+    q_BTHD, k_BTGD = _rope_fwd(q, k, cos, sin, options.interleaved, backend=backend)
+    keys, values = k_BTGD, v_BTGD
+    if cache is not None:
+        end = cache.used + T
+        cache.k_BSGD[:, cache.used : end] = k_BTGD
+        cache.v_BSGD[:, cache.used : end] = v_BTGD
+        keys, values = cache.k_BSGD[:, :end], cache.v_BSGD[:, :end]
+    out_BTHD, lse_BHT = _attention_fwd(q_BTHD, keys, values, cu_seqlens, D**-0.5, True, options.window, backend=backend)
+    attended_RC = join.reduce(linear.nt(out_BTHD.flatten(2).flatten(0, 1), w.wo_CxHD))
+    n2_RC, h_RC, rstd2_R = _add_rms_norm_fwd(attended_RC, x_RC, w.norm2_C, options.eps, backend=backend)
+    n2_all = join.gather(n2_RC)
+    gate_RF, up_RF = linear.nt(n2_all, w.wgate_FC), linear.nt(n2_all, w.wup_FC)
+    (act_RF,) = _swiglu_fwd(gate_RF, up_RF, backend=backend)
+    y_RC = join.reduce(linear.nt(act_RF, w.wdown_CF)).add_(h_RC)
+    return y_RC.view(B, T, C), _Activations(
+        n1_RC, rstd1_R, q_BTHD, k_BTGD, v_BTGD, out_BTHD, lse_BHT, h_RC, n2_RC, rstd2_R, gate_RF, up_RF, act_RF
+    )
+
+
+def _backward(
+    dy_BTC: Tensor,
+    x_BTC: Tensor,
+    w: Weights,
+    cos: Tensor,
+    sin: Tensor,
+    cu_seqlens: Tensor | None,
+    a: _Activations,
+    needs: Weights,
+    options: BlockOptions,
+    backend: str | None,
+) -> tuple[Tensor, Weights]:
+    """Gradients of x and of the weights; `needs` holds a bool for each weight, `None` stands where it is False."""
+    B, T, C = x_BTC.shape
+    join, eps = options.collectives, options.eps
+    x_RC, dy_RC = x_BTC.reshape(B * T, C), dy_BTC.reshape(B * T, C)
+
+    dy_all = join.gather(dy_RC)
+    dact_RF = linear.nn(dy_all, w.wdown_CF)
+    act_RF = a.act_RF
+    if act_RF is None and needs.wdown_CF:
+        (act_RF,) = _swiglu_fwd(a.gate_RF, a.up_RF, backend=backend)
+    dwdown = linear.tn(dy_all, act_RF) if needs.wdown_CF else None
+    dgate_RF, dup_RF = _swiglu_bwd(dact_RF, a.gate_RF, a.up_RF, backend=backend)
+    del dact_RF, act_RF
+    dwgate = dwup = None
+    if needs.wgate_FC or needs.wup_FC:
+        n2_RC = a.n2_RC if a.n2_RC is not None else _rms_norm_fwd(a.h_RC, w.norm2_C, eps, backend=backend)[0]
+        n2_all = join.gather(n2_RC)
+        dwgate = linear.tn(dgate_RF, n2_all) if needs.wgate_FC else None
+        dwup = linear.tn(dup_RF, n2_all) if needs.wup_FC else None
+        del n2_RC, n2_all
+    dn2_RC = join.reduce(linear.nn(dgate_RF, w.wgate_FC).add_(linear.nn(dup_RF, w.wup_FC)))
+    del dgate_RF, dup_RF
+    dh_RC, dnorm2 = _add_rms_norm_bwd(dn2_RC, dy_RC, a.h_RC, w.norm2_C, a.rstd2_R, backend=backend)
+
+    dh_all = join.gather(dh_RC)
+    dwo = linear.tn(dh_all, a.out_BTHD.flatten(2).flatten(0, 1)) if needs.wo_CxHD else None
+    dout_BTHD = linear.nn(dh_all, w.wo_CxHD).view(a.out_BTHD.shape)
+    dq, dk, dv = _attention_bwd(
+        dout_BTHD, a.q_BTHD, a.k_BTGD, a.v_BTGD, a.out_BTHD, a.lse_BHT, cu_seqlens,
+        options.head_dim**-0.5, True, options.window, backend=backend,
+    )  # fmt: skip
+    dq, dk = _rope_bwd(dq, dk, cos, sin, options.interleaved, backend=backend)
+    dq, dk, dv = (d.flatten(2).flatten(0, 1) for d in (dq, dk, dv))
+    dwq = dwk = dwv = None
+    if needs.wq_HDxC or needs.wk_GDxC or needs.wv_GDxC:
+        n1_RC = a.n1_RC if a.n1_RC is not None else _rms_norm_fwd(x_RC, w.norm1_C, eps, backend=backend)[0]
+        n1_all = join.gather(n1_RC)
+        dwq = linear.tn(dq, n1_all) if needs.wq_HDxC else None
+        dwk = linear.tn(dk, n1_all) if needs.wk_GDxC else None
+        dwv = linear.tn(dv, n1_all) if needs.wv_GDxC else None
+        del n1_RC, n1_all
+    dn1_RC = linear.nn(dq, w.wq_HDxC).add_(linear.nn(dk, w.wk_GDxC)).add_(linear.nn(dv, w.wv_GDxC))
+    dn1_RC = join.reduce(dn1_RC)
+    dx_RC, dnorm1 = _add_rms_norm_bwd(dn1_RC, dh_RC, x_RC, w.norm1_C, a.rstd1_R, backend=backend)
+    return dx_RC.view(B, T, C), Weights(dnorm1, dwq, dwk, dwv, dwo, dnorm2, dwgate, dwup, dwdown)  # type: ignore[arg-type]
+
+
+class _Block(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_BTC: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cu_seqlens: Tensor | None,
+        options: BlockOptions,
+        dtype: torch.dtype,
+        *weights: Tensor,
+    ) -> Tensor:
+        backend = forced()
+        w = Weights(*(p.to(dtype) for p in weights))
+        y_BTC, activations = _forward(x_BTC, w, cos, sin, cu_seqlens, options, backend)
+        if options.policy == "recompute-all":
+            kept: list[Tensor | None] = []
+        else:
+            dropped = _CHEAP if options.policy == "recompute-cheap" else frozenset()
+            kept = [None if n in dropped else t for n, t in activations._asdict().items()]
+        ctx.save_for_backward(x_BTC, cos, sin, cu_seqlens, *weights, *kept)
+        ctx.options, ctx.backend, ctx.dtype = options, backend, dtype
+        return y_BTC
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BTC: Tensor) -> tuple[Tensor | None, ...]:
+        x_BTC, cos, sin, cu_seqlens, *rest = ctx.saved_tensors
+        n = len(Weights._fields)
+        parameters, kept = rest[:n], rest[n:]
+        options, backend, dtype = ctx.options, ctx.backend, ctx.dtype
+        w = Weights(*(p.to(dtype) for p in parameters))
+        if kept:
+            activations = _Activations(*kept)
+        else:
+            _, activations = _forward(x_BTC, w, cos, sin, cu_seqlens, options, backend)
+        needs = Weights(*ctx.needs_input_grad[6:])
+        dx, dw = _backward(dy_BTC, x_BTC, w, cos, sin, cu_seqlens, activations, needs, options, backend)
+        gradients = (None if g is None else g.to(p.dtype) for g, p in zip(dw, parameters, strict=True))
+        return dx, None, None, None, None, None, *gradients
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _check(x: Tensor, w: Weights, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None, options: BlockOptions) -> None:
+    if x.ndim != 3:
+        raise ValueError(f"block: x has shape {tuple(x.shape)}, expected [B, T, C]")
+    B, T, C = x.shape
+    D = options.head_dim
+    for name, p in w._asdict().items():
+        if p.device != x.device:
+            raise ValueError(f"block: {name} is on {p.device}, expected {x.device} as x")
+    HD, GD, F = w.wq_HDxC.shape[0], w.wk_GDxC.shape[0], w.wgate_FC.shape[0]
+    expected = Weights(*[(C,), (HD, C), (GD, C), (GD, C), (C, HD), (C,), (F, C), (F, C), (C, F)])  # type: ignore[arg-type]
+    for name, p, shape in zip(w._fields, w, expected, strict=True):
+        if tuple(p.shape) != shape:
+            raise ValueError(f"block: {name} has shape {tuple(p.shape)}, expected {shape}")
+    if D <= 0 or HD % D or GD % D or HD % GD:
+        raise ValueError(f"block: head_dim is {D}, expected to divide {HD} and {GD}, and {GD} to divide {HD}")
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.ndim != 3 or table.shape[0] not in (1, B) or table.shape[1:] != (T, D // 2):
+            raise ValueError(f"block: {name} has shape {tuple(table.shape)}, expected [1 or B, T, D/2] = {(T, D // 2)}")
+    if cu_seqlens is not None and B != 1:
+        raise ValueError(f"block: x has B = {B}, expected 1 with cu_seqlens: the sequences lie in one row")
+
+
+def transformer_block(
+    x: Tensor,
+    weights: Weights,
+    cos: Tensor,
+    sin: Tensor,
+    options: BlockOptions,
+    *,
+    cu_seqlens: Tensor | None = None,
+    cache: Cache | None = None,
+) -> Tensor:
+    """One LLaMA block, with the backward pass of this file.
+
+    Args:
+        x: [B, T, C], the residual stream.
+        weights: the block's parameters; dtype of `x`, or any float dtype under autocast.
+        cos, sin: [T, D/2] or [B, T, D/2] float32, of the positions of these T tokens.
+        options: head dim, epsilon, policy, window, rotary layout, collectives.
+        cu_seqlens: [N+1] int32, sequences packed in one row (B = 1); attention stays within each.
+        cache: keys and values so far; this call appends its own at `cache.used` and attends to all. No gradient.
+
+    Returns:
+        y: [B, T, C], dtype of `x` (autocast's under autocast).
+
+    Gradient: of x and of each weight that requires one.
+    Memory:   by policy, see the top of the file.
+    Error:    at most that of the same block by autograd in the same dtype, both against float64 (tests/test_block.py).
+    Repeats:  bitwise, for equal shapes, dtype and backend.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or a cache is given where gradients are recorded.
+        NotSupported: no backend takes an op of the block.
+
+    Source: Touvron et al. 2023, arXiv:2302.13971.
+    """
+    dtype = _compute_dtype(x)
+    if cos.ndim == 2:
+        cos, sin = cos.unsqueeze(0), sin.unsqueeze(0)
+    _check(x, weights, cos, sin, cu_seqlens, options)
+    if dtype == x.dtype:
+        for name, p in weights._asdict().items():
+            if p.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+                raise ValueError(f"block: {name} has dtype {p.dtype}, expected {dtype} as x")
+    if cache is not None:
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in weights)):
+            raise ValueError("block: cache is given while gradients are recorded, expected torch.no_grad()")
+        w = Weights(*(p.to(dtype) for p in weights))
+        with torch.autocast(x.device.type, enabled=False):
+            return _forward(x.to(dtype), w, cos, sin, cu_seqlens, options, forced(), cache)[0]
+    with torch.autocast(x.device.type, enabled=False):
+        return _Block.apply(x.to(dtype), cos, sin, cu_seqlens, options, dtype, *weights)

@@ -1,0 +1,313 @@
+"""The command line, `llama-fast`. Each command is a thin layer over the library; errors are one line, status 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    help="Custom kernels for LLaMA-architecture models: check them, measure them, train and generate with them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+OpOption = Annotated[list[str] | None, typer.Option("--op", help="Only this op; can be given again.", metavar="NAME")]
+
+
+def main() -> None:
+    """Entry point of the `llama-fast` program."""
+    from llama_fast.ops.dispatch import NotSupported
+
+    try:
+        app()
+    except (ValueError, OSError, NotSupported, FloatingPointError) as error:
+        if os.environ.get("LLAMA_FAST_LOG") == "debug":
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        print(f"llama-fast: {'; '.join(lines) or type(error).__name__}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _console() -> Console:
+    """A terminal's width, and for files one that breaks no row of the widest table."""
+    return Console() if sys.stdout.isatty() else Console(width=150)
+
+
+def _ops(names: list[str] | None) -> list[str]:
+    from llama_fast.ops.table import OPS
+
+    for name in names or ():
+        if name not in OPS:
+            raise ValueError(f"--op {name}: expected one of {', '.join(OPS)}")
+    return [name for name in OPS if not names or name in names]
+
+
+@app.command()
+def info(brief: Annotated[bool, typer.Option("--brief", help="One line.")] = False) -> None:
+    """What was built, what this machine can run, and why the rest cannot."""
+    from llama_fast import info
+
+    if brief:
+        print(info.brief())
+        return
+    console = _console()
+    facts = Table(box=None, show_header=False)
+    for name, value in info.machine():
+        facts.add_row(name, value)
+    console.print(facts)
+    table = Table("op", "backend", "runs")
+    for row in info.support():
+        dtypes = ", ".join(str(d).removeprefix("torch.") for d in row.dtypes)
+        table.add_row(row.op, row.backend, dtypes or f"no: {row.objection}")
+    console.print(table)
+
+
+@app.command()
+def verify(
+    op: OpOption = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every tensor of every case, not the worst of each kind.")
+    ] = False,
+) -> None:
+    """Errors of every op, backend and instruction set that runs here, against float64, beside eager PyTorch's.
+
+    Exit status 1 if a result misses its budget.
+    """
+    from llama_fast.verify import Result
+
+    results: list[Result] = []
+    skipped: dict[str, str] = {}
+    for item in _verify_all(_ops(op)):
+        if isinstance(item, Result):
+            results.append(item)
+        else:
+            skipped[item[0]] = item[1]
+    shown = results if every else _worst(results)
+    table = Table("op", "case", "backend", "dtype", "tensor", title="error against float64")
+    for header in ("error", "eager's", "budget", "ok"):
+        table.add_column(header, justify="right")
+    for r in shown:
+        where = f"{r.backend}/{r.isa}" if r.isa else r.backend
+        dtype = str(r.dtype).removeprefix("torch.")
+        numbers = (f"{r.error:.2e}", f"{r.eager_error:.2e}", f"{r.budget:.2e}")
+        table.add_row(r.case.op, str(r.case), where, dtype, r.tensor, *numbers, "NO" if r.problem else "yes")
+    console = _console()
+    console.print(table)
+    for name, reason in skipped.items():
+        console.print(f"not run: {name}: {reason}", highlight=False)
+    bad = 0
+    for r in results:
+        if r.problem:
+            bad += 1
+            where = f"{r.backend}/{r.isa}" if r.isa else r.backend
+            console.print(f"NO: {r.case.op} {r.case}, {where}, {r.dtype}, {r.tensor}: {r.problem}", highlight=False)
+    console.print(f"{len(results)} tensors checked, {len(results) - bad} within budget, {bad} not", highlight=False)
+    if bad or not results:
+        raise typer.Exit(1)
+
+
+def _verify_all(ops: list[str]) -> Iterator[Any]:
+    """A Result for every tensor, or (what, reason) for what cannot run here."""
+    import torch
+
+    from llama_fast.ops import native
+    from llama_fast.ops.dispatch import NotSupported
+    from llama_fast.ops.table import OPS
+    from llama_fast.verify import CASES, instruction_set, measure
+
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty gives with NaN: a value left unwritten is seen
+    for name in ops:
+        for b in OPS[name].backends:
+            isas = native.isas() if b.name == "cpu" else [""]
+            if not isas:
+                yield f"{name} on {b.name}", native.unavailable()
+            for isa in isas:
+                for case in (c for c in CASES if c.op == name):
+                    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                        if dtype not in b.dtypes:
+                            continue
+                        try:
+                            if isa:
+                                with instruction_set(isa):
+                                    yield from measure(case, b.name, dtype, b.device or "cpu")
+                            else:
+                                yield from measure(case, b.name, dtype, b.device or "cpu")
+                        except NotSupported as error:
+                            yield f"{name} on {b.name}, {case}", str(error).splitlines()[-1].strip()
+
+
+def _worst(results: list[Any]) -> list[Any]:
+    """Of each op, backend, dtype and direction the result nearest to, or furthest over, its budget."""
+    worst: dict[tuple[Any, ...], Any] = {}
+
+    def strain(r: Any) -> tuple[bool, float]:
+        return bool(r.problem), r.error / r.budget if r.budget else 0.0
+
+    for r in results:
+        key = (r.case.op, r.backend, r.dtype, r.tensor.startswith("d"))
+        if key not in worst or strain(r) > strain(worst[key]):
+            worst[key] = r
+    return list(worst.values())
+
+
+@app.command()
+def bench(
+    op: OpOption = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One or two cases an op, about a minute.")] = False,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
+) -> None:
+    """Time every op against eager PyTorch, interleaved in one process, beside the machine's limits."""
+    _benchmark_suite().main(_ops(op), quick=quick, json_path=json, console=_console())
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Run folder: log.jsonl, tokenizer and checkpoints.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Text files and folders, PATH or PATH:WEIGHT. Default: Python's standard library."),
+    ] = None,
+    config: Annotated[str, typer.Option(help="Preset of the model's sizes.")] = "demo",
+    steps: Annotated[int, typer.Option(help="Steps of the whole run.")] = 200,
+    batch_size: Annotated[int, typer.Option(help="Sequences a forward pass.")] = 8,
+    seq_len: Annotated[int, typer.Option(help="Tokens a sequence.")] = 256,
+    accumulate: Annotated[int, typer.Option(help="Forward passes a step.")] = 1,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    warmup: Annotated[int | None, typer.Option(help="Steps of warm-up; default a tenth, at most 2000.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 for autocast over float32 weights.")] = "float32",
+    policy: Annotated[
+        str, typer.Option(help="What a block keeps for the backward: save, recompute-cheap or recompute-all.")
+    ] = "recompute-cheap",
+    plain: Annotated[bool, typer.Option("--plain", help="The same model in plain PyTorch and autograd.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest good checkpoint in --out.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the weights, the data order and the generators.")] = 0,
+    vocab_size: Annotated[int | None, typer.Option(help="Default: the preset's.")] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(help="Folder of tokenizer and token files, made or reused. Default: OUT/data.")
+    ] = None,
+    eval_every: Annotated[int, typer.Option(help="Steps between held-out losses, 0 for none.")] = 100,
+    eval_batches: Annotated[int, typer.Option(help="Batches in a held-out loss.")] = 8,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints, 0 for the last alone.")] = 100,
+    keep: Annotated[int, typer.Option(help="Checkpoints kept.")] = 3,
+) -> None:
+    """Train a LLaMA with the paper's recipe. Ctrl-C finishes the step and saves; --resume goes on bit for bit."""
+    from llama_fast.train import run
+    from llama_fast.train.recipe import Recipe
+    from llama_fast.train.trainer import Settings, Trainer
+
+    _keep_host_memory()
+    sizes = run.config_for(config, seq_len, vocab_size)
+    settings = Settings(
+        Recipe(steps, lr=lr, warmup_steps=min(2000, steps // 10) if warmup is None else warmup),
+        batch_size,
+        seq_len,
+        accumulate=accumulate,
+        dtype=dtype,
+        seed=seed,
+        eval_every=eval_every,
+        eval_batches=eval_batches,
+        checkpoint_every=checkpoint_every,
+        keep=keep,
+    )
+    sources = run.sources_of(data or [])
+    model = run.build_model(sizes, plain=plain, policy=policy, seed=seed)
+    tokenizer, dataset = run.prepare(sources, sizes.vocab_size, tokens or out / "data")
+    run.keep_tokenizer(tokenizer, out)
+    trainer = Trainer(model, run.RunData(dataset, batch_size, seq_len, seed), settings, out, resume=resume)
+    report = trainer.run()
+    loss = f"loss {report.losses[-1]:.4f}, " if report.losses else ""
+    valid = f"held-out loss {list(report.valid_losses.values())[-1]:.4f}, " if report.valid_losses else ""
+    print(
+        f"step {report.step}: {loss}{valid}{report.tokens_per_s:,.0f} tokens/s, "
+        f"peak memory {report.peak_memory_bytes / 1e6:,.0f} MB; {report.checkpoint}"
+    )
+    if report.interrupted:
+        print("interrupted and saved; the same command with --resume goes on")
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Option(help="Run folder of `llama-fast train`, or one checkpoint in it.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest that reach p together.")] = 0.95,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
+) -> None:
+    """Continue a prompt with a trained model; the text appears as it is made."""
+    import torch
+
+    from llama_fast.train import run
+
+    model, tokenizer, _ = run.load_run(checkpoint)
+    ids = tokenizer.encode(prompt, bos=True)
+    decoder = tokenizer.stream_decoder(continuation=bool(prompt))
+    before = [prompt]  # printed with the first token: an argument out of its range prints nothing
+
+    def show(column: torch.Tensor) -> None:
+        text = decoder.feed(int(column[0]))
+        print(before.pop() + text if before else text, end="", flush=True)
+
+    model.generate(
+        torch.tensor([ids]),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        eos_id=tokenizer.eos_id,
+        on_token=show,
+    )
+    print("".join(before) + decoder.finish())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for data, runs, figures and the picture.")] = Path("demo"),
+    steps: Annotated[int, typer.Option(help="Steps of each training.")] = 120,
+    data: Annotated[list[str] | None, typer.Option(help="As for train.")] = None,
+) -> None:
+    """Check the ops, time them, then train a small LLaMA in plain PyTorch and with llama_fast, side by side."""
+    from llama_fast import demo
+
+    demo.main(out, steps=steps, data=data or [], console=_console())
+
+
+def _keep_host_memory() -> None:
+    import llama_fast
+
+    if hasattr(llama_fast, "keep_host_memory"):
+        llama_fast.keep_host_memory()
+
+
+def _benchmark_suite() -> Any:
+    """llama_fast.benchmarks.suite; in a source tree that is not installed, from benchmarks/ beside the package."""
+    import importlib
+    import importlib.util
+
+    name = "llama_fast.benchmarks"
+    if importlib.util.find_spec(name) is None:
+        folder = Path(__file__).parents[1] / "benchmarks"
+        spec = importlib.util.spec_from_file_location(
+            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        if spec is None or spec.loader is None or not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: the benchmarks are not installed")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return importlib.import_module(f"{name}.suite")
+
+
+if __name__ == "__main__":
+    main()

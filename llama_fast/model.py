@@ -1,0 +1,180 @@
+"""The thin LLaMA: embedding, blocks, norm, output projection. Parameter names are those of PlainLlama (plain.py).
+
+Legend: B batch, T tokens, C width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama_fast import generate as generation
+from llama_fast.config import LlamaConfig, rope_cos_sin
+from llama_fast.generate import KVCache
+from llama_fast.nn import Linear, RMSNorm, TransformerBlock
+from llama_fast.ops.linear_cross_entropy import linear_cross_entropy
+from llama_fast.plain import check_targets, check_tokens, init_weights_
+
+
+class Llama(nn.Module):
+    """A LLaMA made of llama_fast's blocks.
+
+    Args:
+        config: its sizes, see `LlamaConfig.preset`.
+        device: of the parameters; "meta" costs no memory and draws no weights.
+        dtype: of the parameters; the default is torch's.
+        policy: what each block keeps for the backward: "save", "recompute-cheap" or "recompute-all" (block.py).
+
+    Weights are drawn by `reset_parameters(0)`, equal to PlainLlama's. Where the config ties them, `lm_head.weight` is
+    `embed_tokens.weight`. Under autocast the residual stream too is in autocast's dtype.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        policy: str = "recompute-cheap",
+    ) -> None:
+        super().__init__()
+        self.config = config
+        like: dict[str, Any] = {"device": "meta", "dtype": dtype}
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim, **like)
+        self.layers = nn.ModuleList(
+            TransformerBlock(
+                config.dim,
+                config.n_heads,
+                config.ffn_dim,
+                config.n_kv_heads,
+                config.head_dim,
+                config.norm_eps,
+                policy,
+                **like,
+            )
+            for _ in range(config.n_layers)
+        )
+        self.norm = RMSNorm(config.dim, config.norm_eps, **like)
+        self.lm_head = Linear(config.dim, config.vocab_size, **like)
+        self._rope: tuple[Tensor, Tensor] | None = None
+        self._tie()
+        if device is None:
+            device = torch.get_default_device()
+        if torch.device(device).type != "meta":
+            self.to_empty(device=device)
+            self.reset_parameters(0)
+
+    def _tie(self) -> None:
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Llama:
+        super()._apply(fn, recurse)
+        self._tie()  # to_empty gives each name a storage of its own
+        self._rope = None
+        return self
+
+    def reset_parameters(self, seed: int = 0) -> None:
+        """Draw new weights, see `plain.init_weights_`."""
+        init_weights_(self, self.config.n_layers, seed)
+
+    def set_policy(self, policy: str) -> None:
+        """Makes every block keep what `policy` says ("save", "recompute-cheap", "recompute-all").
+
+        Raises:
+            ValueError: no such policy.
+        """
+        for layer in self.layers:
+            assert isinstance(layer, TransformerBlock)
+            layer.options = dataclasses.replace(layer.options, policy=policy)
+
+    def rope_tables(self, start: int, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos, sin [end - start, D/2] float32 of the positions start..end-1, from tables that are computed once."""
+        if self._rope is None or self._rope[0].shape[0] < end or self._rope[0].device != device:
+            rows = min(self.config.max_seq_len, 1 << (end - 1).bit_length()) if end else 0
+            self._rope = rope_cos_sin(self.config, rows, device)
+        cos, sin = self._rope
+        return cos[start:end], sin[start:end]
+
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Normalised last hidden states [B, T, C] of `tokens` [B, T] int64; with a cache, of the tokens after its own.
+
+        Raises:
+            ValueError: shape, dtype, length or (on the CPU) ids of `tokens`; more tokens than the cache has room for.
+        """
+        check_tokens(self.config, tokens)
+        start = 0 if cache is None else cache.used
+        end = start + tokens.shape[1]
+        if end > self.config.max_seq_len:
+            raise ValueError(f"tokens end at position {end}: expected at most max_seq_len = {self.config.max_seq_len}")
+        if cache is not None and tokens.shape[1] > cache.room:
+            raise ValueError(f"tokens has T = {tokens.shape[1]}: expected at most the cache's room of {cache.room}")
+        cos, sin = self.rope_tables(start, end, tokens.device)
+        x = F.embedding(tokens, self.embed_tokens.weight)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, cache=None if cache is None else cache.layer(i))
+        if cache is not None:
+            cache.used = end
+        return self.norm(x)
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits [B, T, V], in the dtype of the hidden states, of `tokens` [B, T] int64.
+
+        Raises:
+            ValueError: shape, dtype, length or (on the CPU) ids of `tokens`.
+        """
+        return self.lm_head(self.hidden(tokens, cache))
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats over the targets that are not -100; the logits never exist as a whole.
+
+        Args:
+            tokens: [B, T] int64.
+            targets: [B, T] int64, the next token at each place, or -100 to leave it out.
+
+        Returns:
+            A scalar, float32 (float64 for a float64 model).
+
+        Raises:
+            ValueError: shape, dtype, length or (on the CPU) ids of `tokens` or `targets`.
+        """
+        check_targets(self.config, tokens, targets)
+        return linear_cross_entropy(self.hidden(tokens), self.lm_head.weight, targets)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        eos_id: int | None = None,
+        on_token: Callable[[Tensor], object] | None = None,
+    ) -> Tensor:
+        """Continue `tokens`, greedily at temperature 0, else by sampling.
+
+        Args:
+            tokens: [B, T] int64, T >= 1, prompts of equal length.
+            max_new_tokens: how many to add at most.
+            temperature: divides the logits before sampling.
+            top_k: sample among the k likeliest.
+            top_p: sample among the likeliest whose probabilities reach p together.
+            seed: of the sampling; None draws from torch's generator.
+            eos_id: a row that gives it is filled with it from there on; all rows done ends the call.
+            on_token: called with each new column [B] int64 as it is made.
+
+        Returns:
+            [B, T + new] int64, new <= max_new_tokens.
+
+        Raises:
+            ValueError: an argument is out of its range, or T + max_new_tokens exceeds max_seq_len.
+        """
+        sampler = generation.Sampler(temperature, top_k, top_p, seed, tokens.device)
+        return generation.generate(self, tokens, max_new_tokens, sampler, eos_id, on_token)

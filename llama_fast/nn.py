@@ -1,0 +1,168 @@
+"""Drop-in layers: RMSNorm, SwiGLU, Attention and the whole TransformerBlock. Parameter names are Hugging Face's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llama_fast.block import BlockOptions, Cache, Weights, transformer_block
+from llama_fast.ops.attention import attention
+from llama_fast.ops.linear import linear
+from llama_fast.ops.rms_norm import rms_norm
+from llama_fast.ops.rope import rope
+from llama_fast.ops.swiglu import swiglu
+
+
+class Linear(nn.Linear):
+    """nn.Linear without bias, through the product that is fastest here (ops/linear.py)."""
+
+    def __init__(self, in_features: int, out_features: int, **like: Any) -> None:
+        super().__init__(in_features, out_features, bias=False, **like)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        return linear(x, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """`llama_fast.rms_norm` with a gain of its own.
+
+    Args:
+        dim: C.
+        eps: added to the mean square.
+        device, dtype: of the gain.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-5, **like: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim, **like))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., C] -> [..., C]."""
+        return rms_norm(x, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, eps={self.eps}"
+
+
+class SwiGLU(nn.Module):
+    """LLaMA's feed-forward layer: down(silu(gate(x)) * up(x)).
+
+    Args:
+        dim: C.
+        ffn_dim: F.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(self, dim: int, ffn_dim: int, **like: Any) -> None:
+        super().__init__()
+        self.gate_proj = Linear(dim, ffn_dim, **like)
+        self.up_proj = Linear(dim, ffn_dim, **like)
+        self.down_proj = Linear(ffn_dim, dim, **like)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., C] -> [..., C]."""
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Attention(nn.Module):
+    """LLaMA's causal self-attention with grouped heads and rotary embedding.
+
+    Args:
+        dim: C.
+        n_heads: H.
+        n_kv_heads: G, divides H; None for H.
+        head_dim: D; None for C / H.
+        window: sliding window, None for none.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        n_heads: int,
+        n_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        window: int | None = None,
+        **like: Any,
+    ) -> None:
+        super().__init__()
+        n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
+        if n_kv_heads <= 0 or n_heads % n_kv_heads:
+            raise ValueError(f"n_kv_heads is {n_kv_heads}, expected a divisor of n_heads = {n_heads}")
+        if head_dim is None and dim % n_heads:
+            raise ValueError(f"n_heads is {n_heads}, expected a divisor of dim = {dim}")
+        self.head_dim = dim // n_heads if head_dim is None else head_dim
+        self.window = window
+        self.q_proj = Linear(dim, n_heads * self.head_dim, **like)
+        self.k_proj = Linear(dim, n_kv_heads * self.head_dim, **like)
+        self.v_proj = Linear(dim, n_kv_heads * self.head_dim, **like)
+        self.o_proj = Linear(n_heads * self.head_dim, dim, **like)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [B, T, C], cos and sin [T, D/2] or [B, T, D/2] float32 -> [B, T, C]."""
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rope(q, k, cos, sin)
+        return self.o_proj(attention(q, k, v, window=self.window).flatten(2))
+
+
+class TransformerBlock(nn.Module):
+    """A LLaMA block: norm, attention, norm, SwiGLU, as one function with a hand-written backward (block.py).
+
+    Args:
+        dim: C.
+        n_heads: H.
+        n_kv_heads: G, divides H; None for H.
+        ffn_dim: F.
+        head_dim: D; None for C / H.
+        eps: of both norms.
+        policy: what is kept for the backward: "save", "recompute-cheap" or "recompute-all".
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        n_heads: int,
+        ffn_dim: int,
+        n_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        eps: float = 1e-5,
+        policy: str = "recompute-cheap",
+        **like: Any,
+    ) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(dim, eps, **like)
+        self.self_attn = Attention(dim, n_heads, n_kv_heads, head_dim, **like)
+        self.post_attention_layernorm = RMSNorm(dim, eps, **like)
+        self.mlp = SwiGLU(dim, ffn_dim, **like)
+        self.options = BlockOptions(head_dim=self.self_attn.head_dim, eps=eps, policy=policy)
+
+    def weights(self) -> Weights:
+        """The parameters in the order of the block function."""
+        a, m = self.self_attn, self.mlp
+        return Weights(
+            self.input_layernorm.weight,
+            a.q_proj.weight,
+            a.k_proj.weight,
+            a.v_proj.weight,
+            a.o_proj.weight,
+            self.post_attention_layernorm.weight,
+            m.gate_proj.weight,
+            m.up_proj.weight,
+            m.down_proj.weight,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cu_seqlens: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """x [B, T, C], cos and sin [T, D/2] or [B, T, D/2] float32 -> [B, T, C]; see `transformer_block`."""
+        return transformer_block(x, self.weights(), cos, sin, self.options, cu_seqlens=cu_seqlens, cache=cache)

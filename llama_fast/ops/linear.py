@@ -1,0 +1,288 @@
+"""The matrix products of a linear layer y = x W^T, each on the fastest of the vendor's paths: `nt`, `nn`, `tn`.
+
+Which path runs is read from `RULES`, a table frozen by benchmarks/linear.py, and depends on the dtype, the form and the
+sizes only: never on a measurement of the running process, on the number of threads or on the alignment of a pointer. So
+a run that is resumed in another process takes the same paths and gives the same bits. Why this and not a measurement at
+run time, and the numbers behind each rule: docs/ops/linear.md.
+
+`linear` is the differentiable layer; `nt`, `nn` and `tn` record no gradient on the fast paths: where one is to be
+recorded, and under torch.compile, autocast and functorch, all four are plain torch.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Letters of this file: a product gives [M, N] and contracts over K.
+#   nt: y = x W^T      x [M, K], W [N, K]     M = rows,          N = outputs of the layer, K = inputs
+#   nn: dx = dy W      dy [M, K], W [K, N]    M = rows,          N = inputs,               K = outputs
+#   tn: dW = dy^T x    dy [K, M], x [K, N]    M = outputs,       N = inputs,               K = rows
+FORMS = ("nt", "nn", "tn")
+
+_SLICE_BYTES = 4 << 20  # of a product that cannot be written in place: stays in a core's share of the last cache
+# Terms that oneDNN may add to one float32 sum: in one chain of 2048 its error is 2.3 times MKL's, in parts of 128 0.85
+# times, of 256 1.15 times, at 86 and 89 % of the speed.
+_TERMS = 128
+_ALL = 1 << 62
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`path` runs where dtype and form are listed, the sizes are in range and 2 M N K >= `flops`."""
+
+    path: str
+    dtypes: tuple[torch.dtype, ...]
+    forms: tuple[str, ...]
+    reason: str
+    flops: int = 0
+    M: tuple[int, int] = (1, _ALL)
+    N: tuple[int, int] = (1, _ALL)
+    K: tuple[int, int] = (1, _ALL)
+
+    def applies(self, form: str, dtype: torch.dtype, M: int, N: int, K: int) -> bool:
+        sizes = all(low <= n <= high for (low, high), n in ((self.M, M), (self.N, N), (self.K, K)))
+        return dtype in self.dtypes and form in self.forms and sizes and 2 * M * N * K >= self.flops
+
+
+RULES = (  # the first that applies and can run; else "torch"
+    Rule("gemv", (torch.float32, torch.bfloat16), ("nt",), "1 to 4 rows: bound by reading W", flops=1 << 18, M=(1, 4)),
+    Rule(
+        "onednn",
+        (torch.float32,),
+        ("nt", "nn"),
+        "oneDNN is twice as fast as MKL in float32",
+        flops=1 << 23,
+        M=(4, _ALL),
+    ),
+    Rule("onednn", (torch.float32,), ("tn",), "oneDNN is twice as fast as MKL in float32", flops=1 << 23, K=(8, _ALL)),
+    Rule(
+        "transposed",
+        (torch.bfloat16,),
+        ("nn",),
+        "a contraction this long runs a tenth faster as (W^T dy^T)^T",
+        M=(256, _ALL),
+        N=(1024, _ALL),
+        K=(24576, _ALL),
+    ),
+    Rule("upcast", (torch.float16,), FORMS, "torch multiplies float16 element by element", flops=1 << 18),
+)
+PATHS = ("torch", "onednn", "transposed", "upcast", "gemv")
+
+_forced: ContextVar[str | None] = ContextVar("llama_fast_linear", default=None)
+
+
+@contextmanager
+def force(path: str | None) -> Iterator[None]:
+    """Within the block every product takes `path` where it can run and "torch" where not; None: as the rules say.
+
+    Raises:
+        ValueError: there is no such path.
+    """
+    if path is not None and path not in PATHS:
+        raise ValueError(f"path: {path!r} is not one of {', '.join(PATHS)}")
+    token = _forced.set(path)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+try:
+    _onednn = torch.ops.mkldnn._linear_pointwise.default if platform.machine() in ("x86_64", "AMD64") else None
+except (AttributeError, RuntimeError):
+    _onednn = None
+
+try:
+    from llama_fast import _native  # type: ignore[attr-defined]
+
+    _gemv = getattr(_native.cpu, "gemv", None)
+except ImportError:
+    _gemv = None
+
+
+def _can(path: str, form: str, dtype: torch.dtype, M: int, K: int) -> bool:
+    if path == "onednn":
+        return _onednn is not None and torch.backends.mkldnn.enabled and dtype in (torch.float32, torch.bfloat16)
+    if path == "gemv":
+        return _gemv is not None and form == "nt" and 1 <= M <= 4 and K > 0 and dtype != torch.float64
+    return path != "upcast" or (dtype == torch.float16 and _onednn is not None)
+
+
+def _find(form: str, dtype: torch.dtype, M: int, N: int, K: int) -> tuple[str, str]:
+    forced = _forced.get()
+    if forced is not None:
+        return (forced if _can(forced, form, dtype, M, K) else "torch"), "asked for"
+    for rule in RULES:
+        if rule.applies(form, dtype, M, N, K) and _can(rule.path, form, dtype, M, K):
+            return rule.path, rule.reason
+    return "torch", "no rule names another path"
+
+
+def choose(form: str, dtype: torch.dtype, M: int, N: int, K: int) -> str:
+    """The path, one of `PATHS`, of a product [M, N] over K on the CPU."""
+    return _find(form, dtype, M, N, K)[0]
+
+
+def explain(form: str, dtype: torch.dtype, M: int, N: int, K: int) -> str:
+    """One line: the path of a product on the CPU, and why."""
+    path, reason = _find(form, dtype, M, N, K)
+    return f"{form} {str(dtype).removeprefix('torch.')} [{M}, {N}] over {K}: {path} ({reason})"
+
+
+def _watched(a: Tensor, b: Tensor) -> bool:
+    """Whether plain torch must do it: something watches the operations, or the tensors are not plain CPU tensors."""
+    return (
+        torch.compiler.is_compiling()
+        or a.device.type != "cpu"
+        or b.device.type != "cpu"
+        or a.dtype != b.dtype
+        or type(a) not in (Tensor, torch.nn.Parameter)
+        or type(b) not in (Tensor, torch.nn.Parameter)
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def _recorded(a: Tensor, b: Tensor) -> bool:
+    return torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+
+
+def _plain(a: Tensor, b: Tensor) -> bool:
+    return _recorded(a, b) or _watched(a, b)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return nt(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        needs_dx, needs_dweight = ctx.needs_input_grad
+        return nn(dy, weight) if needs_dx else None, tn(dy, x) if needs_dweight else None
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """F.linear(x, weight), differentiable once, on the paths that `RULES` name; x [..., C], weight [V, C] -> [..., V]."""
+    if _watched(x, weight) or not _recorded(x, weight) or x.dtype == torch.float64:
+        return nt(x, weight)
+    return _Linear.apply(x, weight)
+
+
+def nt(x: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """y = x W^T.
+
+    Args:
+        x: [..., C]. weight: [V, C], any strides.
+        out: [..., V], contiguous in all but the first dimension: y is written there and returned.
+    """
+    if out is None and _plain(x, weight):
+        return F.linear(x, weight)
+    y = _product("nt", _flat(x), weight.t(), None if out is None else _flat(out))
+    return y.view(*x.shape[:-1], weight.shape[0]) if out is None else out
+
+
+def nn(dy: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """dx = dy W.
+
+    Args:
+        dy: [..., V]. weight: [V, C], any strides.
+        out: [..., C], contiguous in all but the first dimension: dx is written there and returned.
+    """
+    if out is None and _plain(dy, weight):
+        return dy @ weight
+    dx = _product("nn", _flat(dy), weight, None if out is None else _flat(out))
+    return dx.view(*dy.shape[:-1], weight.shape[1]) if out is None else out
+
+
+def tn(dy: Tensor, x: Tensor, *, out: Tensor | None = None, accumulate: bool = False) -> Tensor:
+    """dW = dy^T x, summed over all leading dimensions.
+
+    Args:
+        dy: [..., V]. x: [..., C].
+        out: [V, C], any strides: dW is written there, or added to it with `accumulate`, and returned. The sum is rounded
+            once to the dtype of `out` where the path can add (torch's), and the product before it elsewhere. A float32
+            `out` may stand beside half-precision dy and x.
+    """
+    if accumulate and out is None:
+        raise ValueError("out is None, expected a tensor to accumulate into")
+    dy, x = _flat(dy), _flat(x)
+    if out is None and _plain(dy, x):
+        return dy.t() @ x
+    return _product("tn", dy.t(), x, out, accumulate)
+
+
+def _product(form: str, a: Tensor, b: Tensor, out: Tensor | None, accumulate: bool = False) -> Tensor:
+    """a [M, K] times b [K, N], into `out` if it is given."""
+    (M, K), N = a.shape, b.shape[1]
+    path = "torch" if M * N * K == 0 or _plain(a, b) else _find(form, a.dtype, M, N, K)[0]
+    if path == "torch" and (out is None or out.dtype == a.dtype):
+        if out is None:
+            return torch.mm(a, b)
+        return out.addmm_(a, b) if accumulate else torch.mm(a, b, out=out)
+    if path == "gemv" and not accumulate:
+        out = a.new_empty(M, N) if out is None else out
+        _gemv(_rows(a), _rows(b.t()), out)
+        return out
+    parted = path == "onednn" and a.dtype == torch.float32 and K > _TERMS
+    if out is None:
+        if path != "upcast" and not parted:
+            return _multiply(path, a, b)
+        out = a.new_empty(M, N)
+    # out = product needs the product first: by slices, so that little memory is needed for it
+    for i, j in _slices(form, M, N, a.element_size()):
+        for k in range(0, K, _TERMS if parted else K):
+            terms = slice(k, k + _TERMS if parted else K)
+            part = _multiply(path, a[i, terms], b[terms, j])
+            if accumulate or k > 0:
+                out[i, j] += part
+            else:
+                out[i, j] = part
+    return out
+
+
+def _slices(form: str, M: int, N: int, item: int) -> Iterator[tuple[slice, slice]]:
+    """Of [M, N]: rows, or columns where these are more and leave the second operand without gaps."""
+    by_rows = form != "nt" or M >= N
+    long, short = (M, N) if by_rows else (N, M)
+    step = max(64, _SLICE_BYTES // (item * max(short, 1)) // 64 * 64)
+    for begin in range(0, long, step):
+        part = slice(begin, min(begin + step, long))
+        yield (part, slice(None)) if by_rows else (slice(None), part)
+
+
+def _multiply(path: str, a: Tensor, b: Tensor) -> Tensor:
+    if path == "onednn":
+        weight = b.t()
+        if not (weight.is_contiguous() or b.is_contiguous()):
+            weight = weight.contiguous()  # oneDNN multiplies a second operand with gaps by its reference loop
+        return _onednn(a, weight, None, "none", [], "")
+    if path == "transposed":
+        return torch.mm(b.t(), a.t()).t().contiguous()
+    if path == "upcast":
+        return _onednn(a.float(), b.t().float(), None, "none", [], "").to(a.dtype)
+    return torch.mm(a, b)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[..., n] as [rows, n]: a view of a contiguous x."""
+    if x.ndim == 2:
+        return x
+    return x.flatten(0, -2) if x.ndim > 2 else x.unsqueeze(0)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()

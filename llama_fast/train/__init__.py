@@ -1,0 +1,1 @@
+"""Training: text to tokens (`data`) and what consumes them."""

@@ -1,0 +1,161 @@
+"""A training run put together from its parts, for the command line and the demo: tokenizer, data, model.
+
+A run folder holds `tokenizer.model`, `data/` (token files, where no other folder is named), `log.jsonl` and the
+checkpoints `step_N/`: all that `llama-fast generate` needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from llama_fast import checkpoint
+from llama_fast.config import LlamaConfig
+from llama_fast.tokenizer import Tokenizer
+from llama_fast.train.data import Source, TokenDataset, build_token_file, default_sources, parse_data_args
+
+if TYPE_CHECKING:
+    from llama_fast.model import Llama
+
+TOKENIZER = "tokenizer.model"
+
+
+class RunData:
+    """A TokenDataset as the Trainer wants it: one mixture, whose position is the run's."""
+
+    def __init__(self, dataset: TokenDataset, batch_size: int, seq_len: int, seed: int = 0) -> None:
+        self._dataset = dataset
+        self._sizes = (batch_size, seq_len)
+        self._mixture = dataset.batches(batch_size, seq_len, seed)
+
+    def batches(self, batch_size: int, seq_len: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The mixture's batches from its position on.
+
+        Raises:
+            ValueError: other sizes than the mixture's.
+        """
+        if (batch_size, seq_len) != self._sizes:
+            raise ValueError(f"batch_size, seq_len = {batch_size}, {seq_len}: expected {self._sizes}")
+        return self._mixture
+
+    def valid_batches(self, batch_size: int, seq_len: int, n: int) -> Iterable[tuple[Tensor, Tensor]]:
+        """At most `n` held-out batches, the same at every call."""
+        return self._dataset.valid_batches(batch_size, seq_len, limit=n)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The mixture's position."""
+        return self._mixture.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a position. Raises ValueError where it belongs to other data or settings."""
+        self._mixture.load_state_dict(state)
+
+
+def sources_of(data: Sequence[str]) -> list[Source]:
+    """The sources that `--data` names, or Python's own standard library where it names none."""
+    return parse_data_args(data) if data else default_sources()
+
+
+def prepare(sources: Sequence[Source], vocab_size: int, folder: Path) -> tuple[Tokenizer, TokenDataset]:
+    """The tokenizer and the token files in `folder`, made where they are not there yet.
+
+    A `tokenizer.model` of the right size in `folder` is used as it is; token files are reused if they came from the
+    same text and tokenizer.
+
+    Raises:
+        ValueError: the text cannot be read or is too little for `vocab_size`, or tokenizer.model has another size.
+        OSError: `folder` cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / TOKENIZER
+    if path.exists():
+        tokenizer = Tokenizer(path)
+        if tokenizer.vocab_size != vocab_size:
+            raise ValueError(f"{path} has {tokenizer.vocab_size} pieces: expected vocab_size = {vocab_size}")
+    else:
+        texts = (text.decode() for source in sources for _, text in source.documents())
+        tokenizer = Tokenizer.train(texts, path, vocab_size)
+    return tokenizer, build_token_file(sources, tokenizer, folder)
+
+
+def build_model(
+    config: LlamaConfig, *, plain: bool = False, policy: str = "recompute-cheap", seed: int = 0
+) -> nn.Module:
+    """A float32 model with the weights of `seed`: `Llama`, or the same in plain PyTorch.
+
+    Raises:
+        ValueError: no such policy.
+    """
+    if plain:
+        from llama_fast.plain import PlainLlama
+
+        model: nn.Module = PlainLlama(config)
+    else:
+        from llama_fast.model import Llama
+
+        model = Llama(config, policy=policy)
+    model.reset_parameters(seed)  # type: ignore[operator]
+    return model
+
+
+def keep_tokenizer(tokenizer: Tokenizer, run_dir: Path) -> None:
+    """Put the tokenizer into the run folder, so that a checkpoint is never without it.
+
+    Raises:
+        ValueError: the folder has a different one already.
+        OSError: it cannot be written.
+    """
+    target = run_dir / TOKENIZER
+    if target.exists():
+        if Tokenizer(target).fingerprint != tokenizer.fingerprint:
+            raise ValueError(f"{target} is not the tokenizer of this data: expected that, or an unused folder")
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(tokenizer.path, target)
+
+
+def config_for(name: str, seq_len: int, vocab_size: int | None) -> LlamaConfig:
+    """The preset `name`, with another vocabulary where one is given.
+
+    Raises:
+        ValueError: no such preset, or it cannot take `seq_len`.
+    """
+    config = LlamaConfig.preset(name)
+    if seq_len > config.max_seq_len:
+        raise ValueError(f"seq_len = {seq_len}: expected at most max_seq_len = {config.max_seq_len} of {name}")
+    return config if vocab_size is None else dataclasses.replace(config, vocab_size=vocab_size)
+
+
+def load_run(path: Path) -> tuple[Llama, Tokenizer, Path]:
+    """Model, tokenizer and checkpoint of a run folder (its newest good checkpoint) or of one checkpoint in it.
+
+    Raises:
+        FileNotFoundError: there is no such folder, no checkpoint in it, or no tokenizer beside it.
+        ValueError: the checkpoint is damaged.
+    """
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is no folder: expected a run of `llama-fast train`, or a checkpoint in it")
+    folder: Path | None = path
+    if not (path / checkpoint.MANIFEST).is_file():
+        problems: list[str] = []
+        folder = checkpoint.latest(path, lambda p, reason: problems.append(f"{p.name}: {reason}"))
+        if folder is None:
+            raise FileNotFoundError(f"{path} holds no good checkpoint" + "".join(f"; {p}" for p in problems))
+    assert folder is not None
+    checkpoint.verify(folder)
+    for place in (folder, folder.parent):
+        if (place / TOKENIZER).is_file():
+            tokenizer = Tokenizer(place / TOKENIZER)
+            break
+    else:
+        raise FileNotFoundError(f"no {TOKENIZER} in {folder.parent}: expected it beside the checkpoints")
+    from llama_fast.model import Llama
+
+    model = Llama(checkpoint.load_config(folder))
+    checkpoint.load_into(model, checkpoint.load_model_weights(folder))
+    return model.eval(), tokenizer, folder

@@ -1,0 +1,256 @@
+"""The block's hand-written backward against autograd of the plain block, for each policy; bytes kept; ways to call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from numerics import TARGETS, target
+from torch import Tensor
+
+from llama_fast import plain
+from llama_fast.block import POLICIES, BlockOptions, Cache, Weights, transformer_block
+from llama_fast.config import LlamaConfig, rope_cos_sin
+from llama_fast.verify import BACKWARD_FACTOR, FORWARD_FACTOR, judge
+
+CONFIG = LlamaConfig(dim=48, n_layers=1, n_heads=6, n_kv_heads=2, ffn_dim=80, vocab_size=32, max_seq_len=64)
+WIDE = LlamaConfig(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, ffn_dim=176, vocab_size=32, max_seq_len=64)
+B, T = 2, 19
+
+
+def _plain_block(config: LlamaConfig, dtype: torch.dtype) -> plain.PlainLlama:
+    model = plain.PlainLlama(config).to(dtype)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(3)
+        for p in model.layers.parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            p.copy_(1.0 + 0.1 * noise if p.ndim == 1 else noise / p.shape[1] ** 0.5)
+    return model
+
+
+def _weights(layer: torch.nn.Module) -> Weights:
+    a, m = layer.self_attn, layer.mlp
+    return Weights(
+        layer.input_layernorm.weight,
+        a.q_proj.weight,
+        a.k_proj.weight,
+        a.v_proj.weight,
+        a.o_proj.weight,
+        layer.post_attention_layernorm.weight,
+        m.gate_proj.weight,
+        m.up_proj.weight,
+        m.down_proj.weight,
+    )
+
+
+def _inputs(config: LlamaConfig, dtype: torch.dtype, length: int = T) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    x, dy = (torch.randn(B, length, config.dim, generator=generator) for _ in range(2))
+    return x.to(dtype).requires_grad_(), dy.to(dtype)
+
+
+def _run_plain(config: LlamaConfig, dtype: torch.dtype, x: Tensor, dy: Tensor, rounded: torch.dtype) -> list[Tensor]:
+    """y, dx and weight gradients by autograd, in `dtype`, from weights and inputs rounded to `rounded`."""
+    layer = _plain_block(config, rounded).to(dtype).layers[0]
+    leaf = x.detach().to(dtype).requires_grad_()
+    cos, sin = rope_cos_sin(config, x.shape[1])
+    y = layer(leaf, cos.to(dtype), sin.to(dtype))
+    return [y.detach(), *torch.autograd.grad(y, [leaf, *_weights(layer)], dy.to(dtype))]
+
+
+def _run_ours(config: LlamaConfig, dtype: torch.dtype, x: Tensor, dy: Tensor, policy: str) -> list[Tensor]:
+    layer = _plain_block(config, dtype).layers[0]
+    options = BlockOptions(config.head_dim, config.norm_eps, policy)
+    y = transformer_block(x, _weights(layer), *rope_cos_sin(config, x.shape[1]), options)
+    return [y.detach(), *torch.autograd.grad(y, [x, *_weights(layer)], dy)]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_gradients_equal_autograd_in_float64(policy: str) -> None:
+    x, dy = _inputs(CONFIG, torch.float64)
+    truth = _run_plain(CONFIG, torch.float64, x, dy, torch.float64)
+    for ours, exact in zip(_run_ours(CONFIG, torch.float64, x, dy, policy), truth, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_gradcheck(policy: str) -> None:
+    config = LlamaConfig(dim=8, n_layers=1, n_heads=2, n_kv_heads=1, ffn_dim=6, vocab_size=8, max_seq_len=8)
+    layer = _plain_block(config, torch.float64).layers[0]
+    x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    cos, sin = rope_cos_sin(config, 3)
+    options = BlockOptions(config.head_dim, policy=policy)
+    assert torch.autograd.gradcheck(
+        lambda x, *w: transformer_block(x, Weights(*w), cos, sin, options), (x, *_weights(layer))
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("target_name", TARGETS)
+def test_error_is_within_the_budget(target_name: str, dtype: torch.dtype) -> None:
+    x, dy = _inputs(WIDE, dtype)
+    truth = _run_plain(WIDE, torch.float64, x, dy, dtype)
+    theirs = _run_plain(WIDE, dtype, x, dy, dtype)
+    for policy in POLICIES:
+        with target(target_name):
+            found = _run_ours(WIDE, dtype, x, dy, policy)
+        for name, a, b, exact in zip(("y", "dx", *Weights._fields), found, theirs, truth, strict=True):
+            factor = FORWARD_FACTOR if name == "y" else BACKWARD_FACTOR
+            *_, problem = judge(a, b, exact, factor, dtype)
+            assert not problem, f"{policy} {name}: {problem}"
+
+
+def _saved_bytes(policy: str) -> int:
+    """Bytes that one block holds between forward and backward, parameters and rotary tables aside, by storage."""
+    x, _ = _inputs(WIDE, torch.float32)
+    layer = _plain_block(WIDE, torch.float32).layers[0]
+    cos, sin = rope_cos_sin(WIDE, T)
+    aside = {p.untyped_storage().data_ptr() for p in (*_weights(layer), cos, sin)}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in aside:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        transformer_block(x, _weights(layer), cos, sin, BlockOptions(WIDE.head_dim, policy=policy))
+    return sum(kept.values())
+
+
+def test_bytes_kept_by_policy() -> None:
+    C, F, H, D, G = WIDE.dim, WIDE.ffn_dim, WIDE.n_heads, WIDE.head_dim, WIDE.n_kv_heads
+    rows, item = B * T, 4
+    statistics = rows * 4 * (2 + H)
+    cheap = rows * item * (2 * C + 2 * H * D + 2 * G * D + 2 * F) + statistics
+    assert _saved_bytes("recompute-all") == rows * item * C
+    assert _saved_bytes("recompute-cheap") == cheap
+    assert _saved_bytes("save") == cheap + rows * item * (2 * C + F)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_backward_leaves_saved_tensors_alone_and_repeats(policy: str) -> None:
+    layer = _plain_block(WIDE, torch.float32).layers[0]
+    x, dy = _inputs(WIDE, torch.float32)
+    y = transformer_block(x, _weights(layer), *rope_cos_sin(WIDE, T), BlockOptions(WIDE.head_dim, policy=policy))
+    inputs = [x, *_weights(layer)]
+    first = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+    second = torch.autograd.grad(y, inputs, dy)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_frozen_weights_get_no_gradient_and_others_stay_right() -> None:
+    layer = _plain_block(WIDE, torch.float32).layers[0]
+    x, dy = _inputs(WIDE, torch.float32)
+    full = _run_ours(WIDE, torch.float32, x, dy, "recompute-cheap")
+    layer.requires_grad_(False)
+    layer.self_attn.q_proj.weight.requires_grad_(True)
+    y = transformer_block(x, _weights(layer), *rope_cos_sin(WIDE, T), BlockOptions(WIDE.head_dim))
+    y.backward(dy)
+    assert torch.equal(x.grad, full[1])
+    assert torch.equal(layer.self_attn.q_proj.weight.grad, full[3])
+    assert layer.mlp.up_proj.weight.grad is None
+
+
+def test_expanded_gradient_and_accumulation() -> None:
+    layer = _plain_block(WIDE, torch.float32).layers[0]
+    x, _ = _inputs(WIDE, torch.float32)
+    for _ in range(2):
+        y = transformer_block(x, _weights(layer), *rope_cos_sin(WIDE, T), BlockOptions(WIDE.head_dim))
+        y.sum().backward()
+    once = _run_ours(WIDE, torch.float32, x, torch.ones_like(x), "recompute-cheap")
+    torch.testing.assert_close(x.grad, 2 * once[1])
+    torch.testing.assert_close(layer.mlp.up_proj.weight.grad, 2 * once[9])
+
+
+def test_packed_sequences_equal_separate_ones() -> None:
+    layer = _plain_block(WIDE, torch.float32).layers[0]
+    x, _ = _inputs(WIDE, torch.float32)
+    cos, sin = rope_cos_sin(WIDE, T)
+    options = BlockOptions(WIDE.head_dim)
+    separate = transformer_block(x, _weights(layer), cos, sin, options)
+    packed = transformer_block(
+        x.reshape(1, B * T, -1),
+        _weights(layer),
+        cos.repeat(B, 1),
+        sin.repeat(B, 1),
+        options,
+        cu_seqlens=torch.arange(0, B * T + 1, T, dtype=torch.int32),
+    )
+    torch.testing.assert_close(packed.view_as(separate), separate)
+
+
+def test_cache_continues_where_it_stopped() -> None:
+    layer = _plain_block(WIDE, torch.float32).layers[0]
+    x, _ = _inputs(WIDE, torch.float32)
+    cos, sin = rope_cos_sin(WIDE, T)
+    options = BlockOptions(WIDE.head_dim)
+    room = torch.empty(2, B, T, WIDE.n_kv_heads, WIDE.head_dim)
+    with torch.no_grad():
+        whole = transformer_block(x, _weights(layer), cos, sin, options)
+        parts, used = [], 0
+        for length in (11, 1, 7):
+            span = slice(used, used + length)
+            cache = Cache(room[0], room[1], used)
+            parts.append(transformer_block(x[:, span], _weights(layer), cos[span], sin[span], options, cache=cache))
+            used += length
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole)
+    with pytest.raises(ValueError, match="cache is given while gradients are recorded"):
+        transformer_block(x[:, :1], _weights(layer), cos[:1], sin[:1], options, cache=Cache(room[0], room[1], 0))
+
+
+def test_autocast_computes_in_bfloat16_and_gives_float32_gradients() -> None:
+    layer = _plain_block(WIDE, torch.float32).layers[0]
+    x, dy = _inputs(WIDE, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = transformer_block(x, _weights(layer), *rope_cos_sin(WIDE, T), BlockOptions(WIDE.head_dim))
+    assert y.dtype == torch.bfloat16
+    y.backward(dy.bfloat16())
+    exact = _run_plain(WIDE, torch.float64, x, dy.bfloat16(), torch.float32)
+    for got, want in zip([x.grad, *(p.grad for p in _weights(layer))], exact[1:], strict=True):
+        assert got.dtype == torch.float32
+        assert (got - want).norm() / want.norm() < 0.02
+
+
+def test_empty_batch_and_empty_sequence() -> None:
+    layer = _plain_block(WIDE, torch.float32).layers[0]
+    for shape in ((0, 5), (2, 0)):
+        x = torch.zeros(*shape, WIDE.dim, requires_grad=True)
+        y = transformer_block(x, _weights(layer), *rope_cos_sin(WIDE, shape[1]), BlockOptions(WIDE.head_dim))
+        assert y.shape == x.shape
+        y.sum().backward()
+        assert float(layer.mlp.up_proj.weight.grad.abs().sum()) == 0.0
+
+
+def test_compiles_without_graph_break() -> None:
+    layer = _plain_block(WIDE, torch.float32).layers[0]
+    x, dy = _inputs(WIDE, torch.float32)
+    cos, sin = rope_cos_sin(WIDE, T)
+    options = BlockOptions(WIDE.head_dim)
+    compiled = torch.compile(
+        lambda x: transformer_block(x, _weights(layer), cos, sin, options), fullgraph=True, backend="aot_eager"
+    )
+    eager = _run_ours(WIDE, torch.float32, x, dy, "recompute-cheap")
+    y = compiled(x)
+    torch.testing.assert_close(y, eager[0])
+    torch.testing.assert_close(torch.autograd.grad(y, x, dy)[0], eager[1])
+
+
+def test_bad_input_names_argument_value_and_expectation() -> None:
+    layer = _plain_block(WIDE, torch.float32).layers[0]
+    w = _weights(layer)
+    x, _ = _inputs(WIDE, torch.float32)
+    cos, sin = rope_cos_sin(WIDE, T)
+    options = BlockOptions(WIDE.head_dim)
+    with pytest.raises(ValueError, match=r"policy is 'all', expected one of save, recompute-cheap, recompute-all"):
+        BlockOptions(WIDE.head_dim, policy="all")
+    with pytest.raises(ValueError, match=r"x has shape \(2, 64\), expected \[B, T, C\]"):
+        transformer_block(x[:, 0], w, cos, sin, options)
+    with pytest.raises(ValueError, match=r"wq_HDxC has shape \(64, 63\), expected \(64, 64\)"):
+        transformer_block(x, w._replace(wq_HDxC=w.wq_HDxC[:, 1:]), cos, sin, options)
+    with pytest.raises(ValueError, match=r"cos has shape \(1, 18, 8\)"):
+        transformer_block(x, w, cos[1:], sin[1:], options)
+    with pytest.raises(ValueError, match=r"head_dim is 24"):
+        transformer_block(x, w, cos, sin, BlockOptions(24))
+    with pytest.raises(ValueError, match=r"norm1_C has dtype torch.float64, expected torch.float32 as x"):
+        transformer_block(x, w._replace(norm1_C=w.norm1_C.double()), cos, sin, options)

@@ -1,0 +1,188 @@
+"""The command line: every command at a small size, exit statuses, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import llama_fast
+import llama_fast.verify
+from llama_fast import cli, demo
+from llama_fast.config import LlamaConfig
+from llama_fast.ops.table import OPS
+from llama_fast.verify import Case
+
+
+class Output:
+    """What one call printed, and its exit status."""
+
+    def __init__(self, status: int, out: str, err: str) -> None:
+        self.status, self.out, self.err = status, out, err
+
+
+@pytest.fixture
+def llama_fast_program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    def call(*args: str) -> Output:
+        monkeypatch.setattr(sys, "argv", ["llama-fast", *args])
+        # the other tests of this process keep the allocator that they began with
+        monkeypatch.setattr(llama_fast, "keep_host_memory", lambda: None, raising=False)
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        return Output(int(stopped.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("".join(f"the {i} quick brown foxes jump over {i * 7} lazy dogs\n" for i in range(3000)))
+    return file
+
+
+def test_help_lists_the_commands(llama_fast_program: Any) -> None:
+    found = llama_fast_program("--help")
+    assert found.status == 0
+    for command in ("info", "verify", "bench", "train", "generate", "demo"):
+        assert command in found.out
+
+
+def test_info_shows_every_op_and_backend(llama_fast_program: Any) -> None:
+    found = llama_fast_program("info")
+    assert found.status == 0
+    for op in OPS.values():
+        assert op.name in found.out
+        assert all(b.name in found.out for b in op.backends)
+    assert torch.__version__ in found.out
+    assert "native library" in found.out
+    assert len(llama_fast_program("info", "--brief").out.splitlines()) == 1
+
+
+def test_verify_passes_and_fails_with_its_status(llama_fast_program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama_fast.verify, "CASES", (Case("swiglu", {"...": (3,), "F": 40}),))
+    found = llama_fast_program("verify", "--op", "swiglu", "--all")
+    assert found.status == 0, found.out
+    assert "reference" in found.out
+    assert " 0 not" in found.out
+    monkeypatch.setattr(llama_fast.verify, "ulp", lambda *_: -1.0)  # no budget is left
+    found = llama_fast_program("verify", "--op", "swiglu")
+    assert found.status == 1
+    assert "NO: swiglu" in found.out
+
+
+def test_bench_writes_its_table_and_json(
+    llama_fast_program: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    suite = cli._benchmark_suite()
+    tiny = suite.Benchmark(Case("swiglu", {"...": (64,), "F": 256}), torch.float32, quick=True)
+    monkeypatch.setattr(suite, "collect", lambda ops, quick: [tiny])
+    path = tmp_path / "bench.json"
+    found = llama_fast_program("bench", "--quick", "--op", "swiglu", "--json", str(path))
+    assert found.status == 0, found.err
+    assert "limit: copy bandwidth" in found.out
+    figures = json.loads(path.read_text())
+    assert {m["direction"] for m in figures["measurements"]} == {"forward", "forward+backward"}
+    assert figures["environment"]["torch"] == torch.__version__
+    assert figures["limits"]["copy"] > 0
+
+
+def test_train_resume_and_generate(llama_fast_program: Any, text: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    sizes = ["--config", "tiny", "--vocab-size", "320", "--batch-size", "2", "--seq-len", "32", "--eval-batches", "2"]
+    common = ["train", "--out", str(run), "--data", f"{text}:2", *sizes]
+    found = llama_fast_program(*common, "--steps", "4")
+    assert found.status == 0, found.err
+    assert "held-out loss" in found.out
+    assert len((run / "log.jsonl").read_text().splitlines()) == 4
+    again = llama_fast_program(*common, "--steps", "4")
+    assert again.status == 2
+    assert "resume" in again.err
+    assert llama_fast_program(*common, "--steps", "4", "--resume").status == 0
+
+    for checkpoint in (run, next(run.glob("step_*"))):
+        found = llama_fast_program(
+            "generate", "--checkpoint", str(checkpoint), "--prompt", "the ", "--max-new-tokens", "5", "--seed", "1"
+        )
+        assert found.status == 0, found.err
+        assert found.out.startswith("the ")
+
+
+def test_plain_starts_from_the_same_loss(llama_fast_program: Any, text: Path, tmp_path: Path) -> None:
+    first = []
+    for name, flags in (("ours", []), ("plain", ["--plain"])):
+        sizes = ["--config", "tiny", "--vocab-size", "320", "--batch-size", "2", "--seq-len", "32", "--eval-every", "0"]
+        out = tmp_path / name
+        data = ["--data", str(text), "--tokens", str(tmp_path / "tokens")]
+        assert llama_fast_program("train", "--out", str(out), *data, *sizes, "--steps", "1", *flags).status == 0
+        first.append(json.loads((out / "log.jsonl").read_text())["loss"])
+    assert first[0] == pytest.approx(first[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["verify", "--op", "norm"], "--op norm: expected one of rms_norm"),
+        (["bench", "--op", "norm"], "--op norm: expected one of rms_norm"),
+        (["bench", "--op", "rms_norm", "--json", "/no/such/folder/x.json"], "/no/such/folder/x.json"),
+        (["train", "--out", "OUT", "--config", "llama-8b"], "preset 'llama-8b': no such name"),
+        (["train", "--out", "OUT", "--data", "/no/such/file"], "'/no/such/file' does not exist"),
+        (["train", "--out", "OUT", "--seq-len", "4096"], "seq_len = 4096: expected at most max_seq_len = 512"),
+        (["train", "--out", "OUT", "--steps", "0"], "steps = 0"),
+        (["train", "--out", "OUT", "--dtype", "int8"], "dtype = 'int8': expected one of float32, bfloat16"),
+        (["train", "--out", "OUT", "--policy", "most"], "policy"),
+        (["generate", "--checkpoint", "OUT"], "is no folder: expected a run"),
+    ],
+)
+def test_errors_are_one_line_and_status_2(
+    llama_fast_program: Any, tmp_path: Path, args: list[str], expected: str
+) -> None:
+    out = tmp_path / "out"
+    found = llama_fast_program(*(str(out) if a == "OUT" else a for a in args))
+    assert found.status == 2
+    assert expected in found.err
+    assert found.err.startswith("llama-fast: ")
+    assert len(found.err.splitlines()) == 1
+    assert not out.exists(), "something was written before the error"
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMA_FAST_LOG", "debug")
+    monkeypatch.setattr(sys, "argv", ["llama-fast", "verify", "--op", "norm"])
+    with pytest.raises(ValueError, match="--op norm"):
+        cli.main()
+
+
+def test_a_folder_without_checkpoints_and_a_damaged_one(llama_fast_program: Any, tmp_path: Path) -> None:
+    found = llama_fast_program("generate", "--checkpoint", str(tmp_path))
+    assert found.status == 2
+    assert "holds no good checkpoint" in found.err
+    (tmp_path / "step_0000001").mkdir()
+    found = llama_fast_program("generate", "--checkpoint", str(tmp_path))
+    assert found.status == 2
+    assert "step_0000001" in found.err
+
+
+def test_peak_memory_is_this_process_alone() -> None:
+    """A parent's peak does not reach the child, as it does through getrusage."""
+    ballast = torch.ones(1 << 28, dtype=torch.uint8)
+    code = "from llama_fast.demo import peak_memory; print(peak_memory())"
+    root = Path(cli.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    before = demo.peak_memory()
+    assert before > ballast.nbytes
+    assert int(done.stdout) < before
+
+
+def test_saved_bytes_of_the_block_are_half() -> None:
+    config = LlamaConfig.preset("demo")
+    ours, plain = (demo.saved_bytes_per_token_and_layer(kind, config) for kind in ("ours", "plain"))
+    formula = 4 * (6 + 2 * config.ffn_dim / config.dim) * config.dim  # docs/block.md, and the row statistics
+    assert formula < ours < 1.02 * formula + 64
+    assert ours < 0.6 * plain

@@ -1,0 +1,212 @@
+"""The products of a linear layer: every path against float64, the frozen choice, when plain torch takes over, gemv."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import DTYPES, target
+from torch import Tensor
+
+from llama_fast.ops import linear, native
+
+ISAS = [f"cpu/{isa}" for isa in native.isas()]
+TRUTH: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "nt": lambda a, b: a @ b.T,
+    "nn": lambda a, b: a @ b,
+    "tn": lambda a, b: a.T @ b,
+}
+SIZES = [(1, 1, 1), (1, 300, 70), (4, 33, 515), (5, 64, 32), (67, 129, 255), (300, 64, 1003), (0, 4, 5), (4, 5, 0)]
+
+
+def operands(form: str, M: int, N: int, K: int, dtype: torch.dtype, strided: bool = False) -> tuple[Tensor, Tensor]:
+    shapes = {"nt": ((M, K), (N, K)), "nn": ((M, K), (K, N)), "tn": ((K, M), (K, N))}[form]
+    generator = torch.Generator().manual_seed(M + 3 * N + 5 * K)
+    a, b = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    if strided:
+        a, b = a.T.contiguous().T, torch.cat((b, b), dim=1)[:, : b.shape[1]]
+    return a, b
+
+
+def problem(found: Tensor, truth: Tensor, plain: Tensor, K: int) -> str:
+    """1.5 times the error of plain torch, one ulp, and what the order of a float32 (float64) sum of K terms may change."""
+    if truth.numel() == 0:
+        return "" if found.shape == truth.shape else "shape"
+    accumulator = torch.finfo(torch.float64 if found.dtype == torch.float64 else torch.float32).eps
+    ulps = torch.finfo(found.dtype).eps + accumulator * K**0.5 / 4
+    error, budget = (found - truth).abs().max(), 1.5 * (plain - truth).abs().max() + ulps * truth.abs().max()
+    return "" if found.shape == truth.shape and error <= budget else f"error {error:.3g} exceeds {budget:.3g}"
+
+
+def problems(path: str | None, form: str, dtype: torch.dtype) -> list[str]:
+    found = []
+    for sizes in SIZES:
+        for strided in (False, True):
+            a, b = operands(form, *sizes, dtype, strided)
+            truth, plain = TRUTH[form](a.double(), b.double()), TRUTH[form](a, b)
+            with linear.force(path):
+                result = getattr(linear, form)(a, b)
+                out = getattr(linear, form)(a, b, out=torch.full_like(plain, torch.nan))
+            found += [f"{sizes} {strided} {p}" for y in (result, out) if (p := problem(y, truth, plain, sizes[2]))]
+    return found
+
+
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=str)
+@pytest.mark.parametrize("path", (None, *linear.PATHS))
+@pytest.mark.parametrize("form", linear.FORMS)
+@pytest.mark.parametrize("slice_bytes", [linear._SLICE_BYTES, 1024])
+def test_error(
+    form: str, path: str | None, dtype: torch.dtype, slice_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "_SLICE_BYTES", slice_bytes)
+    assert problems(path, form, dtype) == []
+
+
+@pytest.mark.skipif(linear._onednn is None, reason="this torch has no mkldnn._linear_pointwise")
+def test_onednn_never_sees_a_second_operand_with_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would multiply it a thousand times more slowly."""
+    onednn = linear._onednn
+
+    def watched(a: Tensor, weight: Tensor, *rest: object) -> Tensor:
+        assert weight.is_contiguous() or weight.t().is_contiguous()
+        return onednn(a, weight, *rest)
+
+    monkeypatch.setattr(linear, "_onednn", watched)
+    monkeypatch.setattr(linear, "_SLICE_BYTES", 1024)
+    for form in linear.FORMS:
+        for path in ("onednn", "upcast"):
+            assert problems(path, form, torch.float32 if path == "onednn" else torch.float16) == []
+
+
+def test_a_planted_bug_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    multiply = linear._multiply
+    for form in linear.FORMS:
+        monkeypatch.setattr(linear, "_multiply", lambda p, a, b: multiply(p, a, b) * 1.001)
+        assert problems("onednn", form, torch.float32)
+        monkeypatch.setattr(linear, "_slices", lambda form, M, N, item: [(slice(0, M - 1), slice(None))])
+        assert problems("onednn", form, torch.float32)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("path", (None, *linear.PATHS))
+def test_accumulate(path: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_SLICE_BYTES", 4096)
+    for M, N, K in SIZES:
+        dy, x = operands("tn", M, N, K, dtype)
+        for kind in {dtype, torch.float32}:
+            start = torch.randn(M, N).to(kind)
+            truth = start.double() + dy.double().T @ x.double()
+            out = start.clone()
+            with linear.force(path):
+                assert linear.tn(dy, x, out=out, accumulate=True) is out
+            plain = start.to(dtype) + dy.T @ x
+            assert problem(out.to(dtype), truth, plain, K) == ""
+    with pytest.raises(ValueError, match="out is None, expected a tensor to accumulate into"):
+        linear.tn(dy, x, accumulate=True)
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 3, 7), (0, 7), (1, 1, 7)])
+def test_leading_dimensions(shape: tuple[int, ...]) -> None:
+    x, w = torch.randn(shape), torch.randn(5, 7)
+    y = linear.nt(x, w)
+    torch.testing.assert_close(y, F.linear(x, w))
+    torch.testing.assert_close(linear.nn(y, w), y @ w)
+    torch.testing.assert_close(linear.tn(y, x), y.reshape(-1, 5).T @ x.reshape(-1, 7))
+    out = torch.full((*shape[:-1], 5), torch.nan)
+    assert linear.nt(x, w, out=out) is out
+    torch.testing.assert_close(out, y)
+
+
+@pytest.mark.skipif(linear._onednn is None, reason="this torch has no mkldnn._linear_pointwise")
+def test_the_frozen_choice() -> None:
+    f32, bf16, f16, f64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+    for form in linear.FORMS:
+        assert linear.choose(form, f32, 2048, 2048, 2048) == "onednn"
+        assert linear.choose(form, bf16, 2048, 2048, 2048) == "torch"
+        assert linear.choose(form, f16, 2048, 2048, 2048) == "upcast"
+        for dtype in (f32, bf16, f16, f64):
+            assert linear.choose(form, dtype, 8, 8, 8) == "torch"
+        assert linear.choose(form, f64, 2048, 2048, 2048) == "torch"
+    for dtype in (f32, bf16):
+        assert [linear.choose("nt", dtype, M, 2048, 2048) for M in (1, 4)] == ["gemv", "gemv"]
+    assert linear.choose("nn", bf16, 512, 2048, 32000) == "transposed"
+    assert linear.choose("tn", f32, 2048, 2048, 1) == "torch"
+    assert linear.explain("nn", bf16, 512, 2048, 32000).startswith("nn bfloat16 [512, 2048] over 32000: transposed (")
+
+
+def test_an_absent_path_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_onednn", None)
+    monkeypatch.setattr(linear, "_gemv", None)
+    assert linear.choose("nt", torch.float32, 2048, 2048, 2048) == "torch"
+    assert linear.choose("nt", torch.float32, 1, 2048, 2048) == "torch"
+    assert problems(None, "nt", torch.float32) == []
+    with pytest.raises(ValueError, match="path: 'mkl' is not one of torch, onednn"), linear.force("mkl"):
+        pass
+
+
+def test_plain_torch_where_something_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a fast path ran")
+
+    monkeypatch.setattr(linear, "_multiply", refuse)
+    monkeypatch.setattr(linear, "_gemv", refuse)
+    x, w = torch.randn(256, 256), torch.randn(256, 256)
+    with pytest.raises(AssertionError, match="a fast path ran"):
+        linear.nt(x, w)
+    xg = x.clone().requires_grad_()
+    linear.nt(xg, w).sum().backward()
+    torch.testing.assert_close(xg.grad, w.sum(0).expand(256, 256))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear.nt(x, w).dtype == torch.bfloat16
+        assert linear.linear(xg, w).dtype == torch.bfloat16
+    torch.testing.assert_close(
+        torch.vmap(linear.nt, in_dims=(0, None))(x.view(4, 64, 256), w), F.linear(x, w).view(4, 64, 256)
+    )
+    torch.func.grad(lambda a: linear.nn(a, w).sum())(x)
+    assert linear.nt(x.to("meta"), w.to("meta")).shape == (256, 256)
+    compiled = torch.compile(lambda a, b: linear.linear(a, b), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, w), F.linear(x, w))
+
+
+def test_linear_is_differentiable() -> None:
+    assert torch.autograd.gradcheck(
+        linear.linear, (torch.randn(2, 3, 5).double().requires_grad_(), torch.randn(4, 5).double().requires_grad_())
+    )
+    x, w = torch.randn(2, 128, 256, requires_grad=True), torch.randn(128, 256, requires_grad=True)
+    dy = torch.randn(2, 128, 128)
+    ours, theirs = (torch.autograd.grad(f(x, w), (x, w), dy) for f in (linear.linear, F.linear))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    (only,) = torch.autograd.grad(linear.linear(x.detach(), w), (w,), dy)
+    assert torch.equal(only, ours[1])
+
+
+@pytest.mark.skipif(linear._gemv is None, reason="the native library is not built")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+def test_gemv(isa: str, dtype: torch.dtype) -> None:
+    threads = torch.get_num_threads()
+    try:
+        for N, K in ((1, 1), (3, 5), (37, 100), (130, 1003), (1003, 2048)):
+            w = torch.randn(N, K + 3).to(dtype)[:, :K]
+            x = torch.randn(4, K + 1).to(dtype)[:, :K]
+            truth, plain = x.double() @ w.double().T, F.linear(x, w)
+            alone = []
+            for R in (1, 2, 3, 4):
+                found = []
+                for n in (1, 2, 3):
+                    torch.set_num_threads(n)
+                    y = torch.full((R, N), torch.nan, dtype=dtype)
+                    with target(isa):
+                        linear._gemv(x[:R], w, y)
+                    found.append(y)
+                assert problem(found[0], truth[:R], plain[:R], K) == ""
+                assert torch.equal(found[0], found[1])
+                assert torch.equal(found[0], found[2])
+                alone.append(found[0][0])
+            assert all(torch.equal(alone[0], row) for row in alone)
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,356 @@
+"""linear_cross_entropy: error budget on every target, extreme logits, gradients, memory, bad input, bugs to be seen."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import DTYPES, TARGETS, assert_bug_is_caught, assert_within_budget, target
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import llama_fast as lf
+from llama_fast.ops import eager, native
+from llama_fast.verify import Case
+
+OP = "linear_cross_entropy"
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"reduction": "sum"},
+    {"reduction": "none"},
+    {"label_smoothing": 0.1},
+    {"z_loss": 1e-2},
+    {"label_smoothing": 0.3, "z_loss": 1e-2, "reduction": "none", "ignore_index": 2},
+    {"label_smoothing": 1.0, "z_loss": 1e-3, "reduction": "none"},
+]
+SHAPES = [
+    {"...": (1,), "C": 1, "V": 1},
+    {"...": (2, 5), "C": 3, "V": 7},
+    {"...": (3, 37), "C": 64, "V": 1003},
+    {"...": (6,), "C": 16, "V": 50001},
+    {"...": (0,), "C": 16, "V": 33},
+    {"...": (2100,), "C": 24, "V": 131},
+]
+CPU = [t for t in TARGETS if t.startswith("cpu")]
+
+
+def some_ignored(*values: int) -> dict[str, Callable[[torch.dtype], Tensor]]:
+    return {"targets": lambda _: torch.tensor(values)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("target_name", TARGETS)
+def test_budget(target_name: str, dtype: torch.dtype) -> None:
+    for dims in SHAPES:
+        assert_within_budget(Case(OP, dims), target_name, dtype)
+    dims = {"...": (40,), "C": 48, "V": 515}
+    for options in OPTIONS:
+        assert_within_budget(Case(OP, dims, options), target_name, dtype)
+    assert_within_budget(Case(OP, dims, strided=True), target_name, dtype)
+    assert_within_budget(Case(OP, dims, scale=3.0), target_name, dtype)
+
+
+@pytest.mark.parametrize("C", [512, 2048])
+def test_budget_of_a_long_float32_contraction(C: int) -> None:
+    """oneDNN's sums of that many terms in one chain miss it."""
+    case = Case(OP, {"...": (64,), "C": C, "V": 1003}, {"reduction": "none"}, scale=0.3)
+    assert_within_budget(case, "cpu/", torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("target_name", TARGETS)
+def test_ignored_rows(target_name: str, dtype: torch.dtype) -> None:
+    dims = {"...": (5,), "C": 8, "V": 33}
+    for reduction in ("mean", "sum", "none"):
+        options = {"reduction": reduction, "label_smoothing": 0.1, "z_loss": 1e-2}
+        some, every = some_ignored(-100, 0, 32, -100, 5), some_ignored(*[-100] * 5)
+        assert_within_budget(Case(OP, dims, options, tensors=some), target_name, dtype)
+        assert_within_budget(Case(OP, dims, options, tensors=every), target_name, dtype)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_leading_dimension(reduction: str) -> None:
+    hidden, weight, targets = Case(OP, {"...": (1,), "C": 16, "V": 33}).inputs(torch.float32).values()
+    one = lf.linear_cross_entropy(hidden, weight, targets, reduction=reduction)
+    scalar = lf.linear_cross_entropy(hidden[0], weight, targets[0], reduction=reduction)
+    assert scalar.shape == ()
+    assert scalar.item() == one.item()
+
+
+@pytest.mark.parametrize("R", [2048, 6000])
+@pytest.mark.parametrize("mean", [0.0, 1.0])
+def test_budget_of_dweight_over_many_chunks(R: int, mean: float) -> None:
+    """In place for the first size and in a float32 copy for the second; partial sums that cancel, and that add up."""
+    C, V = 8, 24
+    assert native._chunk_plan(R, C, V, 2, True) == ((512, False) if R == 2048 else (1024, True))
+    hidden = torch.randn(R, C, generator=torch.Generator().manual_seed(3)) + mean
+    for dtype in (torch.bfloat16, torch.float16):
+        case = Case(OP, {"...": (R,), "C": C, "V": V}, {"reduction": "sum"}, tensors={"hidden": hidden.to})
+        assert_within_budget(case, "cpu/", dtype)
+
+
+def rows_of(logits: Tensor, targets: Tensor, **options: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, lse, gradient) of the native kernel."""
+    x, R = logits.clone(), logits.shape[0]
+    loss, lse = torch.full((R,), torch.nan), torch.full((R,), torch.nan)
+    smoothing, z_loss = options.get("label_smoothing", 0.0), options.get("z_loss", 0.0)
+    native._native.cpu.cross_entropy_rows(x, targets, torch.ones(R), -100, smoothing, z_loss, loss, lse)
+    return loss, lse, x
+
+
+@pytest.mark.parametrize("target_name", CPU)
+@pytest.mark.parametrize("smoothing", [0.0, 0.2, 1.0])
+def test_extreme_logits_as_cross_entropy(target_name: str, smoothing: float) -> None:
+    V = 45
+    x = torch.randn(12, V, generator=torch.Generator().manual_seed(0))
+    x[0], x[1, ::2], x[1, 1::2] = 1e4, 1e4, -1e4
+    x[2, 3] = 1e4
+    x[3, 5:] = -torch.inf
+    x[4, 7] = -torch.inf
+    x[5] = -torch.inf
+    x[6, 9], x[7, 44], x[8, 0] = torch.inf, torch.inf, torch.nan
+    x[9] = 3e38
+    x[10] = -3e38
+    t = torch.tensor([1, 2, 3, 4, 7, 0, 3, 44, 2, 8, 44, -100])
+    exact = x.double().requires_grad_()
+    truth = F.cross_entropy(exact, t, label_smoothing=smoothing, reduction="none")
+    (gradient,) = torch.autograd.grad(truth.sum(), exact)
+    with target(target_name):
+        loss, _, found = rows_of(x, t, label_smoothing=smoothing)
+    torch.testing.assert_close(loss, truth.float(), rtol=2e-6, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(found, gradient.float(), rtol=2e-6, atol=1e-7, equal_nan=True)
+
+
+@pytest.mark.parametrize("target_name", CPU)
+@pytest.mark.parametrize("lead", [0.0, 5.0, 17.0, 40.0, 80.0])
+def test_true_class_keeps_its_digits_when_its_probability_is_near_one(target_name: str, lead: float) -> None:
+    V = 1003
+    x = torch.randn(4, V, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0, 500, 1002, 17])
+    x[range(4), t] += lead
+    exact = x.double()
+    others = exact.scatter(1, t.unsqueeze(1), -torch.inf).logsumexp(1)
+    gap = others - exact.gather(1, t.unsqueeze(1)).squeeze(1)
+    with target(target_name):
+        loss, _, gradient = rows_of(x, t)
+    torch.testing.assert_close(loss.double(), F.softplus(gap), rtol=1e-6, atol=0)
+    found = gradient.gather(1, t.unsqueeze(1)).squeeze(1).double()
+    torch.testing.assert_close(found, -torch.sigmoid(gap), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("target_name", CPU)
+def test_kernel_stays_inside_the_row_for_any_target(target_name: str) -> None:
+    x, t = torch.zeros(3, 5), torch.tensor([5, -1, 1 << 40])
+    with target(target_name):
+        loss, lse, gradient = rows_of(x, t)
+    assert loss.isnan().all()
+    assert lse.isnan().all()
+    assert gradient.isnan().all()
+
+
+@pytest.mark.parametrize("target_name", CPU)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_are_left_alone_without_row_scale(target_name: str, dtype: torch.dtype) -> None:
+    x, t, out = torch.randn(3, 37).to(dtype), torch.tensor([0, 36, -100]), torch.empty(3)
+    kept = x.clone()
+    with target(target_name):
+        native._native.cpu.cross_entropy_rows(x, t, None, -100, 0.1, 0.1, out, out)
+    assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_gradcheck(options: dict[str, Any]) -> None:
+    case = Case(OP, {"...": (2, 3), "C": 4, "V": 5}, options)
+    hidden, weight, targets = case.inputs(torch.float64).values()
+    targets[0, 1] = options.get("ignore_index", -100)
+    leaves = (hidden.requires_grad_(), weight.requires_grad_())
+    assert torch.autograd.gradcheck(lambda h, w: lf.linear_cross_entropy(h, w, targets, **options), leaves)
+
+
+def test_scaled_and_retained_backward() -> None:
+    hidden, weight, targets = Case(OP, {"...": (9,), "C": 8, "V": 33}).inputs(torch.float32).values()
+    leaves = (hidden.requires_grad_(), weight.requires_grad_())
+    once = torch.autograd.grad(lf.linear_cross_entropy(*leaves, targets), leaves)
+    kept = [g.clone() for g in once]
+    loss = lf.linear_cross_entropy(*leaves, targets)
+    scaled = torch.autograd.grad(0.25 * loss, leaves, retain_graph=True)
+    again = torch.autograd.grad(3.0 * loss, leaves, retain_graph=True)
+    for g, s, a, k in zip(once, scaled, again, kept, strict=True):
+        torch.testing.assert_close(s, 0.25 * g)
+        torch.testing.assert_close(a, 3.0 * g)
+        assert torch.equal(g, k)
+    for _ in range(2):
+        loss.backward(retain_graph=True)
+    torch.testing.assert_close(weight.grad, 2.0 * kept[1])
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors made within the block that are alive, and the most there were at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = self.largest = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self.known and not x._is_view():
+                storage = x.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                self.known.add(key)
+                self.live += size
+                self.peak, self.largest = max(self.peak, self.live), max(self.largest, size)
+                weakref.finalize(x, self._free, key, size)
+        return result
+
+    def _free(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+
+def test_peak_memory() -> None:
+    R, C, V = 4096, 32, 1024
+    inputs = Case(OP, {"...": (R,), "C": C, "V": V}).inputs(torch.bfloat16)
+    peaks = {}
+    for name, module in (("ours", lf), ("eager", eager)):
+        leaves = {n: x.detach().requires_grad_(x.is_floating_point()) for n, x in inputs.items()}
+        with LiveBytes() as memory:
+            module.linear_cross_entropy(**leaves).backward()
+        peaks[name] = memory.peak - sum(x.nbytes for x in leaves.values() if x.requires_grad)
+        if name == "ours":
+            assert memory.largest == R // 4 * V * 2
+    assert peaks["eager"] > R * V * 6
+    assert peaks["ours"] <= peaks["eager"] / 8
+
+
+def run_once(dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    hidden, weight, targets = Case(OP, {"...": (700,), "C": 256, "V": 1003}, scale=0.2).inputs(dtype).values()
+    leaves = (hidden.requires_grad_(), weight.requires_grad_())
+    loss = lf.linear_cross_entropy(*leaves, targets)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_repeats_bitwise_and_threads_change_only_rounding(dtype: torch.dtype) -> None:
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (2, 2, 1):
+            torch.set_num_threads(n)
+            found.append(run_once(dtype))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))
+    for a, b in zip(found[0], found[2], strict=True):
+        assert (a - b).abs().max() <= 2 * torch.finfo(dtype).eps * b.abs().max()
+
+
+def test_repeats_bitwise_in_another_process() -> None:
+    code = "import hashlib, test_linear_cross_entropy as t\nfor dtype in (t.torch.float32, t.torch.bfloat16):\n"
+    code += " print(hashlib.sha256(b''.join(x.float().numpy().tobytes() for x in t.run_once(dtype))).hexdigest())\n"
+    runs = [
+        subprocess.run([sys.executable, "-c", code], env=_environment(), check=True, capture_output=True, text=True)
+        for _ in range(2)
+    ]
+    assert runs[0].stdout == runs[1].stdout
+    assert len(runs[0].stdout.split()) == 2
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+
+
+def test_compiles_without_graph_break() -> None:
+    hidden, weight, targets = Case(OP, {"...": (9,), "C": 8, "V": 33}).inputs(torch.float32).values()
+    leaves = (hidden.requires_grad_(), weight.requires_grad_())
+    for reduction in ("mean", "none"):
+
+        def loss(h: Tensor, w: Tensor, reduction: str = reduction) -> Tensor:
+            return lf.linear_cross_entropy(h, w, targets, reduction=reduction).sum()
+
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        for a, b in zip(
+            torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(loss(*leaves), leaves), strict=True
+        ):
+            torch.testing.assert_close(a, b)
+
+
+def test_autocast_casts_as_linear_does() -> None:
+    hidden, weight, targets = Case(OP, {"...": (9,), "C": 64, "V": 33}).inputs(torch.float32).values()
+    leaves = (hidden.requires_grad_(), weight.requires_grad_())
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = (m.linear_cross_entropy(*leaves, targets) for m in (lf, eager))
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for a, b in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves), strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-3)
+
+
+def test_no_gradient_no_gradient_work() -> None:
+    hidden, weight, targets = Case(OP, {"...": (9,), "C": 8, "V": 33}).inputs(torch.float32).values()
+    with LiveBytes() as memory:
+        loss = lf.linear_cross_entropy(hidden, weight, targets)
+    assert memory.largest == 9 * 33 * 4
+    torch.testing.assert_close(loss, eager.linear_cross_entropy(hidden, weight, targets))
+
+
+def _dweight_misses_a_row(results: tuple[Tensor, ...], args: Any) -> None:
+    results[3].sub_(torch.outer(torch.ones(args["weight"].shape[0]), args["hidden"][-1]) * args["row_scale"][-1] * 1e-3)
+
+
+def _true_class_not_subtracted(results: tuple[Tensor, ...], args: Any) -> None:
+    results[2][7] += args["weight"][args["targets"][7]] * args["row_scale"][7]
+
+
+def _loss_forgets_last_class(results: tuple[Tensor, ...], args: Any) -> None:
+    logits = args["hidden"] @ args["weight"].T
+    results[0].add_(logits[:, :-1].logsumexp(1) - logits.logsumexp(1))
+
+
+def _bwd_scales_rows_alike(results: tuple[Tensor, ...], args: Any) -> None:
+    results[0].mul_((args["dloss"].mean() / args["dloss"]).unsqueeze(1))
+
+
+@pytest.mark.parametrize(
+    ("primitive", "bug", "options"),
+    [
+        ("linear_cross_entropy_fwd", _dweight_misses_a_row, {}),
+        ("linear_cross_entropy_fwd", _true_class_not_subtracted, {}),
+        ("linear_cross_entropy_fwd", _loss_forgets_last_class, {}),
+        ("linear_cross_entropy_bwd", _bwd_scales_rows_alike, {"reduction": "none"}),
+    ],
+)
+def test_planted_bugs_are_caught(
+    monkeypatch: pytest.MonkeyPatch, primitive: str, bug: Callable[..., None], options: dict[str, Any]
+) -> None:
+    assert_bug_is_caught(monkeypatch, Case(OP, {"...": (50,), "C": 32, "V": 515}, options), primitive, bug)
+
+
+def test_bad_input_names_argument_value_and_expectation() -> None:
+    h, w, t = torch.randn(2, 4, 8), torch.randn(11, 8), torch.zeros(2, 4, dtype=torch.int64)
+    for bad in (11, -1, -99):
+        wrong = t.clone()
+        wrong[1, 2] = bad
+        with pytest.raises(ValueError, match=rf"targets has {bad} at row 6, expected 0 <= target < V = 11"):
+            lf.linear_cross_entropy(h, w, wrong)
+    assert lf.linear_cross_entropy(h, w, t - 1, ignore_index=-1).isnan()
+    with pytest.raises(ValueError, match=r"weight has shape \(11, 7\), expected \[V, C\] with C = 8"):
+        lf.linear_cross_entropy(h, w[:, :7], t)
+    with pytest.raises(ValueError, match=r"targets has shape \(2, 3\), expected leading dimensions \(2, 4\)"):
+        lf.linear_cross_entropy(h, w, t[:, :3])
+    with pytest.raises(ValueError, match=r"targets has dtype torch.int32, expected torch.int64"):
+        lf.linear_cross_entropy(h, w, t.int())
+    with pytest.raises(ValueError, match=r"label_smoothing is 1.5"):
+        lf.linear_cross_entropy(h, w, t, label_smoothing=1.5)
+    with pytest.raises(ValueError, match=r"z_loss is -1"):
+        lf.linear_cross_entropy(h, w, t, z_loss=-1)
+    with pytest.raises(ValueError, match=r"reduction is 'avg', expected one of mean, sum, none"):
+        lf.linear_cross_entropy(h, w, t, reduction="avg")

@@ -1,0 +1,127 @@
+"""The thin model against PlainLlama: same names, same weights, same logits, losses and gradients; presets; policies."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from llama_fast.block import POLICIES
+from llama_fast.config import LlamaConfig
+from llama_fast.model import Llama
+from llama_fast.plain import PlainLlama
+
+TINY = LlamaConfig.preset("tiny")
+
+
+def _batch(config: LlamaConfig, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(config.vocab_size, (2, 24), generator=generator)
+    targets = tokens.roll(-1, dims=1)
+    targets[:, -1] = -100
+    return tokens, targets
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_names_weights_logits_loss_and_gradients_equal_plain(tied: bool) -> None:
+    config = dataclasses.replace(TINY, tie_embeddings=tied)
+    ours, theirs = Llama(config, dtype=torch.float64), PlainLlama(config, dtype=torch.float64)
+    for (name, a), (other, b) in zip(sorted(ours.named_parameters()), sorted(theirs.named_parameters()), strict=True):
+        assert name == other
+        assert torch.equal(a, b)
+    tokens, targets = _batch(config)
+    # PlainLlama rounds its rotary tables to the dtype of the parameters, float64 keeps them
+    torch.testing.assert_close(ours(tokens), theirs(tokens), rtol=1e-9, atol=1e-9)
+    losses = ours.loss(tokens, targets), theirs.loss(tokens, targets)
+    torch.testing.assert_close(*losses, rtol=1e-9, atol=1e-9)
+    for loss in losses:
+        loss.backward()
+    for (name, a), (_, b) in zip(sorted(ours.named_parameters()), sorted(theirs.named_parameters()), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_loss_and_gradient_norm_by_policy(policy: str, dtype: torch.dtype) -> None:
+    ours, theirs = Llama(TINY, dtype=dtype, policy=policy), PlainLlama(TINY, dtype=dtype)
+    tokens, targets = _batch(TINY)
+    norms = []
+    for model in (ours, theirs):
+        loss = model.loss(tokens, targets)
+        loss.backward()
+        norms.append((loss.item(), torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()))
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert norms[0] == pytest.approx(norms[1], rel=tolerance)
+
+
+def test_state_dict_goes_both_ways() -> None:
+    ours, theirs = Llama(TINY), PlainLlama(TINY)
+    theirs.reset_parameters(7)
+    ours.load_state_dict(theirs.state_dict())
+    tokens, _ = _batch(TINY)
+    torch.testing.assert_close(ours(tokens), theirs(tokens), rtol=1e-4, atol=1e-5)
+    theirs.load_state_dict(ours.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("llama-7b", 6_738_415_616),
+        ("llama-13b", 13_015_864_320),
+        ("llama-33b", 32_528_943_616),
+        ("llama-65b", 65_285_660_672),
+    ],
+)
+def test_presets_on_the_meta_device_have_the_papers_parameters(name: str, count: int) -> None:
+    model = Llama(LlamaConfig.preset(name), device="meta")
+    assert sum(p.numel() for p in model.parameters()) == count
+    assert all(p.is_meta for p in model.parameters())
+
+
+def test_autocast_trains_in_bfloat16_over_float32_weights() -> None:
+    ours, theirs = Llama(TINY), PlainLlama(TINY)
+    tokens, targets = _batch(TINY)
+    losses = []
+    for model in (ours, theirs):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model.loss(tokens, targets)
+        loss.backward()
+        losses.append(loss.item())
+        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3)
+
+
+def test_training_follows_plain_pytorch() -> None:
+    curves = []
+    for model in (Llama(TINY), PlainLlama(TINY)):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        curve = []
+        for step in range(12):
+            tokens, targets = _batch(TINY, seed=step % 3)
+            loss = model.loss(tokens, targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.item())
+        curves.append(curve)
+    assert curves[0][-1] < 0.9 * curves[0][0]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def test_set_policy_reaches_every_block_and_names_a_wrong_one() -> None:
+    model = Llama(TINY)
+    model.set_policy("save")
+    assert {layer.options.policy for layer in model.layers} == {"save"}
+    with pytest.raises(ValueError, match="policy is 'none'"):
+        model.set_policy("none")
+
+
+def test_bad_tokens_are_named() -> None:
+    model = Llama(TINY)
+    with pytest.raises(ValueError, match=r"tokens holds ids 0 .. 256: expected 0 .. 255"):
+        model(torch.tensor([[0, 256]]))
+    with pytest.raises(ValueError, match=r"tokens has T = 129"):
+        model(torch.zeros(1, 129, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"targets holds the id 300"):
+        model.loss(torch.zeros(1, 2, dtype=torch.int64), torch.tensor([[1, 300]]))
