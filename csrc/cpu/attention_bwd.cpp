@@ -47,17 +47,17 @@ struct RowTile {
   float* delta;               // [kRows] sum_d dout out
 
   static int64_t floats(int64_t D) {
-    return (2 * D * kRows + 2 * kRows * round_up(D, kLanes)) / kPerUnit<U> + 3 * kRows;
+    return (2 * D * kRows<U> + 2 * kRows<U> * round_up(D, kLanes)) / kPerUnit<U> + 3 * kRows<U>;
   }
   RowTile(float* base, int64_t D) {
-    const int64_t along = D * kRows / kPerUnit<U>, across = kRows * round_up(D, kLanes) / kPerUnit<U>;
+    const int64_t along = D * kRows<U> / kPerUnit<U>, across = kRows<U> * round_up(D, kLanes) / kPerUnit<U>;
     q_along = reinterpret_cast<U*>(base);
     dout_along = q_along + along;
     q_across = dout_along + along;
     dout_across = q_across + across;
     lse2 = reinterpret_cast<float*>(dout_across + across);
-    lse2_rest = lse2 + kRows;
-    delta = lse2_rest + kRows;
+    lse2_rest = lse2 + kRows<U>;
+    delta = lse2_rest + kRows<U>;
   }
 };
 
@@ -72,7 +72,7 @@ struct KeyBlock {
   float* buffer;         // four rows of Dp
 
   static int64_t floats(int64_t D) {
-    return 3 * kKeys * D + 2 * kKeys * round_up(D, kLanes) + 3 * kKeys * kRows + 4 * round_up(D, kLanes);
+    return 3 * kKeys * D + 2 * kKeys * round_up(D, kLanes) + 3 * kKeys * kRows<U> + 4 * round_up(D, kLanes);
   }
   KeyBlock(float* base, int64_t D) {
     const int64_t kPer = kPerUnit<U>, Dp = round_up(D, kLanes);
@@ -80,9 +80,9 @@ struct KeyBlock {
     v_along = k_along + kKeys * D / kPer;
     k_across = v_along + kKeys * D / kPer;
     p_rows = k_across + kKeys * D / kPer;
-    ds_rows = p_rows + kKeys * kRows / kPer;
-    ds_keys = kPer == 1 ? ds_rows : ds_rows + kKeys * kRows / kPer;
-    dk = reinterpret_cast<float*>(ds_keys + kKeys * kRows / kPer);
+    ds_rows = p_rows + kKeys * kRows<U> / kPer;
+    ds_keys = kPer == 1 ? ds_rows : ds_rows + kKeys * kRows<U> / kPer;
+    dk = reinterpret_cast<float*>(ds_keys + kKeys * kRows<U> / kPer);
     dv = dk + kKeys * Dp;
     buffer = dv + kKeys * Dp;
   }
@@ -99,7 +99,7 @@ void pack_tile(const AttentionSizes& sizes, const Head& head, int64_t index, con
                const RowTile<U>& tile) {
   constexpr int kPer = kPerUnit<U>;
   const int64_t D = sizes.D, Dp = round_up(D, kLanes);
-  const int64_t first = index * kRows, n = std::min(kRows, sizes.rows(head) - first);
+  const int64_t first = index * kRows<U>, n = std::min(kRows<U>, sizes.rows(head) - first);
   const auto q_row = [&](int64_t r) -> const T* { return query_row(x.q, sizes, head, first + r); };
   const auto dout_row = [&](int64_t r) -> const T* { return query_row(x.dout, sizes, head, first + r); };
   pack_transposed<T>(q_row, n, D, buffer, tile.q_along);
@@ -113,7 +113,7 @@ void pack_tile(const AttentionSizes& sizes, const Head& head, int64_t index, con
     pack_across<T>(q_rows, D, tile.q_across + r / kPer * Dp);
     pack_across<T>(dout_rows, D, tile.dout_across + r / kPer * Dp);
   }
-  for (int64_t r = 0; r < kRows; ++r) {
+  for (int64_t r = 0; r < kRows<U>; ++r) {
     tile.lse2[r] = std::numeric_limits<float>::infinity();
     tile.lse2_rest[r] = tile.delta[r] = 0.0F;
     if (r >= n) continue;
@@ -144,7 +144,7 @@ void weigh_block(const KeyBlock<U>& block, const RowTile<U>& tile, int64_t Du, R
   for (int64_t j = panels.begin * kM; j < panels.end * kM; j += kM)
     for (int64_t r = 0; r < groups * kV * kLanes; r += kV * kLanes) {
       VecF acc[kM][kV];
-      multiply<kV>(block.k_along + j * Du, 1, Du, tile.q_along + r, kRows, Du, acc);
+      multiply<kV>(block.k_along + j * Du, 1, Du, tile.q_along + r, kRows<U>, Du, acc);
 #pragma GCC unroll 8
       for (int v = 0; v < kV; ++v) {
         const VecF minus_lse2 = VecF(0.0F) - load(tile.lse2 + r + v * kLanes);
@@ -155,22 +155,22 @@ void weigh_block(const KeyBlock<U>& block, const RowTile<U>& tile, int64_t Du, R
           if constexpr (kMasked)
             weight = bounds.seen(VecF(static_cast<float>(j + m)), r + v * kLanes, weight, VecF(0.0F));
           store(p[m] + v * kLanes, weight);
-          store_along(block.p_rows + ((j + m) * kRows + r + v * kLanes) / kPer, weight);
+          store_along(block.p_rows + ((j + m) * kRows<U> + r + v * kLanes) / kPer, weight);
         }
       }
-      multiply<kV>(block.v_along + j * Du, 1, Du, tile.dout_along + r, kRows, Du, acc);
+      multiply<kV>(block.v_along + j * Du, 1, Du, tile.dout_along + r, kRows<U>, Du, acc);
 #pragma GCC unroll 8
       for (int v = 0; v < kV; ++v) {
         const VecF delta = load(tile.delta + r + v * kLanes);
 #pragma GCC unroll 8
         for (int m = 0; m < kM; ++m) {
           acc[m][v] = load(p[m] + v * kLanes) * (acc[m][v] - delta);
-          store_along(block.ds_rows + ((j + m) * kRows + r + v * kLanes) / kPer, acc[m][v]);
+          store_along(block.ds_rows + ((j + m) * kRows<U> + r + v * kLanes) / kPer, acc[m][v]);
         }
         if constexpr (kPer == 2) {
 #pragma GCC unroll 8
           for (int m = 0; m < kM; m += 2)
-            store_pairs(block.ds_keys + (j + m) / 2 * kRows + r + v * kLanes, acc[m][v], acc[m + 1][v]);
+            store_pairs(block.ds_keys + (j + m) / 2 * kRows<U> + r + v * kLanes, acc[m][v], acc[m + 1][v]);
         }
       }
     }
@@ -195,13 +195,13 @@ void bwd_block(const AttentionSizes& sizes, const Head& head, int64_t index, con
   const float factor = exponent_factor(sizes.scale);
   const Range queries = sizes.mask.queries_of({key, key + keys}, head.T, head.S);
   Bounds bounds;
-  for (int64_t t = queries.begin * sizes.rep / kRows; t < blocks_of(queries.end * sizes.rep, kRows); ++t) {
+  for (int64_t t = queries.begin * sizes.rep / kRows<U>; t < blocks_of(queries.end * sizes.rep, kRows<U>); ++t) {
     Range common;
     const Range seen = sizes.keys_of_tile(head, t, &common);
     const Range panels = {std::max<int64_t>(seen.begin - key, 0) / kM, blocks_of(std::min(seen.end - key, keys), kM)};
     if (panels.empty()) continue;
     const RowTile<U> tile(tiles + t * RowTile<U>::floats(D), D);
-    const int64_t n = std::min(kRows, sizes.rows(head) - t * kRows), groups = blocks_of(n, kV * kLanes);
+    const int64_t n = std::min(kRows<U>, sizes.rows(head) - t * kRows<U>), groups = blocks_of(n, kV * kLanes);
     if (key + panels.begin * kM >= common.begin && key + panels.end * kM <= common.end) {
       weigh_block<false>(block, tile, Du, panels, groups, factor, bounds);
     } else {
@@ -209,14 +209,14 @@ void bwd_block(const AttentionSizes& sizes, const Head& head, int64_t index, con
       weigh_block<true>(block, tile, Du, panels, groups, factor, bounds);
     }
     for (int64_t j = panels.begin * kM; j < panels.end * kM; j += kM) {
-      const int64_t at = j * kRows / kPer, count = blocks_of(n, kPer);
-      accumulate(block.p_rows + at, 1, kRows / kPer, tile.dout_across, Dp, count, block.dv + j * Dp, Dp, Dp);
-      accumulate(block.ds_rows + at, 1, kRows / kPer, tile.q_across, Dp, count, block.dk + j * Dp, Dp, Dp);
+      const int64_t at = j * kRows<U> / kPer, count = blocks_of(n, kPer);
+      accumulate(block.p_rows + at, 1, kRows<U> / kPer, tile.dout_across, Dp, count, block.dv + j * Dp, Dp, Dp);
+      accumulate(block.ds_rows + at, 1, kRows<U> / kPer, tile.q_across, Dp, count, block.dk + j * Dp, Dp, Dp);
     }
     const int64_t first = panels.begin * kM / kPer, count = (panels.end - panels.begin) * kM / kPer;
     for (int64_t d = 0; d < D; d += kM)
-      accumulate(block.k_across + d * (kKeys / kPer) + first * kM, kM, 1, block.ds_keys + first * kRows, kRows, count,
-                 dq + (t * D + d) * kRows, kRows, groups * kV * kLanes);
+      accumulate(block.k_across + d * (kKeys / kPer) + first * kM, kM, 1, block.ds_keys + first * kRows<U>, kRows<U>,
+                 count, dq + (t * D + d) * kRows<U>, kRows<U>, groups * kV * kLanes);
   }
 
   for (int64_t j = 0; j < keys; ++j) {
@@ -235,7 +235,7 @@ template <class T>
 void bwd(const AttentionSizes& sizes, const BwdTensors<T>& x, const Tensor& q, const Tensor& k,
          const Tensor& cu_seqlens) {
   using U = typename UnitOf<T>::type;
-  const int64_t D = sizes.D, tile_floats = RowTile<U>::floats(D), dq_floats = D * kRows;
+  const int64_t D = sizes.D, tile_floats = RowTile<U>::floats(D), dq_floats = D * kRows<U>;
   const auto tiles_of = [&](const Head& head) { return sizes.tiles(head); };
   const auto blocks = [](const Head& head) { return blocks_of(head.S, kKeys); };
 
@@ -286,16 +286,16 @@ void bwd(const AttentionSizes& sizes, const BwdTensors<T>& x, const Tensor& q, c
 
     parallel_tasks(static_cast<int64_t>(each_tile.size()), [&](int64_t task, int thread) {
       const Head& head = wave.heads[each_tile[task].head];
-      const int64_t index = each_tile[task].index, first = index * kRows;
+      const int64_t index = each_tile[task].index, first = index * kRows<U>;
       float* total = dq.data() + (head.part_slot + index) * dq_floats;
       for (int64_t part = 1; part < head.parts; ++part) {
         const float* more = total + part * sizes.tiles(head) * dq_floats;
         for (int64_t i = 0; i < dq_floats; i += kLanes) store(total + i, load(total + i) + load(more + i));
       }
-      float factor[kRows];
-      std::fill(factor, factor + kRows, static_cast<float>(sizes.scale));
-      unpack_transposed<T>(total, factor, std::min(kRows, sizes.rows(head) - first), D, block_of(thread).buffer,
-                           [&](int64_t r) { return query_row(x.dq, sizes, head, first + r); });
+      float factor[kRows<U>];
+      std::fill(factor, factor + kRows<U>, static_cast<float>(sizes.scale));
+      unpack_transposed<T, U>(total, factor, std::min(kRows<U>, sizes.rows(head) - first), D, block_of(thread).buffer,
+                              [&](int64_t r) { return query_row(x.dq, sizes, head, first + r); });
     });
   }
 }
@@ -303,12 +303,12 @@ void bwd(const AttentionSizes& sizes, const BwdTensors<T>& x, const Tensor& q, c
 void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                    const Tensor& lse, const Tensor& cu_seqlens, double scale, bool causal, int64_t window,
                    const Tensor& dq, const Tensor& dk, const Tensor& dv) {
-  const AttentionSizes sizes = attention_sizes(q, k, scale, causal, window);
   with_dtype(q.dtype, [&](auto tag) {
     using T = decltype(tag);
     const BwdTensors<T> x = {Rows<T>(dout), Rows<T>(q),  Rows<T>(k),  Rows<T>(v), Rows<T>(out),
                              Rows<T>(dq),   Rows<T>(dk), Rows<T>(dv), lse};
-    bwd<T>(sizes, x, q, k, cu_seqlens);
+    constexpr int64_t kTileRows = kRows<typename UnitOf<T>::type>;
+    bwd<T>(attention_sizes(q, k, scale, causal, window, kTileRows), x, q, k, cu_seqlens);
   });
 }
 

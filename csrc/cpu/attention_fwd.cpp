@@ -40,16 +40,19 @@ struct FwdTile {
   float* out;     // [D][kRows]
   float* buffer;  // four rows of D
 
-  static int64_t floats(int64_t D) { return D * kRows + kKeys * kRows + D * kRows + 4 * round_up(D, kLanes); }
+  static int64_t floats(int64_t D) { return D * kRows<U> + kKeys * kRows<U> + D * kRows<U> + 4 * round_up(D, kLanes); }
   FwdTile(float* base, int64_t D)
-      : q(reinterpret_cast<U*>(base)), scores(base + D * kRows), out(scores + kKeys * kRows), buffer(out + D * kRows) {}
+      : q(reinterpret_cast<U*>(base)),
+        scores(base + D * kRows<U>),
+        out(scores + kKeys * kRows<U>),
+        buffer(out + D * kRows<U>) {}
 };
 
 struct RowState {
-  alignas(64) float max[kRows];    // of scale * log2(e) * score; -inf before the first key
-  alignas(64) float sum[kRows];    // of 2^(score - max)
-  alignas(64) float alpha[kRows];  // what the sums so far are multiplied by
-  alignas(64) float block_max[kRows];
+  alignas(64) float max[kMostRows];    // of scale * log2(e) * score; -inf before the first key
+  alignas(64) float sum[kMostRows];    // of 2^(score - max)
+  alignas(64) float alpha[kMostRows];  // what the sums so far are multiplied by
+  alignas(64) float block_max[kMostRows];
 };
 
 // scores[m, r] = k[m] . q[r] for panels [begin, end) of kM keys, times `factor` -inf where hidden; the maxima of each
@@ -63,14 +66,14 @@ void score_block(const U* k, const FwdTile<U>& tile, int64_t Du, Range panels, i
   for (int64_t p = panels.begin; p < panels.end; ++p)
     for (int64_t r = 0; r < groups * kV * kLanes; r += kV * kLanes) {
       VecF acc[kM][kV], top[kV];
-      multiply<kV>(k + p * kM * Du, 1, Du, tile.q + r, kRows, Du, acc);
+      multiply<kV>(k + p * kM * Du, 1, Du, tile.q + r, kRows<U>, Du, acc);
 #pragma GCC unroll 8
       for (int v = 0; v < kV; ++v) top[v] = load(state.block_max + r + v * kLanes);
       for_each_acc<kV>([&](int m, int v) {
         VecF s = acc[m][v];
         if constexpr (kMasked) s = bounds.seen(VecF(static_cast<float>(p * kM + m)), r + v * kLanes, s, hidden);
         top[v] = max(top[v], s * VecF(factor));
-        store(tile.scores + (p * kM + m) * kRows + r + v * kLanes, s);
+        store(tile.scores + (p * kM + m) * kRows<U> + r + v * kLanes, s);
       });
 #pragma GCC unroll 8
       for (int v = 0; v < kV; ++v) store(state.block_max + r + v * kLanes, top[v]);
@@ -96,15 +99,15 @@ bool soften_block(const FwdTile<U>& tile, Range panels, int64_t groups, float fa
     changed = max(changed, VecF(1.0F) - alpha);
     VecF total[2] = {VecF(0.0F), VecF(0.0F)};
     for (int64_t j = panels.begin * kM; j < panels.end * kM; j += 2) {
-      const VecF even = exp2_flush(fma(load(tile.scores + j * kRows + r), VecF(factor), minus_top));
-      const VecF odd = exp2_flush(fma(load(tile.scores + (j + 1) * kRows + r), VecF(factor), minus_top));
+      const VecF even = exp2_flush(fma(load(tile.scores + j * kRows<U> + r), VecF(factor), minus_top));
+      const VecF odd = exp2_flush(fma(load(tile.scores + (j + 1) * kRows<U> + r), VecF(factor), minus_top));
       total[0] = total[0] + even;
       total[1] = total[1] + odd;
       if constexpr (kPer == 2) {
-        store_pairs(weights + j / 2 * kRows + r, even, odd);
+        store_pairs(weights + j / 2 * kRows<U> + r, even, odd);
       } else {
-        store(weights + j * kRows + r, even);
-        store(weights + (j + 1) * kRows + r, odd);
+        store(weights + j * kRows<U> + r, even);
+        store(weights + (j + 1) * kRows<U> + r, odd);
       }
     }
     store(state.sum + r, fma(load(state.sum + r), alpha, total[0] + total[1]));
@@ -120,22 +123,22 @@ void add_block(const U* v_panels, const FwdTile<U>& tile, int64_t D, Range panel
                const RowState& state) {
   constexpr int kPer = kPerUnit<U>;
   const int64_t first = panels.begin * kM / kPer, count = (panels.end - panels.begin) * kM / kPer;
-  const U* weights = reinterpret_cast<const U*>(tile.scores) + first * kRows;
+  const U* weights = reinterpret_cast<const U*>(tile.scores) + first * kRows<U>;
   for (int64_t d = 0; d < D; d += kM)
     for (int64_t r = 0; r < groups * kV * kLanes; r += kV * kLanes) {
-      float* out = tile.out + d * kRows + r;
+      float* out = tile.out + d * kRows<U> + r;
       VecF acc[kM][kV];
-      multiply<kV>(v_panels + d * (kKeys / kPer) + first * kM, kM, 1, weights + r, kRows, count, acc);
+      multiply<kV>(v_panels + d * (kKeys / kPer) + first * kM, kM, 1, weights + r, kRows<U>, count, acc);
       if (before == Before::kRescale) {
         VecF alpha[kV];
 #pragma GCC unroll 8
         for (int v = 0; v < kV; ++v) alpha[v] = load(state.alpha + r + v * kLanes);
         for_each_acc<kV>(
-            [&](int m, int v) { acc[m][v] = fma(load(out + m * kRows + v * kLanes), alpha[v], acc[m][v]); });
+            [&](int m, int v) { acc[m][v] = fma(load(out + m * kRows<U> + v * kLanes), alpha[v], acc[m][v]); });
       } else if (before == Before::kSame) {
-        for_each_acc<kV>([&](int m, int v) { acc[m][v] = load(out + m * kRows + v * kLanes) + acc[m][v]; });
+        for_each_acc<kV>([&](int m, int v) { acc[m][v] = load(out + m * kRows<U> + v * kLanes) + acc[m][v]; });
       }
-      for_each_acc<kV>([&](int m, int v) { store(out + m * kRows + v * kLanes, acc[m][v]); });
+      for_each_acc<kV>([&](int m, int v) { store(out + m * kRows<U> + v * kLanes, acc[m][v]); });
     }
 }
 
@@ -143,13 +146,13 @@ template <class T, class U>
 void fwd_tile(const AttentionSizes& sizes, const Head& head, int64_t index, const U* k_pack, const U* v_pack,
               const FwdTile<U>& tile, const Rows<T>& q, const Rows<T>& out, const Tensor& lse) {
   const int64_t D = sizes.D, Du = D / kPerUnit<U>, block_units = kKeys * Du;
-  const int64_t first = index * kRows, n = std::min(kRows, sizes.rows(head) - first);
+  const int64_t first = index * kRows<U>, n = std::min(kRows<U>, sizes.rows(head) - first);
   const int64_t groups = blocks_of(n, kV * kLanes);
   pack_transposed<T>([&](int64_t r) { return query_row(q, sizes, head, first + r); }, n, D,
                      reinterpret_cast<U*>(tile.buffer), tile.q);
 
   RowState state;
-  for (int64_t r = 0; r < kRows; ++r) {
+  for (int64_t r = 0; r < kRows<U>; ++r) {
     state.max[r] = -std::numeric_limits<float>::infinity();
     state.sum[r] = 0.0F;
   }
@@ -174,7 +177,7 @@ void fwd_tile(const AttentionSizes& sizes, const Head& head, int64_t index, cons
     before = Before::kSame;
   }
 
-  if (before == Before::kNothing) std::memset(tile.out, 0, static_cast<size_t>(D * kRows) * sizeof(float));
+  if (before == Before::kNothing) std::memset(tile.out, 0, static_cast<size_t>(D * kRows<U>) * sizeof(float));
   for (int64_t r = 0; r < n; ++r) {
     // a row that saw no key has sum 0; a NaN stays
     state.alpha[r] = state.sum[r] == 0.0F ? 0.0F : 1.0F / state.sum[r];
@@ -184,8 +187,8 @@ void fwd_tile(const AttentionSizes& sizes, const Head& head, int64_t index, cons
                 (head.q_begin + row / sizes.rep) * lse.stride[2];
     *to = static_cast<float>(static_cast<double>(state.max[r]) * 0.6931471805599453 + std::log(state.sum[r]));
   }
-  unpack_transposed<T>(tile.out, state.alpha, n, D, tile.buffer,
-                       [&](int64_t r) { return query_row(out, sizes, head, first + r); });
+  unpack_transposed<T, U>(tile.out, state.alpha, n, D, tile.buffer,
+                          [&](int64_t r) { return query_row(out, sizes, head, first + r); });
 }
 
 template <class T>
@@ -232,8 +235,11 @@ void fwd(const AttentionSizes& sizes, const Tensor& q, const Tensor& k, const Te
 
 void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, double scale,
                    bool causal, int64_t window, const Tensor& out, const Tensor& lse) {
-  const AttentionSizes sizes = attention_sizes(q, k, scale, causal, window);
-  with_dtype(q.dtype, [&](auto tag) { fwd<decltype(tag)>(sizes, q, k, v, cu_seqlens, out, lse); });
+  with_dtype(q.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    constexpr int64_t kTileRows = kRows<typename UnitOf<T>::type>;
+    fwd<T>(attention_sizes(q, k, scale, causal, window, kTileRows), q, k, v, cu_seqlens, out, lse);
+  });
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 // the backward, of the number of threads. Ordinary C++; included before the regions of each_isa.h open.
 //
 // A head is one key/value head of one sequence, with the `rep` query heads that share it. Its rows are the pairs
-// (query token t, query head h) of the group, ordered r = t * rep + h, so that a tile of kRows rows covers few tokens.
+// (query token t, query head h) of the group, ordered r = t * rep + h, so that a tile of rows covers few tokens.
 #pragma once
 
 #include <algorithm>
@@ -15,8 +15,8 @@
 
 namespace llama_fast::cpu {
 
-constexpr int64_t kRows = 64;   // rows of a tile: S^T and P^T of a key block, 64 x kKeys x 4 bytes, stay near the core
-constexpr int64_t kKeys = 128;  // keys of a block: long enough to hide loading and storing the accumulators of out
+constexpr int64_t kMostRows = 64;  // of a tile
+constexpr int64_t kKeys = 128;     // keys of a block: long enough to hide loading and storing the accumulators of out
 
 constexpr int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
@@ -68,23 +68,25 @@ struct Wave {
 
 struct AttentionSizes {
   int64_t H, G, D, rep;
+  int64_t tile_rows;
   Mask mask;
   double scale;
 
   int64_t rows(const Head& head) const { return head.T * rep; }
-  int64_t tiles(const Head& head) const { return blocks_of(rows(head), kRows); }
+  int64_t tiles(const Head& head) const { return blocks_of(rows(head), tile_rows); }
   // The keys that some row of tile `tile` sees; [common.begin, common.end) are seen by all of its rows.
   Range keys_of_tile(const Head& head, int64_t tile, Range* common) const {
-    const int64_t last = std::min((tile + 1) * kRows, rows(head)) - 1;
-    const Range a = mask.keys_of(tile * kRows / rep, head.T, head.S), b = mask.keys_of(last / rep, head.T, head.S);
+    const int64_t last = std::min((tile + 1) * tile_rows, rows(head)) - 1;
+    const Range a = mask.keys_of(tile * tile_rows / rep, head.T, head.S), b = mask.keys_of(last / rep, head.T, head.S);
     *common = {b.begin, a.end};
     return {a.begin, b.end};
   }
 };
 
-inline AttentionSizes attention_sizes(const Tensor& q, const Tensor& k, double scale, bool causal, int64_t window) {
+inline AttentionSizes attention_sizes(const Tensor& q, const Tensor& k, double scale, bool causal, int64_t window,
+                                      int64_t tile_rows) {
   const int64_t H = q.size[2], G = k.size[2];
-  return {H, G, q.size[3], G > 0 ? H / G : 1, {causal, std::max<int64_t>(window, 0)}, scale};
+  return {H, G, q.size[3], G > 0 ? H / G : 1, tile_rows, {causal, std::max<int64_t>(window, 0)}, scale};
 }
 
 inline std::vector<Head> heads_of(const AttentionSizes& sizes, const Tensor& q, const Tensor& k,
