@@ -58,7 +58,7 @@ LF_INLINE void for_each_acc(const F& f) {
 template <int NV, class U>
 LF_INLINE void multiply(const U* a, int64_t a_n, int64_t a_m, const U* b, int64_t b_n, int64_t count,
                         VecF (&acc)[kM][NV]) {
-  constexpr int64_t kChain = 16;
+  constexpr int64_t kChain = kLanes == 4 ? 4 : 16;  // without fused multiply-adds each step rounds twice
   for_each_acc<NV>([&](int m, int v) { acc[m][v] = VecF(0.0F); });
   if (kPerUnit<U> == 2 || count <= kChain) {
     multiply_chain<NV>(a, a_n, a_m, b, b_n, count, acc);
