@@ -55,7 +55,6 @@ def _transformers_config(c: LlamaConfig) -> Any:
         vocab_size=c.vocab_size,
         max_position_embeddings=c.max_seq_len,
         rms_norm_eps=c.norm_eps,
-        rope_theta=c.rope_theta,
         attn_implementation="sdpa",
         pad_token_id=0,
     )
@@ -70,7 +69,9 @@ def _transformers_model(c: LlamaConfig, ours: Llama) -> Any:
     return theirs
 
 
-def _both_passes(layer: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor, parameters: list[Tensor]) -> Callable[[], None]:
+def _both_passes(
+    layer: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor, parameters: list[Tensor]
+) -> Callable[[], None]:
     def call() -> None:
         torch.autograd.grad(layer(x), [x, *parameters], dy)
 

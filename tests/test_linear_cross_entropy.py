@@ -28,7 +28,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"label_smoothing": 0.1},
     {"z_loss": 1e-2},
     {"label_smoothing": 0.3, "z_loss": 1e-2, "reduction": "none", "ignore_index": 2},
-    {"label_smoothing": 1.0, "z_loss": 1e-3, "reduction": "none"},
 ]
 SHAPES = [
     {"...": (1,), "C": 1, "V": 1},
@@ -165,7 +164,7 @@ def test_logits_are_left_alone_without_row_scale(target_name: str, dtype: torch.
     assert torch.equal(x, kept)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", [*OPTIONS, {"label_smoothing": 1.0, "z_loss": 1e-3}], ids=str)
 def test_gradcheck(options: dict[str, Any]) -> None:
     case = Case(OP, {"...": (2, 3), "C": 4, "V": 5}, options)
     hidden, weight, targets = case.inputs(torch.float64).values()

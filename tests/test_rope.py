@@ -1,4 +1,4 @@
-"""rope: error budget on every target and layout, against transformers' own, streaming stores, bugs that must be seen."""
+"""rope: error budget on every target and layout, transformers' own, streaming stores, bugs that must be seen."""
 
 from __future__ import annotations
 

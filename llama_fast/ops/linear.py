@@ -51,7 +51,7 @@ class Rule:
 
     def applies(self, form: str, dtype: torch.dtype, M: int, N: int, K: int) -> bool:
         sizes = all(low <= n <= high for (low, high), n in ((self.M, M), (self.N, N), (self.K, K)))
-        return dtype in self.dtypes and form in self.forms and sizes and 2 * M * N * K >= self.flops
+        return dtype in self.dtypes and form in self.forms and sizes and self.flops <= 2 * M * N * K
 
 
 RULES = (  # the first that applies and can run; else "torch"
@@ -98,21 +98,21 @@ def force(path: str | None) -> Iterator[None]:
 
 
 try:
-    _onednn = torch.ops.mkldnn._linear_pointwise.default if platform.machine() in ("x86_64", "AMD64") else None
+    _onednn: Any = torch.ops.mkldnn._linear_pointwise.default if platform.machine() in ("x86_64", "AMD64") else None
 except (AttributeError, RuntimeError):
     _onednn = None
 
 try:
     from llama_fast import _native  # type: ignore[attr-defined]
 
-    _gemv = getattr(_native.cpu, "gemv", None)
+    _gemv: Any = getattr(_native.cpu, "gemv", None)
 except ImportError:
     _gemv = None
 
 
 def _can(path: str, form: str, dtype: torch.dtype, M: int, K: int) -> bool:
     if path == "onednn":
-        return _onednn is not None and torch.backends.mkldnn.enabled and dtype in (torch.float32, torch.bfloat16)
+        return _onednn is not None and bool(torch.backends.mkldnn.enabled) and dtype in (torch.float32, torch.bfloat16)
     if path == "gemv":
         return _gemv is not None and form == "nt" and 1 <= M <= 4 and K > 0 and dtype != torch.float64
     return path != "upcast" or (dtype == torch.float16 and _onednn is not None)
@@ -141,7 +141,7 @@ def explain(form: str, dtype: torch.dtype, M: int, N: int, K: int) -> str:
 
 def _watched(a: Tensor, b: Tensor) -> bool:
     """Whether plain torch must do it: something watches the operations, or the tensors are not plain CPU tensors."""
-    return (
+    return bool(
         torch.compiler.is_compiling()
         or a.device.type != "cpu"
         or b.device.type != "cpu"
@@ -176,7 +176,7 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """F.linear(x, weight), differentiable once, on the paths that `RULES` name; x [..., C], weight [V, C] -> [..., V]."""
+    """F.linear(x, weight), differentiable once, on the paths of `RULES`; x [..., C], weight [V, C] -> [..., V]."""
     if _watched(x, weight) or not _recorded(x, weight) or x.dtype == torch.float64:
         return nt(x, weight)
     return _Linear.apply(x, weight)
@@ -213,9 +213,9 @@ def tn(dy: Tensor, x: Tensor, *, out: Tensor | None = None, accumulate: bool = F
 
     Args:
         dy: [..., V]. x: [..., C].
-        out: [V, C], any strides: dW is written there, or added to it with `accumulate`, and returned. The sum is rounded
-            once to the dtype of `out` where the path can add (torch's), and the product before it elsewhere. A float32
-            `out` may stand beside half-precision dy and x.
+        out: [V, C], any strides: dW is written there, or added to it with `accumulate`, and returned. The sum is
+            rounded once to the dtype of `out` where the path can add (torch's), and the product before it elsewhere.
+            A float32 `out` may stand beside half-precision dy and x.
     """
     if accumulate and out is None:
         raise ValueError("out is None, expected a tensor to accumulate into")
@@ -244,8 +244,9 @@ def _product(form: str, a: Tensor, b: Tensor, out: Tensor | None, accumulate: bo
         out = a.new_empty(M, N)
     # out = product needs the product first: by slices, so that little memory is needed for it
     for i, j in _slices(form, M, N, a.element_size()):
-        for k in range(0, K, _TERMS if parted else K):
-            terms = slice(k, k + _TERMS if parted else K)
+        step = _TERMS if parted else max(K, 1)
+        for k in range(0, max(K, 1), step):
+            terms = slice(k, k + step)
             part = _multiply(path, a[i, terms], b[terms, j])
             if accumulate or k > 0:
                 out[i, j] += part

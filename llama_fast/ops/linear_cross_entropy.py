@@ -1,8 +1,8 @@
 """Cross entropy of a linear layer's output without its logits: public function and autograd.
 
-Forward: for "mean" and "sum" the gradients are computed in the forward pass, chunk by chunk while a chunk's logits exist,
-and kept until the backward, which only scales them, in place, by the incoming gradient: nothing of size [R, V] is kept
-or computed twice. Backward for "none": any gradient may come in, so the logits are computed again.
+Forward: for "mean" and "sum" the gradients are computed in the forward pass, chunk by chunk while a chunk's logits
+exist, and kept until the backward, which only scales them, in place, by the incoming gradient: nothing of size [R, V]
+is kept or computed twice. Backward for "none": any gradient may come in, so the logits are computed again.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class _LinearCrossEntropyRows(torch.autograd.Function):
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
-    """sum_r loss[r] / count. The first backward hands out the gradients of the forward pass, scaled in place: they belong
-    to nobody else. A second one through a retained graph computes them again."""
+    """sum_r loss[r] / count. The first backward hands out the gradients of the forward pass, scaled in place: they
+    belong to nobody else. A second one through a retained graph computes them again."""
 
     @staticmethod
     def forward(
@@ -121,9 +121,9 @@ def linear_cross_entropy(
 
     Gradient: dhidden, dweight, computed in the forward pass for "mean" and "sum" and in the backward for "none". Logits
         and their gradients are rounded to the dtype of `hidden`, as eager PyTorch does.
-    Memory:   keeps the inputs, dhidden and dweight for the backward ("none": the inputs). Beyond them, on the CPU, the logits of
-        512 rows in float32; in half precision those of R/4 rows (256 if that is more), or those of 1024 rows and a
-        float32 copy of dweight where this is less.
+    Memory:   keeps the inputs, dhidden and dweight for the backward ("none": the inputs). Beyond them, on the CPU, the
+        logits of 512 rows in float32; in half precision those of R/4 rows (256 if that is more), or those of 1024 rows
+        and a float32 copy of dweight where this is less.
     Error:    forward at most 1.0x, backward 1.5x that of F.cross_entropy(F.linear(hidden, weight).float(), targets) in
         the same dtype plus one ulp, against float64.
     Repeats:  bitwise, for equal shape, dtype, number of threads and backend.

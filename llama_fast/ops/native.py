@@ -72,7 +72,7 @@ attention_fwd = _launcher(table.ATTENTION, "fwd")
 attention_bwd = _launcher(table.ATTENTION, "bwd")
 
 
-# ---- linear_cross_entropy: by chunks of rows, whose logits are the only ones that exist -------------------------------
+# ---- linear_cross_entropy: by chunks of rows, whose logits are the only ones that exist ------------------------------
 # Reasons and derivation: docs/ops/linear_cross_entropy.md.
 _CHUNKS = (
     4  # each adds its dweight to the sum in half precision, rounding: 4 keep the error within 1.5x of one rounding

@@ -46,8 +46,9 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = 
         q: [B, T, H, D], float32 | bfloat16 | float16 | float64, D even; a copy is made where the last dimension is not
             contiguous.
         k: [B, T, G, D], dtype of `q`; G need not divide H.
-        cos, sin: [T, D/2], or [B, T, D/2] for positions that differ between sequences ([1, T, D/2] for all alike); float32,
-            or another float type, which is converted. Of Hugging Face's doubled [..., D] the first half is taken.
+        cos, sin: [T, D/2], or [B, T, D/2] for positions that differ between sequences ([1, T, D/2] for all alike);
+            float32, or another float type, which is converted. Of Hugging Face's doubled [..., D] the first half is
+            taken.
         interleaved: a pair is (2d, 2d + 1), Meta's layout; else (d, d + D/2), Hugging Face's.
 
     Returns:
