@@ -42,7 +42,10 @@ CASES = [
     _case(200, 70, D=96, G=1),  # the first 130 rows see nothing
     _case(129, 257, D=128),
     _case(40, 133, D=256, H=2, G=1),
-    _case(1, 700, H=8, G=2, D=128),  # decode
+    _case(1, 700, H=8, G=2, D=128),  # decode: few rows take a path of their own
+    _case(2, 300, D=24, options={"window": 140}),
+    _case(3, 150, H=2, D=88, options={"causal": False}),
+    _case(4, 1, H=2, D=16),
     _case(300, 300, H=6, G=2, options={"window": 50}),
     _case(50, 300, options={"window": 1}),
     _case(150, 20, options={"window": 9, "causal": False}),
@@ -52,6 +55,7 @@ CASES = [
     _packed(0, 0, 130, 130, 131, 250, 250, G=4, D=96),
     _packed(0, 100, 163, 200, G=1, options={"causal": False}),
     _packed(0, 100, 164, 200, D=24, options={"window": 20}),
+    _packed(0, 1, 3, 6, 6, 40),
     _case(0, 30),
     _case(30, 0),
     _case(20, 20, B=0),
