@@ -184,7 +184,7 @@ void bwd_block(const AttentionSizes& sizes, const Head& head, int64_t index, con
   const int64_t D = sizes.D, Dp = round_up(D, kLanes), Du = D / kPer;
   const int64_t key = index * kKeys, keys = std::min(kKeys, head.S - key);
   const auto row_of = [&](const Rows<T>& rows) {
-    return [&](int64_t j) -> const T* { return rows.row(head.batch, head.k_begin + key + j, head.group); };
+    return [&](int64_t j) { return rows.row(head.batch, head.k_begin + key + j, head.group); };
   };
   pack_rows<T>(row_of(x.k), keys, D, block.k_along);
   pack_rows<T>(row_of(x.v), keys, D, block.v_along);
@@ -220,14 +220,8 @@ void bwd_block(const AttentionSizes& sizes, const Head& head, int64_t index, con
   }
 
   for (int64_t j = 0; j < keys; ++j) {
-    const auto write = [&](const Rows<T>& rows, const float* from, float by) {
-      T* to = rows.row(head.batch, head.k_begin + key + j, head.group);
-      int64_t d = 0;
-      for (; d + kLanes <= D; d += kLanes) store(to + d, load(from + d) * VecF(by));
-      if (d < D) store_n(to + d, load_n(from + d, D - d) * VecF(by), D - d);
-    };
-    write(x.dk, block.dk + j * Dp, static_cast<float>(sizes.scale));
-    write(x.dv, block.dv + j * Dp, 1.0F);
+    write_row(block.dk + j * Dp, VecF(static_cast<float>(sizes.scale)), D, row_of(x.dk)(j));
+    write_row(block.dv + j * Dp, VecF(1.0F), D, row_of(x.dv)(j));
   }
 }
 

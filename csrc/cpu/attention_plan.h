@@ -7,8 +7,9 @@
 
 #include <algorithm>
 #include <cstdlib>
-#include <memory>
 #include <new>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "../ops.h"
@@ -89,11 +90,17 @@ inline AttentionSizes attention_sizes(const Tensor& q, const Tensor& k, double s
   return {H, G, q.size[3], G > 0 ? H / G : 1, tile_rows, {causal, std::max<int64_t>(window, 0)}, scale};
 }
 
+// Checks the values of cu_seqlens, which under torch.compile nobody else has seen: they become addresses.
 inline std::vector<Head> heads_of(const AttentionSizes& sizes, const Tensor& q, const Tensor& k,
                                   const Tensor& cu_seqlens) {
   std::vector<Head> heads;
   const int32_t* cu = cu_seqlens.ptr<int32_t>();
   const int64_t sequences = cu != nullptr ? std::max<int64_t>(cu_seqlens.size[0] - 1, 0) : q.size[0];
+  for (int64_t n = 0; cu != nullptr && n < sequences; ++n)
+    if (cu[n] < 0 || cu[n + 1] < cu[n] || cu[n + 1] > q.size[1])
+      throw std::invalid_argument("attention: cu_seqlens[" + std::to_string(n) + "] = " + std::to_string(cu[n]) +
+                                  " and the next, " + std::to_string(cu[n + 1]) + ", expected ascending within 0.." +
+                                  std::to_string(q.size[1]));
   for (int64_t n = 0; n < sequences; ++n)
     for (int64_t g = 0; g < sizes.G; ++g) {
       if (cu == nullptr)

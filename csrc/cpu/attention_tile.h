@@ -58,7 +58,7 @@ LF_INLINE void for_each_acc(const F& f) {
 template <int NV, class U>
 LF_INLINE void multiply(const U* a, int64_t a_n, int64_t a_m, const U* b, int64_t b_n, int64_t count,
                         VecF (&acc)[kM][NV]) {
-  constexpr int64_t kChain = 16;
+  constexpr int64_t kChain = kLanes == 4 ? 4 : 16;  // without fused multiply-adds each step rounds twice
   for_each_acc<NV>([&](int m, int v) { acc[m][v] = VecF(0.0F); });
   if (kPerUnit<U> == 2 || count <= kChain) {
     multiply_chain<NV>(a, a_n, a_m, b, b_n, count, acc);
@@ -158,6 +158,14 @@ LF_INLINE void pack_transposed(const RowAt& row_at, int64_t n, int64_t D, U* buf
   }
 }
 
+// to[0, D) = by * from
+template <class T>
+LF_INLINE void write_row(const float* from, VecF by, int64_t D, T* to) {
+  int64_t d = 0;
+  for (; d + kLanes <= D; d += kLanes) store(to + d, load(from + d) * by);
+  if (d < D) store_n(to + d, load_n(from + d, D - d) * by, D - d);
+}
+
 // Row r of the output, r < n, is column r of from[D, kRows], times factor[r]. `buffer` holds four rows of D.
 template <class T, class U, class RowAt>
 LF_INLINE void unpack_transposed(const float* from, const float* factor, int64_t n, int64_t D, float* buffer,
@@ -167,14 +175,7 @@ LF_INLINE void unpack_transposed(const float* from, const float* factor, int64_t
       const int64_t row[4] = {d * kRows<U>, (d + 1) * kRows<U>, (d + 2) * kRows<U>, (d + 3) * kRows<U>};
       transpose_4x4(from + r, row, buffer + d, D);
     }
-    for (int64_t i = 0; i < 4 && r + i < n; ++i) {
-      const VecF f(factor[r + i]);
-      const float* source = buffer + i * D;
-      T* to = row_at(r + i);
-      int64_t d = 0;
-      for (; d + kLanes <= D; d += kLanes) store(to + d, load(source + d) * f);
-      if (d < D) store_n(to + d, load_n(source + d, D - d) * f, D - d);
-    }
+    for (int64_t i = 0; i < 4 && r + i < n; ++i) write_row(buffer + i * D, VecF(factor[r + i]), D, row_at(r + i));
   }
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def _check_packed(cu_seqlens: Tensor, rows: int, max_seqlen: int | None) -> None
             f"attention: cu_seqlens runs from {bounds[0]} to {bounds[-1]}, expected 0 to {rows}, the rows of q"
         )
     longest = 0
-    for n, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for n, (begin, end) in enumerate(pairwise(bounds)):
         if end < begin:
             raise ValueError(
                 f"attention: cu_seqlens[{n + 1}] = {end} is below cu_seqlens[{n}] = {begin}, expected ascending order"
@@ -75,7 +76,7 @@ def attention(
 ) -> Tensor:
     """Softmax-weighted means of the values, never holding the T x S weights and never computing the masked part.
 
-        out[b,t,h] = sum_j p_j v[b,j,g],   p = softmax_j(scale q[b,t,h] . k[b,j,g]) over the keys that t sees,  g = h G/H
+        out[b,t,h] = sum_j p_j v[b,j,g],   p = softmax_j(scale q[b,t,h] . k[b,j,g]) over the keys that t sees, g = h G/H
 
     Query t stands at key i = t + S - T: the last query sees the last key (a decode, a chunked prefill). Keys across,
     queries down, x where query t sees key j:
@@ -88,13 +89,13 @@ def attention(
 
     Args:
         q: [B, T, H, D], float32 | bfloat16 | float16 | float64; packed: [R, H, D], the sequences one after the other.
-        k, v: [B, S, G, D], dtype of `q`, G divides H: query heads g H/G up to (g+1) H/G share head g. Packed: [R, G, D].
+        k, v: [B, S, G, D], dtype of `q`; packed: [R, G, D]. G divides H: query heads g H/G to (g+1) H/G - 1 share g.
         causal: query at i sees key j only if j <= i.
         scale: of the scores; None is 1/sqrt(D).
         window: query at i sees key j only if i - window < j <= i, so that each query sees at most `window` keys,
             itself included; None is no such limit. With a window the mask is causal.
-        cu_seqlens: [N + 1] int32, packed only: sequence n owns rows cu_seqlens[n] up to cu_seqlens[n + 1], and sees only
-            itself. Empty sequences are fine.
+        cu_seqlens: [N + 1] int32, packed only: sequence n owns rows cu_seqlens[n] up to cu_seqlens[n + 1], and sees no
+            other. Empty sequences are fine.
         max_seqlen: a bound on the length of the sequences; only checked.
 
     Returns:
@@ -102,13 +103,13 @@ def attention(
 
     Gradient: dq, dk, dv, recomputing the weights; those of heads that share keys are summed in float32. Not twice
         differentiable.
-    Memory:   saves q, k, v, out and 4 bytes a query and head. On the CPU the kernels use scratch of about 32 MB (or 8 MB
-        a thread, or what one key/value head needs: forward 2 S D elements, backward 4 T H/G D elements and as many
-        float32, if that is more), whatever T x S.
+    Memory:   saves q, k, v, out and 4 bytes a query and head. Scratch on the CPU, whatever T x S: about 32 MB, in the
+        backward 8 MB a thread if that is more; or what one key/value head needs, if that is more: forward 2 S D
+        elements, backward T H/G D times four elements and one float32 a part (docs/ops/attention.md).
     Error:    forward at most 1.0x, backward 1.5x that of F.scaled_dot_product_attention in the same dtype plus one ulp,
         against float64. A NaN or inf in k or v may also reach queries from which its key is hidden.
-    Repeats:  bitwise, for equal shape, dtype and backend; on the CPU the forward for any number of threads, the backward
-        for the same number.
+    Repeats:  bitwise, for equal shape, dtype and backend; on the CPU the forward for any number of threads, the
+        backward for the same number.
     Autocast: float32 tensors are cast to its dtype, as for F.scaled_dot_product_attention.
 
     Raises:
