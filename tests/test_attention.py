@@ -43,9 +43,9 @@ CASES = [
     _case(129, 257, D=128),
     _case(40, 133, D=256, H=2, G=1),
     _case(1, 700, H=8, G=2, D=128),  # decode: few rows take a path of their own
-    _case(2, 300, D=24, options={"window": 140}),
-    _case(3, 150, H=2, D=88, options={"causal": False}),
-    _case(4, 1, H=2, D=16),
+    _case(4, 300, D=40, B=4, options={"window": 140}),
+    _case(3, 150, H=2, D=88, B=4, options={"causal": False}),
+    _case(4, 9, H=2, D=16, B=8),
     _case(300, 300, H=6, G=2, options={"window": 50}),
     _case(50, 300, options={"window": 1}),
     _case(150, 20, options={"window": 9, "causal": False}),
