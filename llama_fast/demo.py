@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from llama_fast.config import LlamaConfig
 
-BATCH_SIZE, SEQ_LEN, LR = 4, 256, 3e-3
+BATCH_SIZE, SEQ_LEN, LR = 4, 256, 1e-3
 VOCAB_SIZE = 1024  # small, so that a few hundred thousand tokens show a model what the text looks like
 PROMPT = "def "
 NAMES = {"plain": "plain PyTorch", "ours": "llama_fast"}
