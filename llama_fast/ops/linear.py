@@ -1,6 +1,6 @@
 """The matrix products of a linear layer y = x W^T, each on the fastest of the vendor's paths: `nt`, `nn`, `tn`.
 
-Which path runs is read from `RULES`, a table frozen by benchmarks/linear.py, and depends on the dtype, the form and the
+Which path runs is read from `RULES`, a frozen table (docs/ops/linear.md), and depends on the dtype, the form and the
 sizes only: never on a measurement of the running process, on the number of threads or on the alignment of a pointer. So
 a run that is resumed in another process takes the same paths and gives the same bits. Why this and not a measurement at
 run time, and the numbers behind each rule: docs/ops/linear.md.
