@@ -68,7 +68,7 @@ asan: build  ## the tests of the ops under AddressSanitizer and UndefinedBehavio
 	    || { cat $(ASAN)/configure.log; exit 1; }
 	@$(BIN)/cmake --build $(ASAN)/native
 	@LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	    PYTHONPATH=$(abspath $(ASAN)/package) $(BIN)/pytest -p no:cacheprovider \
+	    PYTHONPATH=$(abspath $(ASAN)/package) $(BIN)/pytest -p no:cacheprovider --capture=sys \
 	    -k 'not reference and not compile and not gradcheck' $(OP_TESTS)
 
 clean:  ## remove everything that the other targets made

@@ -119,7 +119,7 @@ def training_step(dtype: torch.dtype, compiled: bool = False) -> dict[str, Calla
     tokens = torch.randint(SMALL.vocab_size, (BATCH, SEQUENCE + 1))
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
-    def their_step(model: nn.Module) -> Callable[[], None]:
+    def their_step(model: Any) -> Callable[[], None]:
         return _step(model, lambda: model(input_ids=inputs, labels=inputs, shift_labels=targets, use_cache=False).loss)
 
     providers = {"llama_fast": _step(ours, lambda: ours.loss(inputs, targets))}

@@ -5,6 +5,8 @@ transformers keeps heads before tokens. Its function is given that layout as a v
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ def transformers(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     return q_BHTD.transpose(1, 2), k_BGTD.transpose(1, 2)
 
 
+PEERS = {"transformers": transformers} if find_spec("transformers") else {}
 _SIZES = {"B": 2, "T": 2048, "H": 32, "G": 32, "D": 128}
 
 BENCHMARKS = tuple(
@@ -28,7 +31,7 @@ BENCHMARKS = tuple(
         Case("rope", _SIZES, {"interleaved": True} if interleaved else {}),
         dtype,
         quick=dtype == torch.bfloat16 and not interleaved,
-        peers={} if interleaved else {"transformers": transformers},
+        peers={} if interleaved else PEERS,
     )
     for interleaved in (False, True)
     for dtype in (torch.bfloat16, torch.float32)

@@ -91,8 +91,8 @@ PYBIND11_MODULE(_native, module) {
   m.def("set_isa", &cpu::set_isa, arg("name"));
 
   m.def("rms_norm_fwd", &cpu::rms_norm_fwd, arg("x"), arg("weight"), arg("eps"), arg("y"), arg("rstd"), unlocked());
-  m.def("rms_norm_bwd", &cpu::rms_norm_bwd, arg("dy"), arg("x"), arg("weight"), arg("rstd"), arg("dx"),
-        arg("dweight"), unlocked());
+  m.def("rms_norm_bwd", &cpu::rms_norm_bwd, arg("dy"), arg("x"), arg("weight"), arg("rstd"), arg("dx"), arg("dweight"),
+        unlocked());
   m.def("add_rms_norm_fwd", &cpu::add_rms_norm_fwd, arg("x"), arg("residual"), arg("weight"), arg("eps"), arg("y"),
         arg("sum"), arg("rstd"), unlocked());
   m.def("add_rms_norm_bwd", &cpu::add_rms_norm_bwd, arg("dy"), arg("dsum"), arg("sum"), arg("weight"), arg("rstd"),
@@ -101,8 +101,8 @@ PYBIND11_MODULE(_native, module) {
   m.def("swiglu_bwd", &cpu::swiglu_bwd, arg("dy"), arg("gate"), arg("up"), arg("dgate"), arg("dup"), unlocked());
   m.def("rope_fwd", &cpu::rope_fwd, arg("q"), arg("k"), arg("cos"), arg("sin"), arg("interleaved"), arg("q_out"),
         arg("k_out"), unlocked());
-  m.def("rope_bwd", &cpu::rope_bwd, arg("dq_out"), arg("dk_out"), arg("cos"), arg("sin"), arg("interleaved"),
-        arg("dq"), arg("dk"), unlocked());
+  m.def("rope_bwd", &cpu::rope_bwd, arg("dq_out"), arg("dk_out"), arg("cos"), arg("sin"), arg("interleaved"), arg("dq"),
+        arg("dk"), unlocked());
   m.def("attention_fwd", &cpu::attention_fwd, arg("q"), arg("k"), arg("v"), arg("cu_seqlens"), arg("scale"),
         arg("causal"), arg("window"), arg("out"), arg("lse"), unlocked());
   m.def("attention_bwd", &cpu::attention_bwd, arg("dout"), arg("q"), arg("k"), arg("v"), arg("out"), arg("lse"),

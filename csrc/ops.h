@@ -1,9 +1,9 @@
 // The native ops: what each one takes and gives. This header knows pointers, sizes, strides and a dtype tag; no torch.
 //
-// One function a primitive, the name and the order of arguments as in llama_fast/ops/table.py: gradients, tensors, saved
-// statistics, scalars, then the outputs, which the caller has allocated. Strides are in elements; the last dimension of
-// every tensor is contiguous (stride 1). Callers have checked shapes and dtypes; a launcher does not check again.
-// A tensor that is absent has `data == nullptr`.
+// One function a primitive, the name and the order of arguments as in llama_fast/ops/table.py: gradients, tensors,
+// saved statistics, scalars, then the outputs, which the caller has allocated. Strides are in elements; the last
+// dimension of every tensor is contiguous (stride 1). Callers have checked shapes and dtypes; a launcher does not check
+// again. A tensor that is absent has `data == nullptr`.
 #pragma once
 
 #include <cstdint>
@@ -45,8 +45,8 @@ void rms_norm_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight, const
 // sum = x + residual (rounded to T), y = rms_norm(sum); bwd: dx is the gradient of x and of residual alike
 void add_rms_norm_fwd(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps, const Tensor& y,
                       const Tensor& sum, const Tensor& rstd);
-void add_rms_norm_bwd(const Tensor& dy, const Tensor& dsum, const Tensor& sum, const Tensor& weight,
-                      const Tensor& rstd, const Tensor& dx, const Tensor& dweight);
+void add_rms_norm_bwd(const Tensor& dy, const Tensor& dsum, const Tensor& sum, const Tensor& weight, const Tensor& rstd,
+                      const Tensor& dx, const Tensor& dweight);
 
 // y = silu(gate) up;  all [R, F] T
 void swiglu_fwd(const Tensor& gate, const Tensor& up, const Tensor& y);
@@ -72,8 +72,8 @@ void gemv(const Tensor& x, const Tensor& weight, const Tensor& y);
 
 // One chunk of rows of the linear cross-entropy: logits [R, V] T; targets [R] i64; loss, lse [R] f32 (written).
 // With row_scale [R] f32 the logits are overwritten by d(sum_r row_scale[r] loss[r]) / d(logits); without, left alone.
-// loss[r] = cross entropy with smoothing + z_loss lse[r]^2. Where targets[r] == ignore_index, loss, lse and the gradient
-// are 0; where it is otherwise outside [0, V) they are NaN.
+// loss[r] = cross entropy with smoothing + z_loss lse[r]^2. Where targets[r] == ignore_index, loss, lse and the
+// gradient are 0; where it is otherwise outside [0, V) they are NaN.
 void cross_entropy_rows(const Tensor& logits, const Tensor& targets, const Tensor& row_scale, int64_t ignore_index,
                         double label_smoothing, double z_loss, const Tensor& loss, const Tensor& lse);
 

@@ -210,6 +210,7 @@ def _draw(found: dict[str, dict[str, Any]], path: Path) -> None:
     bottom.axhline(0.0, color="gray", linewidth=0.5)
     bottom.set_ylabel("difference")
     bottom.set_xlabel("step")
+    bottom.xaxis.get_major_locator().set_params(integer=True)
     for axis in (top, bottom):
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)

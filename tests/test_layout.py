@@ -42,7 +42,7 @@ SHARED = {
         "model": "the model",
         "floors": "floors.toml",
     },
-    "docs/ops": {},
+    "docs/ops": {"linear": "which matrix product"},
 }
 # Tests of several files at once; every other tests/test_X.py tests a module or an op called X.
 CROSS_CUTTING = {"layout", "packaging", "bad_input", "readme", "native", "determinism"}
@@ -181,7 +181,8 @@ def test_documents_name_files_that_exist() -> None:
     pattern = r"`((?:csrc|llama_fast|tests|benchmarks|docs)/[\w./-]+\.(?:py|h|cpp|md|toml))`"
     for path in _files(".md"):
         for target in re.findall(pattern, path.read_text()):
-            assert (ROOT / target).exists(), f"{_name(path)}: no {target}"
+            stand_in = re.search(r"\bX\b|_X\b", target)
+            assert stand_in or (ROOT / target).exists(), f"{_name(path)}: no {target}"
 
 
 @pytest.mark.parametrize("op", OPS)

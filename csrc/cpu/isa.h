@@ -18,16 +18,16 @@ Isa current_isa();
 
 // Calls `fn(...)` in the namespace of the instruction set in use.
 #if LF_X86
-#define LF_DISPATCH(fn, ...)           \
-  switch (current_isa()) {             \
-    case Isa::avx512bf16:              \
+#define LF_DISPATCH(fn, ...)              \
+  switch (current_isa()) {                \
+    case Isa::avx512bf16:                 \
       return avx512bf16::fn(__VA_ARGS__); \
-    case Isa::avx512:                  \
-      return avx512::fn(__VA_ARGS__);  \
-    case Isa::avx2:                    \
-      return avx2::fn(__VA_ARGS__);    \
-    case Isa::portable:                \
-      return portable::fn(__VA_ARGS__); \
+    case Isa::avx512:                     \
+      return avx512::fn(__VA_ARGS__);     \
+    case Isa::avx2:                       \
+      return avx2::fn(__VA_ARGS__);       \
+    case Isa::portable:                   \
+      return portable::fn(__VA_ARGS__);   \
   }
 #else
 #define LF_DISPATCH(fn, ...) return portable::fn(__VA_ARGS__)

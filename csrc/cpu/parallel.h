@@ -1,7 +1,7 @@
 // Loops over PyTorch's own OpenMP pool: its thread count (torch.set_num_threads), its threads.
 //
-// The library is compiled with -fopenmp and linked with no OpenMP runtime: the symbols resolve to the runtime that torch
-// has loaded. Exceptions must not leave a loop body.
+// The library is compiled with -fopenmp and linked with no OpenMP runtime: the symbols resolve to the runtime that
+// torch has loaded. Exceptions must not leave a loop body.
 #pragma once
 
 #include <omp.h>
@@ -32,8 +32,8 @@ void parallel_for(int64_t n, int64_t grain, const Body& body) {
   }
 }
 
-// Calls body(task, thread) for each task in [0, n), each thread taking the next one when it is free: for tasks of uneven
-// cost. `thread` is below max_threads(). What a task computes must not depend on which thread runs it.
+// Calls body(task, thread) for each task in [0, n), each thread taking the next one when it is free: for tasks of
+// uneven cost. `thread` is below max_threads(). What a task computes must not depend on which thread runs it.
 template <class Body>
 void parallel_tasks(int64_t n, const Body& body) {
   const int64_t threads = std::min<int64_t>(max_threads(), n);

@@ -1,8 +1,8 @@
 // The vector type of each instruction set: `VecF`, kLanes float32 lanes, with loads and stores of float32, bfloat16 and
 // float16. The simd*.h files are the only ones with intrinsics.
 //
-// Each of the namespaces portable, avx2, avx512 and avx512bf16 has the same names; a kernel file is compiled once in each
-// (each_isa.h). The functions carry no `target` attribute of their own but stand in a target region.
+// Each of the namespaces portable, avx2, avx512 and avx512bf16 has the same names; a kernel file is compiled once in
+// each (each_isa.h). The functions carry no `target` attribute of their own but stand in a target region.
 #pragma once
 
 #include <cmath>
@@ -26,7 +26,8 @@
 #define LF_TARGET_AVX512BF16 "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"
 
 #if defined(__clang__)
-#define LF_TARGET_BEGIN(features) LF_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define LF_TARGET_BEGIN(features) \
+  LF_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
 #define LF_TARGET_END LF_PRAGMA(clang attribute pop)
 #else
 #define LF_TARGET_BEGIN(features) LF_PRAGMA(GCC push_options) LF_PRAGMA(GCC target(features))
@@ -51,7 +52,8 @@ LF_INLINE float to_float(f16 x) {
     const float f = static_cast<float>(magnitude) * 5.9604644775390625e-08F;
     return sign != 0 ? -f : f;
   }
-  const uint32_t u = sign | (magnitude >= 0x7c00 ? 0x7f800000 | (magnitude & 0x3ff) << 13 : (magnitude << 13) + 0x38000000);
+  const uint32_t u =
+      sign | (magnitude >= 0x7c00 ? 0x7f800000 | (magnitude & 0x3ff) << 13 : (magnitude << 13) + 0x38000000);
   float f;
   std::memcpy(&f, &u, 4);
   return f;

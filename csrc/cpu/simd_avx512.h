@@ -33,8 +33,7 @@ LF_INLINE __m256i bf16_bits(VecF a) {
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
   const __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
-  return _mm512_cvtepi32_epi16(
-      _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), rounded, quiet));
+  return _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(_mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), rounded, quiet));
 #endif
 }
 LF_INLINE __m512 from_bf16_bits(__m256i u) {
@@ -85,8 +84,6 @@ LF_INLINE VecF rotate_pairs(VecF x, VecF c, VecF s) {
 
 constexpr bool kScalesByAnyPower = true;
 LF_INLINE VecF scale_by_power_of_two(VecF x, VecF n) { return _mm512_scalef_ps(x.v, n.v); }
-LF_INLINE VecF round(VecF x) {
-  return _mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
+LF_INLINE VecF round(VecF x) { return _mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
 }  // namespace llama_fast::cpu::LF_ISA

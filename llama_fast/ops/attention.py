@@ -118,7 +118,8 @@ def attention(
 
     Source: Dao 2023, arXiv:2307.08691; Rabe and Staats 2021, arXiv:2112.05682.
     """
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+    tensors = all(isinstance(x, Tensor) for x in (q, k, v))
+    if tensors and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     dims = table.ATTENTION.check(q=q, k=k, v=v, cu_seqlens=cu_seqlens)

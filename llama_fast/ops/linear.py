@@ -216,6 +216,9 @@ def tn(dy: Tensor, x: Tensor, *, out: Tensor | None = None, accumulate: bool = F
         out: [V, C], any strides: dW is written there, or added to it with `accumulate`, and returned. The sum is
             rounded once to the dtype of `out` where the path can add (torch's), and the product before it elsewhere.
             A float32 `out` may stand beside half-precision dy and x.
+
+    Raises:
+        ValueError: `accumulate` without `out`.
     """
     if accumulate and out is None:
         raise ValueError("out is None, expected a tensor to accumulate into")

@@ -136,8 +136,9 @@ def _attention(
     mask = attention_mask(q.shape[1], k.shape[1], causal=causal, window=window, cu_seqlens=cu_seqlens, device=q.device)
     scores = (q_BHTD @ k_BHSD.transpose(-1, -2) * scale).masked_fill(~mask, -torch.inf)
     sees = mask.any(-1, keepdim=True)
-    lse = torch.logsumexp(scores.masked_fill(~sees, 0.0), dim=-1, keepdim=True) if k.shape[1] else scores.sum(-1, True)
-    weights = torch.where(mask, (scores - lse).exp(), 0.0)
+    scores = scores.masked_fill(~sees, 0.0)
+    weights = torch.where(mask, scores.softmax(-1), 0.0)
+    lse = torch.logsumexp(scores, dim=-1, keepdim=True) if k.shape[1] else scores.sum(-1, True)
     out = (weights @ v_BHSD).transpose(1, 2).to(q.dtype).contiguous()
     return out, torch.where(sees, lse, -torch.inf).squeeze(-1)
 
