@@ -139,6 +139,11 @@ def test_without_a_compiler_it_installs_on_reference(tree: Path, tmp_path: Path,
     wheel = _wheel(clean, tmp_path / "wheel", PATH=str(empty), PYTHONPATH=no_torch)
     assert wheel.name.endswith("py3-none-any.whl")
     _install(wheel, tmp_path / "site")
+    # an editable install in the same environment would lend its _native to the package without one
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import sys\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]\n"
+    )
     code = (
         "import torch, llama_fast as lf\n"
         "x = torch.ones(2, 4)\n"

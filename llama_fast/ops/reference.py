@@ -131,7 +131,9 @@ def _attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float, causal: bool, window: int
 ) -> tuple[Tensor, Tensor]:
     H, G = q.shape[2], k.shape[2]
-    q_BHTD, k_BHSD, v_BHSD = (_up(x).transpose(1, 2) for x in (q, k, v))
+    # float32 inputs in float64: rounded scores of 4 and more would move the weights by several units in the last place
+    wide = torch.float64 if q.dtype in (torch.float32, torch.float64) else torch.float32
+    q_BHTD, k_BHSD, v_BHSD = (x.to(wide).transpose(1, 2) for x in (q, k, v))
     k_BHSD, v_BHSD = (x.repeat_interleave(H // G, dim=1) for x in (k_BHSD, v_BHSD))
     mask = attention_mask(q.shape[1], k.shape[1], causal=causal, window=window, cu_seqlens=cu_seqlens, device=q.device)
     scores = (q_BHTD @ k_BHSD.transpose(-1, -2) * scale).masked_fill(~mask, -torch.inf)
@@ -140,7 +142,8 @@ def _attention(
     weights = torch.where(mask, scores.softmax(-1), 0.0)
     lse = torch.logsumexp(scores, dim=-1, keepdim=True) if k.shape[1] else scores.sum(-1, True)
     out = (weights @ v_BHSD).transpose(1, 2).to(q.dtype).contiguous()
-    return out, torch.where(sees, lse, -torch.inf).squeeze(-1)
+    lse = torch.where(sees, lse, -torch.inf).squeeze(-1)
+    return out, lse if q.dtype == torch.float64 else lse.float()
 
 
 def attention(
