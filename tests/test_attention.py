@@ -126,6 +126,7 @@ def test_transposed_views_equal_contiguous_inputs(target_name: str) -> None:
 def test_huge_scores_stay_finite(target_name: str, dtype: torch.dtype) -> None:
     """Scores of -1e4 to 1e4, one key ahead of all others: the weights are 0 and 1, and nothing overflows."""
     T = 150
+    torch.manual_seed(0)
     q, v = torch.ones(1, T, 2, 16, dtype=dtype), torch.randn(1, T, 2, 16).to(dtype)
     k = torch.full((1, T, 2, 16), -625.0, dtype=dtype)
     k[:, 3] = 625.0
@@ -133,7 +134,8 @@ def test_huge_scores_stay_finite(target_name: str, dtype: torch.dtype) -> None:
     with target(target_name):
         out = lf.attention(*leaves, scale=1.0)
         dq, dk, dv = torch.autograd.grad(out.float().sum(), leaves)
-    assert torch.equal(out[:, 3:], v[:, 3:4].expand(1, T - 3, 2, 16))
+    # v w / w with a weight w next to 1: at most a rounding each
+    torch.testing.assert_close(out[:, 3:], v[:, 3:4].expand(1, T - 3, 2, 16), rtol=2 * torch.finfo(dtype).eps, atol=0.0)
     for x in (dq, dk, dv):
         assert torch.isfinite(x).all()
     # a weight is recomputed from the float32 lse of 1e4, which is exact to 1e-3 of a unit of the exponent
