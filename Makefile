@@ -57,7 +57,8 @@ bench: build  ## every op against eager PyTorch and the machine's limit
 	@$(BIN)/llama-fast bench
 
 # A copy of the package with a library of its own, found before the installed one. torch's own code is not instrumented:
-# what is caught is a kernel that reads or writes outside the tensors that it is given. Tests that run no kernel of ours, or
+# what is caught is a kernel that reads or writes outside the tensors that it is given. libstdc++ is loaded with libasan, or
+# the first C++ exception ends the process. Tests that run no kernel of ours, or
 # only call one many times over, are left out: `make test` has them.
 asan: build  ## the tests of the ops under AddressSanitizer and UndefinedBehaviorSanitizer
 	@rm -rf $(ASAN)/package && mkdir -p $(ASAN)/package
@@ -67,7 +68,7 @@ asan: build  ## the tests of the ops under AddressSanitizer and UndefinedBehavio
 	    -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(abspath $(ASAN)/package/llama_fast) >$(ASAN)/configure.log \
 	    || { cat $(ASAN)/configure.log; exit 1; }
 	@$(BIN)/cmake --build $(ASAN)/native
-	@LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    PYTHONPATH=$(abspath $(ASAN)/package) $(BIN)/pytest -p no:cacheprovider --capture=sys \
 	    -k 'not reference and not compile and not gradcheck' $(OP_TESTS)
 
