@@ -125,8 +125,7 @@ def main(
         raise ValueError(f"ops {', '.join(ops)}: no benchmark has a case of them")
     if json_path is not None:
         json_path.touch()
-    if hasattr(llama_fast, "keep_host_memory"):
-        llama_fast.keep_host_memory()
+    llama_fast.keep_host_memory()
     limits = measure_limits(benchmarks)
     facts = environment()
     isa = facts["isa"] or "no native library"

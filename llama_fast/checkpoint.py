@@ -15,7 +15,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -32,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from llama_fast.config import LlamaConfig
+from llama_fast.files import sync
 
 WEIGHTS, CONFIG, STATE, MANIFEST = "model.safetensors", "config.json", "state.pt", "manifest.json"
 _SPARE_BYTES = 1 << 20  # beside the tensors: JSON, pickled scalars, headers
@@ -87,7 +87,7 @@ def save(run_dir: Path | str, step: int, model: nn.Module, state: dict[str, Any]
         except BaseException:
             shutil.rmtree(temp, ignore_errors=True)
             raise
-        _fsync(run_dir)
+        sync(run_dir)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         # torch and safetensors raise their own types for a failed write
         code = (error.errno if isinstance(error, OSError) else None) or errno.EIO
@@ -228,7 +228,7 @@ def _write_files(folder: Path, step: int, model: nn.Module, weights: dict[str, T
     files = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(folder.iterdir())}
     _write_json(folder / MANIFEST, {"format": 1, "step": step, "files": files})
     for path in (*sorted(folder.iterdir()), folder):
-        _fsync(path)
+        sync(path)
 
 
 def _expect_space(run_dir: Path, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -243,14 +243,6 @@ def _remove(path: Path) -> None:
     hidden = path.with_name(f".{path.name}.old.tmp")
     path.rename(hidden)
     shutil.rmtree(hidden)
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _sha256(path: Path) -> str:

@@ -138,8 +138,7 @@ def _train(kind: str, out: Path, steps: int, data: Sequence[str]) -> None:
     from llama_fast.train.recipe import Recipe
     from llama_fast.train.trainer import Settings, Trainer
 
-    if hasattr(llama_fast, "keep_host_memory"):
-        llama_fast.keep_host_memory()
+    llama_fast.keep_host_memory()
     config = _config()
     run_dir = out / kind
     shutil.rmtree(run_dir, ignore_errors=True)

@@ -25,6 +25,8 @@ from pathlib import Path
 
 import sentencepiece
 
+from llama_fast.files import write_atomically
+
 # Added to a serialised model, this overrides one field, as protobuf merges repeated occurrences of a message:
 # normalizer_spec (field 3) { add_dummy_prefix (field 3): false }.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
@@ -307,34 +309,6 @@ class _Pieces:
             return b""
         at_start, self._at_start = self._at_start, False
         return piece.removeprefix(b" ") if at_start else piece
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader, or a crash at any moment, finds the old file or the whole new one.
-
-    Raises:
-        OSError: the folder is missing, not writable or full; nothing is left behind then.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the renames in `folder` durable. Raises OSError if it cannot be opened."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _cores() -> int:

@@ -55,14 +55,11 @@ def test_wrong_dtype(op: str, name: str) -> None:
 @pytest.mark.parametrize(("op", "name"), TENSORS)
 def test_wrong_number_of_dimensions(op: str, name: str) -> None:
     good = FIRST[op].inputs(torch.float32)[name]
-    patterns = [p.split() for p in OPS[op].public[name].split("|")]
-    shortest = min(0 if p[0] == "..." else len(p) for p in patterns)
     with pytest.raises(ValueError, match=rf"{op}: "):
         _call(op, _with(op, name, good.reshape(-1)[0]))
-    if shortest == 0:
-        pytest.skip("any number of leading dimensions will do")
-    with pytest.raises(ValueError, match=rf"{op}: {name} has shape"):
-        _call(op, _with(op, name, good.reshape(1, 1, *good.shape)))
+    if "..." not in OPS[op].public[name]:  # any number of leading dimensions will do
+        with pytest.raises(ValueError, match=rf"{op}: {name} has shape"):
+            _call(op, _with(op, name, good.reshape(1, 1, *good.shape)))
 
 
 @pytest.mark.parametrize(("op", "name"), TENSORS)
@@ -73,21 +70,20 @@ def test_wrong_size(op: str, name: str) -> None:
         _call(op, _with(op, name, longer))
 
 
-@pytest.mark.parametrize(("op", "name"), TENSORS)
+@pytest.mark.parametrize(("op", "name"), [(op, name) for op, name in TENSORS if name != next(iter(OPS[op].public))])
 def test_wrong_device(op: str, name: str) -> None:
     first = next(iter(OPS[op].public))
-    if name == first:
-        pytest.skip("the others are then the ones that differ")
     with pytest.raises(ValueError, match=rf"{op}: {name} is on meta, expected cpu as {first}"):
         _call(op, _with(op, name, FIRST[op].inputs(torch.float32)[name].to("meta")))
 
 
 @pytest.mark.parametrize(("op", "name"), TENSORS)
 def test_no_tensor(op: str, name: str) -> None:
-    with pytest.raises((ValueError, TypeError, AttributeError)) as caught:
-        _call(op, _with(op, name, [1.0, 2.0]))
-    assert caught.type is ValueError, f"{op}: {name} as a list raises {caught.value!r}"
-    assert f"{op}: {name} is a list, expected a torch.Tensor" in str(caught.value)
+    optional = any(a.name == name and a.type == "Tensor?" for a in OPS[op].fwd.args)
+    for value, kind in (([1.0, 2.0], "list"), *([] if optional else [(None, "NoneType")])):
+        with pytest.raises(Exception, match=f"{op}: {name} is a {kind}, expected a torch.Tensor") as caught:
+            _call(op, _with(op, name, value))
+        assert caught.type is ValueError, f"{op}: {name} as a {kind} raises {caught.value!r}"
 
 
 @pytest.mark.parametrize("op", OPS)

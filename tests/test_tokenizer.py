@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 
 from llama_fast import tokenizer as tokenizer_module
-from llama_fast.tokenizer import Tokenizer, write_atomically
+from llama_fast.tokenizer import Tokenizer
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 # Characters that SentencePiece, UTF-8 decoders or a prefix space could treat specially.
@@ -261,22 +261,3 @@ def test_streaming_gives_the_same_text_and_no_half_characters(tok: Tokenizer) ->
     stream = tok.stream_decoder(continuation=True)
     ids = tok.encode("\u4e2d")
     assert [stream.feed(i) for i in ids] == [" ", "", "", "\u4e2d"]
-
-
-def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="No space left"):
-            write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["file"]
-    write_atomically(path, b"new")
-    assert path.read_bytes() == b"new"
-    with pytest.raises(FileNotFoundError):
-        write_atomically(tmp_path / "missing" / "file", b"")

@@ -190,7 +190,7 @@ class Op:
         dims: dict[str, int] = {}
         first: tuple[str, Tensor] | None = None
         for name, tensor in tensors.items():
-            if tensor is None:
+            if tensor is None and Arg(name, "Tensor?") in self.fwd.args:
                 continue
             if not isinstance(tensor, Tensor):
                 raise ValueError(f"{self.name}: {name} is a {type(tensor).__name__}, expected a torch.Tensor")

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama_fast.tokenizer import Tokenizer, sync_folder, write_atomically
+from llama_fast.files import sync, write_atomically
+from llama_fast.tokenizer import Tokenizer
 from llama_fast.train.sources import NAME, Source, default_sources, name_hash, parse_data_args
 
 __all__ = ["Mixture", "Source", "TokenDataset", "TokenSource", "build_token_file", "default_sources", "parse_data_args"]
@@ -457,7 +458,7 @@ def _build(
             entry = {"name": source.name, "weight": source.weight, "root": str(source.root)}
             entries.append(entry | {"skipped_files": source.skipped} | dict(zip(_SPLITS, counts, strict=True)))
         (folder / "meta.json").unlink(missing_ok=True)
-        sync_folder(folder)
+        sync(folder)
         to_remove += temporary.keys()
         for path in replaced:
             path.unlink(missing_ok=True)
