@@ -88,6 +88,7 @@ PYBIND11_MODULE(_native, module) {
     return names;
   });
   m.def("isa", &cpu::isa);
+  m.def("amd_family", &cpu::amd_family);
   m.def("set_isa", &cpu::set_isa, arg("name"));
 
   m.def("rms_norm_fwd", &cpu::rms_norm_fwd, arg("x"), arg("weight"), arg("eps"), arg("y"), arg("rstd"), unlocked());

@@ -36,6 +36,8 @@ const char* isa_name(int i);
 // The one in use: the best, unless `set_isa` chose another of the above ("" goes back to the best).
 const char* isa();
 void set_isa(const char* name);
+// Family of an AMD processor (25: Zen 3 and 4, 26: Zen 5), 0 for any other maker's.
+int amd_family();
 
 // y[r,c] = x[r,c] rstd[r] weight[c];  x, y: [R, C] T; weight: [C] T; rstd: [R] f32
 void rms_norm_fwd(const Tensor& x, const Tensor& weight, double eps, const Tensor& y, const Tensor& rstd);

@@ -11,6 +11,7 @@ from numerics import DTYPES, target
 from torch import Tensor
 
 from llama_fast.ops import linear, native
+from llama_fast.verify import BACKWARD_FACTOR, FORWARD_FACTOR, judge
 
 ISAS = [f"cpu/{isa}" for isa in native.isas()]
 TRUTH: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -121,7 +122,27 @@ def test_leading_dimensions(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.skipif(linear._onednn is None, reason="this torch has no mkldnn._linear_pointwise")
-def test_the_frozen_choice() -> None:
+@pytest.mark.parametrize("form", linear.FORMS)
+def test_long_float32_sums_keep_the_budget(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = operands(form, 128, 192, 4096, torch.float32)
+    truth, plain = TRUTH[form](a.double(), b.double()), TRUTH[form](a, b)
+    factor = FORWARD_FACTOR if form == "nt" else BACKWARD_FACTOR
+
+    def verdict() -> str:
+        with linear.force("onednn"):
+            return judge(getattr(linear, form)(a, b), plain, truth, factor, torch.float32)[3]
+
+    assert verdict() == ""
+    monkeypatch.setattr(linear, "_TERMS", dict.fromkeys(linear.FORMS, 4096))
+    assert "error" in verdict(), "one chain of 4096 terms should be over the budget: is the cut still needed?"
+
+
+@pytest.mark.skipif(linear._onednn is None, reason="this torch has no mkldnn._linear_pointwise")
+def test_the_frozen_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_amd_family", 25)
+    for form in linear.FORMS:
+        assert linear.choose(form, torch.float32, 2048, 2048, 2048) == "torch"
+    monkeypatch.setattr(linear, "_amd_family", 26)
     f32, bf16, f16, f64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
     for form in linear.FORMS:
         assert linear.choose(form, f32, 2048, 2048, 2048) == "onednn"
@@ -153,6 +174,7 @@ def test_plain_torch_where_something_watches(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(linear, "_multiply", refuse)
     monkeypatch.setattr(linear, "_gemv", refuse)
+    monkeypatch.setattr(linear, "_amd_family", 26)
     # small whole numbers: every sum is exact, in whatever order it is taken
     x, w = (torch.randint(-4, 5, (256, 256)).float() for _ in range(2))
     with pytest.raises(AssertionError, match="a fast path ran"):

@@ -6,6 +6,10 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace llama_fast::cpu {
 namespace {
 
@@ -22,6 +26,19 @@ Isa probe() {
   return __builtin_cpu_supports("avx512bf16") ? Isa::avx512bf16 : Isa::avx512;
 #else
   return Isa::portable;
+#endif
+}
+
+// Family of an AMD processor as its manuals number it (25: Zen 3 and 4, 26: Zen 5), 0 for any other.
+int probe_amd_family() {
+#if defined(__x86_64__)
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid(0, &eax, &ebx, &ecx, &edx) == 0 || ebx != signature_AMD_ebx || ecx != signature_AMD_ecx) return 0;
+  if (__get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0) return 0;
+  const unsigned base = eax >> 8 & 0xF, extended = eax >> 20 & 0xFF;
+  return static_cast<int>(base == 0xF ? base + extended : base);
+#else
+  return 0;
 #endif
 }
 
@@ -42,6 +59,11 @@ Isa current_isa() {
 int isa_count() { return static_cast<int>(best_isa()) + 1; }
 const char* isa_name(int i) { return kNames[static_cast<int>(best_isa()) - i]; }
 const char* isa() { return kNames[static_cast<int>(current_isa())]; }
+
+int amd_family() {
+  static const int family = probe_amd_family();
+  return family;
+}
 
 void set_isa(const char* name) {
   if (name[0] == '\0') {
