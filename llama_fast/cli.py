@@ -275,7 +275,7 @@ def generate(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for data, runs, figures and the picture.")] = Path("demo"),
-    steps: Annotated[int, typer.Option(help="Steps of each training.")] = 240,
+    steps: Annotated[int, typer.Option(help="Steps of each training.")] = 200,
     data: Annotated[list[str] | None, typer.Option(help="As for train.")] = None,
 ) -> None:
     """Check the ops, time them, then train a small LLaMA in plain PyTorch and with llama_fast, side by side."""
