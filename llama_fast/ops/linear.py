@@ -250,7 +250,7 @@ def _product(form: str, a: Tensor, b: Tensor, out: Tensor | None, accumulate: bo
         out = a.new_empty(M, N) if out is None else out
         _gemv(_rows(a), _rows(b.t()), out)
         return out
-    parted = path == "onednn" and a.dtype == torch.float32 and K > _TERMS[form]
+    parted = path == "onednn" and a.dtype == torch.float32 and _TERMS[form] < K
     if out is None:
         if path != "upcast" and not parted:
             return _multiply(path, a, b)
