@@ -20,51 +20,51 @@ void gemv(const Tensor& x, const Tensor& weight, const Tensor& y) { LF_DISPATCH(
 namespace llama_fast::cpu::LF_ISA {
 namespace {
 
-constexpr int kLanes = VecF::kLanes;
-constexpr int64_t kOutputs = 4;  // rows of W at a time: four streams, and four chains of sums for one row of x
 constexpr int64_t kGrainElements = 32768;  // of W, a thread's least share
-constexpr int64_t kAhead = 1024;           // bytes of prefetch
+constexpr int kChains = 2;                 // sums along a row of W, which hide the latency of a multiply-add
 
-// y[r, o] for kRows rows of x and kOut rows of W
-template <int kRows, int kOut, class T>
-void gemv_block(const T* x, int64_t x_stride, const T* w, int64_t w_stride, T* y, int64_t y_stride, int64_t K) {
-  VecF acc[kRows][kOut];
+// Elements of T that `multiply` takes at a time, and acc + a b on them.
+template <class T>
+constexpr int64_t kStep = VecF::kLanes;
+template <class T>
+LF_INLINE VecF multiply(const T* a, const T* b, VecF acc) {
+  return fma(load(a), load(b), acc);
+}
+#if defined(LF_NATIVE_BF16) && LF_NATIVE_BF16
+template <>
+inline constexpr int64_t kStep<bf16> = 2 * VecF::kLanes;
+template <>
+LF_INLINE VecF multiply<bf16>(const bf16* a, const bf16* b, VecF acc) {
+  return dot(load_units(reinterpret_cast<const uint32_t*>(a)), load_units(reinterpret_cast<const uint32_t*>(b)), acc);
+}
+#endif
+
+// y[r] = the dot product of row r of x and one row of W. One row of W at a time, in the order of memory, is what the
+// processor's own prefetching follows best (docs/ops/linear.md).
+template <int kRows, class T>
+void gemv_row(const T* x, int64_t x_stride, const T* w, T* y, int64_t y_stride, int64_t K) {
+  VecF acc[kRows][kChains];
   for (auto& row : acc)
     for (VecF& a : row) a = VecF(0.0F);
   int64_t k = 0;
-  for (; k + kLanes <= K; k += kLanes) {
-    VecF w_k[kOut];
-    for (int o = 0; o < kOut; ++o) {
-      __builtin_prefetch(reinterpret_cast<const char*>(w + o * w_stride + k) + kAhead, 0, 0);
-      w_k[o] = load(w + o * w_stride + k);
-    }
-    for (int r = 0; r < kRows; ++r) {
-      const VecF x_k = load(x + r * x_stride + k);
-      for (int o = 0; o < kOut; ++o) acc[r][o] = fma(x_k, w_k[o], acc[r][o]);
-    }
+  for (; k + kChains * kStep<T> <= K; k += kChains * kStep<T>)
+    for (int i = 0; i < kChains; ++i)
+      for (int r = 0; r < kRows; ++r)
+        acc[r][i] = multiply(x + r * x_stride + k + i * kStep<T>, w + k + i * kStep<T>, acc[r][i]);
+  for (; k < K; k += VecF::kLanes) {
+    const int64_t n = std::min<int64_t>(VecF::kLanes, K - k);
+    for (int r = 0; r < kRows; ++r) acc[r][0] = fma(load_n(x + r * x_stride + k, n), load_n(w + k, n), acc[r][0]);
   }
-  if (k < K)
-    for (int r = 0; r < kRows; ++r)
-      for (int o = 0; o < kOut; ++o)
-        acc[r][o] = fma(load_n(x + r * x_stride + k, K - k), load_n(w + o * w_stride + k, K - k), acc[r][o]);
-  for (int r = 0; r < kRows; ++r)
-    for (int o = 0; o < kOut; ++o) y[r * y_stride + o] = from_float<T>(sum(acc[r][o]));
+  for (int r = 0; r < kRows; ++r) y[r * y_stride] = from_float<T>(sum(acc[r][0] + acc[r][1]));
 }
 
 template <int kRows, class T>
 void gemv_rows(const Tensor& x, const Tensor& weight, const Tensor& y) {
-  const int64_t N = weight.size[0], K = weight.size[1], w_stride = weight.stride[0];
-  const int64_t blocks = (N + kOutputs - 1) / kOutputs;
-  const int64_t grain = std::max<int64_t>(1, kGrainElements / (kOutputs * std::max<int64_t>(K, 1)));
-  parallel_for(blocks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t o = begin * kOutputs; o < std::min(end * kOutputs, N); o += kOutputs) {
-      const T* w = weight.ptr<T>() + o * w_stride;
-      if (o + kOutputs <= N)
-        gemv_block<kRows, kOutputs>(x.ptr<T>(), x.stride[0], w, w_stride, y.ptr<T>() + o, y.stride[0], K);
-      else
-        for (int64_t i = 0; i < N - o; ++i)
-          gemv_block<kRows, 1>(x.ptr<T>(), x.stride[0], w + i * w_stride, w_stride, y.ptr<T>() + o + i, y.stride[0], K);
-    }
+  const int64_t N = weight.size[0], K = weight.size[1];
+  parallel_for(N, std::max<int64_t>(1, kGrainElements / std::max<int64_t>(K, 1)), [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o)
+      gemv_row<kRows, T>(x.ptr<T>(), x.stride[0], weight.ptr<T>() + o * weight.stride[0], y.ptr<T>() + o, y.stride[0],
+                         K);
   });
 }
 
