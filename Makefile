@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 ASAN   := build-asan
 NATIVE_SOURCES := CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
-OP_TESTS = $(filter $(patsubst llama_fast/ops/%.py,tests/test_%.py,$(wildcard llama_fast/ops/*.py)),$(wildcard tests/*.py))
+OP_TESTS = tests/test_block.py $(filter $(patsubst llama_fast/ops/%.py,tests/test_%.py,$(wildcard llama_fast/ops/*.py)),$(wildcard tests/*.py))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help

@@ -109,6 +109,9 @@ PYBIND11_MODULE(_native, module) {
   m.def("attention_bwd", &cpu::attention_bwd, arg("dout"), arg("q"), arg("k"), arg("v"), arg("out"), arg("lse"),
         arg("cu_seqlens"), arg("scale"), arg("causal"), arg("window"), arg("dq"), arg("dk"), arg("dv"), unlocked());
   m.def("gemv", &cpu::gemv, arg("x"), arg("weight"), arg("y"), unlocked());
+  m.def("decode_block", &cpu::decode_block, arg("x"), arg("norm1"), arg("wq"), arg("wk"), arg("wv"), arg("wo"),
+        arg("norm2"), arg("wgate"), arg("wup"), arg("wdown"), arg("cos"), arg("sin"), arg("k_cache"), arg("v_cache"),
+        arg("used"), arg("eps"), arg("interleaved"), arg("window"), arg("y"), unlocked());
   m.def("cross_entropy_rows", &cpu::cross_entropy_rows, arg("logits"), arg("targets"), arg("row_scale"),
         arg("ignore_index"), arg("label_smoothing"), arg("z_loss"), arg("loss"), arg("lse"), unlocked());
 }

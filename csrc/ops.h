@@ -72,6 +72,14 @@ void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const T
 // y = x W^T for 1 to 4 rows;  x: [R, C], weight: [V, C], y: [R, V] T
 void gemv(const Tensor& x, const Tensor& weight, const Tensor& y);
 
+// One LLaMA block on R = B T rows, 1 to 4, of a decode: x, y [B, T, C] contiguous; wq [H D, C], wk and wv [G D, C],
+// wo [C, H D], wgate and wup [F, C], wdown [C, F]; cos, sin [1 or B, T, D/2] f32. The keys and values of these rows are
+// written to k_cache and v_cache [B, S_max, G, D] at `used`.
+void decode_block(const Tensor& x, const Tensor& norm1, const Tensor& wq, const Tensor& wk, const Tensor& wv,
+                  const Tensor& wo, const Tensor& norm2, const Tensor& wgate, const Tensor& wup, const Tensor& wdown,
+                  const Tensor& cos, const Tensor& sin, const Tensor& k_cache, const Tensor& v_cache, int64_t used,
+                  double eps, bool interleaved, int64_t window, const Tensor& y);
+
 // One chunk of rows of the linear cross-entropy: logits [R, V] T; targets [R] i64; loss, lse [R] f32 (written).
 // With row_scale [R] f32 the logits are overwritten by d(sum_r row_scale[r] loss[r]) / d(logits); without, left alone.
 // loss[r] = cross entropy with smoothing + z_loss lse[r]^2. Where targets[r] == ignore_index, loss, lse and the

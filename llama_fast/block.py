@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llama_fast.ops import linear
+from llama_fast.ops import linear, native
 from llama_fast.ops.dispatch import forced, primitives
 from llama_fast.parallel import Collectives, Single
 
@@ -270,8 +270,24 @@ def _check(x: Tensor, w: Weights, cos: Tensor, sin: Tensor, cu_seqlens: Tensor |
     for name, table in (("cos", cos), ("sin", sin)):
         if table.ndim != 3 or table.shape[0] not in (1, B) or table.shape[1:] != (T, D // 2):
             raise ValueError(f"block: {name} has shape {tuple(table.shape)}, expected [1 or B, T, D/2] = {(T, D // 2)}")
+        if table.dtype != torch.float32:
+            raise ValueError(f"block: {name} has dtype {table.dtype}, expected torch.float32")
     if cu_seqlens is not None and B != 1:
         raise ValueError(f"block: x has B = {B}, expected 1 with cu_seqlens: the sequences lie in one row")
+
+
+def _check_cache(cache: Cache, shape: tuple[int, ...], G: int, D: int, dtype: torch.dtype) -> None:
+    B, T, _ = shape
+    for name, room in (("k_BSGD", cache.k_BSGD), ("v_BSGD", cache.v_BSGD)):
+        if room.ndim != 4 or room.shape[0] != B or room.shape[2:] != (G, D) or cache.used + T > room.shape[1]:
+            raise ValueError(
+                f"block: cache.{name} has shape {tuple(room.shape)}, expected {(B, cache.used + T, G, D)}, "
+                f"room for {cache.used} rows used and {T} new ones"
+            )
+        if room.dtype != dtype:
+            raise ValueError(f"block: cache.{name} has dtype {room.dtype}, expected {dtype}")
+    if cache.used < 0:
+        raise ValueError(f"block: cache.used is {cache.used}, expected 0 or more")
 
 
 def transformer_block(
@@ -319,7 +335,14 @@ def transformer_block(
     if cache is not None:
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in weights)):
             raise ValueError("block: cache is given while gradients are recorded, expected torch.no_grad()")
+        _check_cache(cache, x.shape, weights.wk_GDxC.shape[0] // options.head_dim, options.head_dim, dtype)
         w = Weights(*(p.to(dtype) for p in weights))
+        if (
+            forced() in (None, "cpu")
+            and type(options.collectives) is Single
+            and native.decodes(x := x.to(dtype), (*w, cos, sin, cache.k_BSGD, cache.v_BSGD))
+        ):
+            return native.decode_block(x, w, cos, sin, *cache, options.eps, options.interleaved, options.window)
         with torch.autocast(x.device.type, enabled=False):
             return _forward(x.to(dtype), w, cos, sin, cu_seqlens, options, forced(), cache)[0]
     with torch.autocast(x.device.type, enabled=False):

@@ -35,6 +35,7 @@ class KVCache:
         self.k_LBSGD = torch.empty(shape, device=device, dtype=dtype)
         self.v_LBSGD = torch.empty(shape, device=device, dtype=dtype)
         self.used = 0
+        self._layers = list(zip(self.k_LBSGD, self.v_LBSGD, strict=True))
 
     @property
     def room(self) -> int:
@@ -43,7 +44,7 @@ class KVCache:
 
     def layer(self, i: int) -> Cache:
         """Keys and values of layer i, as the block takes them."""
-        return Cache(self.k_LBSGD[i], self.v_LBSGD[i], self.used)
+        return Cache(*self._layers[i], self.used)
 
 
 class Sampler:

@@ -26,6 +26,7 @@ SHARED = {
         "isa": "instruction sets",
         "memory": "the host allocator",
         "linear": "the matrix-vector product",
+        "decode": "a whole block on a few rows",
     },
     "llama_fast/ops": {
         "table": "the rows",

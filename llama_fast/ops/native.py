@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -70,6 +70,38 @@ rope_fwd = _launcher(table.ROPE, "fwd")
 rope_bwd = _launcher(table.ROPE, "bwd")
 attention_fwd = _launcher(table.ATTENTION, "fwd")
 attention_bwd = _launcher(table.ATTENTION, "bwd")
+
+
+# ---- a whole block of a decode ---------------------------------------------------------------------------------------
+DECODE_ROWS = 4  # gemv's
+
+
+def decodes(x: Tensor, others: Sequence[Tensor]) -> bool:
+    """Whether `decode_block` takes the rows `x` [B, T, C] of a decode; `others`: all its other tensors."""
+    if _native is None or not 1 <= x.shape[0] * x.shape[1] <= DECODE_ROWS or x.dtype not in (table.F32, table.BF16):
+        return False
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return all(type(p) in (Tensor, torch.nn.Parameter) and p.stride(-1) == 1 for p in others)
+
+
+def decode_block(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    used: int,
+    eps: float,
+    interleaved: bool,
+    window: int,
+) -> Tensor:
+    """The block on 1 to 4 rows x [B, T, C], whose keys and values are written to the caches at `used`; gives y."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    _native.cpu.decode_block(x, *weights, cos, sin, k_cache, v_cache, used, eps, interleaved, window, y)
+    return y
 
 
 # ---- linear_cross_entropy: by chunks of rows, whose logits are the only ones that exist ------------------------------
