@@ -11,10 +11,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test check format bench verify asan clean
+.PHONY: help build demo test check format bench perf-check verify asan clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 build: $(VENV)/native  ## set up .venv: dependencies, the package in editable form, the native library
 
@@ -49,6 +49,10 @@ format: build  ## rewrite Python and C++ in the project's format
 	@$(BIN)/ruff check --fix --select I .
 	@$(BIN)/ruff format .
 	@find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
+
+perf-check: build  ## hold the speed and memory ratios of benchmarks/floors.toml; ten quiet minutes
+	@$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	@$(BIN)/python -m benchmarks.floors
 
 verify: build  ## error of every op, backend and instruction set against float64
 	@$(BIN)/llama-fast verify

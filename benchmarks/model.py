@@ -35,12 +35,14 @@ class Scenario:
         build: makes the providers: name -> a function that does the work once.
         tokens: that one run handles.
         flops: of one run, by `LlamaConfig.flops_per_token`; 0 where that is not the limit.
+        memory: "memory vs <peer>" -> how many times less memory ours needs; None where that is not measured.
     """
 
     name: str
     build: Callable[[], dict[str, Callable[[], Any]]]
     tokens: int
     flops: int = 0
+    memory: Callable[[], dict[str, float]] | None = None
 
 
 def _transformers_config(c: LlamaConfig) -> Any:
@@ -78,8 +80,27 @@ def _both_passes(
     return call
 
 
-def block(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
-    """One block, forward and backward, beside transformers' LlamaDecoderLayer."""
+def _bytes_kept(layer: Callable[[Tensor], Tensor], x: Tensor, outside: list[Tensor]) -> int:
+    """Bytes that a layer holds between forward and backward, each storage once; `outside`: those not its own."""
+    aside = {p.untyped_storage().data_ptr() for p in outside}
+    kept: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept.setdefault(t.untyped_storage().data_ptr(), t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = layer(x)
+    del y
+    return sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in aside)
+
+
+# a layer, its parameters, and its rotary tables, which all layers of a model share
+_Layer = tuple[Callable[[Tensor], Tensor], list[Tensor], tuple[Tensor, ...]]
+
+
+def _block_layers(dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, _Layer]]:
+    """x, dy and the layers."""
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     config = LlamaConfig(BLOCK_C, 1, BLOCK_H, BLOCK_H, BLOCK_F, 32, BLOCK_T)
@@ -95,10 +116,24 @@ def block(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         y = theirs(x, attention_mask=None, position_embeddings=doubled)
         return y[0] if isinstance(y, tuple) else y
 
-    return {
-        "llama_fast": _both_passes(lambda x: ours(x, cos, sin), x, dy, list(ours.parameters())),
-        "transformers": _both_passes(their_forward, x, dy, list(theirs.parameters())),
+    layers: dict[str, _Layer] = {
+        "llama_fast": (lambda x: ours(x, cos, sin), list(ours.parameters()), (cos, sin)),
+        "transformers": (their_forward, list(theirs.parameters()), doubled),
     }
+    return x, dy, layers
+
+
+def block(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+    """One block, forward and backward, beside transformers' LlamaDecoderLayer."""
+    x, dy, layers = _block_layers(dtype)
+    return {name: _both_passes(layer, x, dy, parameters) for name, (layer, parameters, _) in layers.items()}
+
+
+def block_memory(dtype: torch.dtype) -> dict[str, float]:
+    """How many times fewer bytes one block keeps between forward and backward."""
+    x, _, layers = _block_layers(dtype)
+    kept = {name: _bytes_kept(layer, x, [*own, *shared]) for name, (layer, own, shared) in layers.items()}
+    return {"memory vs transformers": kept["transformers"] / kept["llama_fast"]}
 
 
 def _step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
@@ -152,7 +187,13 @@ def scenarios() -> list[Scenario]:
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         found += [
-            Scenario(f"block {_name(dtype)}", lambda d=dtype: block(d), BLOCK_T, block_flops),  # type: ignore[misc]
+            Scenario(
+                f"block {_name(dtype)}",
+                lambda d=dtype: block(d),  # type: ignore[misc]
+                BLOCK_T,
+                block_flops,
+                lambda d=dtype: block_memory(d),  # type: ignore[misc]
+            ),
             Scenario(
                 f"training_step {_name(dtype)}",
                 lambda d=dtype: training_step(d, compiled=True),  # type: ignore[misc]

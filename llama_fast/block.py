@@ -178,7 +178,8 @@ def _backward(
         dwgate = linear.tn(dgate_RF, n2_all) if needs.wgate_FC else None
         dwup = linear.tn(dup_RF, n2_all) if needs.wup_FC else None
         del n2_RC, n2_all
-    dn2_RC = join.reduce(linear.nn(dgate_RF, w.wgate_FC).add_(linear.nn(dup_RF, w.wup_FC)))
+    dn2_RC = linear.nn(dgate_RF, w.wgate_FC)
+    dn2_RC = join.reduce(linear.nn(dup_RF, w.wup_FC, out=dn2_RC, accumulate=True))
     del dgate_RF, dup_RF
     dh_RC, dnorm2 = _add_rms_norm_bwd(dn2_RC, dy_RC, a.h_RC, w.norm2_C, a.rstd2_R, backend=backend)
 
@@ -199,8 +200,9 @@ def _backward(
         dwk = linear.tn(dk, n1_all) if needs.wk_GDxC else None
         dwv = linear.tn(dv, n1_all) if needs.wv_GDxC else None
         del n1_RC, n1_all
-    dn1_RC = linear.nn(dq, w.wq_HDxC).add_(linear.nn(dk, w.wk_GDxC)).add_(linear.nn(dv, w.wv_GDxC))
-    dn1_RC = join.reduce(dn1_RC)
+    dn1_RC = linear.nn(dq, w.wq_HDxC)
+    linear.nn(dk, w.wk_GDxC, out=dn1_RC, accumulate=True)
+    dn1_RC = join.reduce(linear.nn(dv, w.wv_GDxC, out=dn1_RC, accumulate=True))
     dx_RC, dnorm1 = _add_rms_norm_bwd(dn1_RC, dh_RC, x_RC, w.norm1_C, a.rstd1_R, backend=backend)
     return dx_RC.view(B, T, C), Weights(dnorm1, dwq, dwk, dwv, dwo, dnorm2, dwgate, dwup, dwdown)  # type: ignore[arg-type]
 

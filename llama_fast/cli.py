@@ -200,12 +200,12 @@ def train(
     keep: Annotated[int, typer.Option(help="Checkpoints kept.")] = 3,
 ) -> None:
     """Train a LLaMA with the paper's recipe. Ctrl-C finishes the step and saves; --resume goes on bit for bit."""
-    from llama_fast.memory import keep_host_memory
+    import llama_fast
     from llama_fast.train import run
     from llama_fast.train.recipe import Recipe
     from llama_fast.train.trainer import Settings, Trainer
 
-    keep_host_memory()
+    llama_fast.keep_host_memory()
     sizes = run.config_for(config, seq_len, vocab_size)
     settings = Settings(
         Recipe(steps, lr=lr, warmup_steps=min(2000, steps // 10) if warmup is None else warmup),

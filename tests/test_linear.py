@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from numerics import DTYPES, target
 from torch import Tensor
 
+import llama_fast as lf
 from llama_fast.ops import linear, native
 from llama_fast.verify import BACKWARD_FACTOR, FORWARD_FACTOR, judge
 
@@ -95,18 +96,20 @@ def test_a_planted_bug_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("path", [None, *linear.PATHS])
 def test_accumulate(path: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "_SLICE_BYTES", 4096)
-    for M, N, K in SIZES:
-        dy, x = operands("tn", M, N, K, dtype)
-        for kind in {dtype, torch.float32}:
-            start = torch.randn(M, N).to(kind)
-            truth = start.double() + dy.double().T @ x.double()
-            out = start.clone()
-            with linear.force(path):
-                assert linear.tn(dy, x, out=out, accumulate=True) is out
-            plain = start.to(dtype) + dy.T @ x
-            assert problem(out.to(dtype), truth, plain, K) == ""
-    with pytest.raises(ValueError, match="out is None, expected a tensor to accumulate into"):
-        linear.tn(dy, x, accumulate=True)
+    for form in ("nn", "tn"):
+        product = getattr(linear, form)
+        for M, N, K in SIZES:
+            a, b = operands(form, M, N, K, dtype)
+            for kind in {dtype, torch.float32}:
+                start = torch.randn(M, N).to(kind)
+                truth = start.double() + TRUTH[form](a.double(), b.double())
+                out = start.clone()
+                with linear.force(path):
+                    assert product(a, b, out=out, accumulate=True) is out
+                plain = start.to(dtype) + TRUTH[form](a, b)
+                assert problem(out.to(dtype), truth, plain, K) == ""
+        with pytest.raises(ValueError, match="out is None, expected a tensor to accumulate into"):
+            product(a, b, accumulate=True)
 
 
 @pytest.mark.parametrize("shape", [(7,), (2, 3, 7), (0, 7), (1, 1, 7)])
@@ -156,6 +159,20 @@ def test_the_frozen_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert linear.choose("nn", bf16, 512, 2048, 32000) == "transposed"
     assert linear.choose("tn", f32, 2048, 2048, 1) == "torch"
     assert linear.explain("nn", bf16, 512, 2048, 32000).startswith("nn bfloat16 [512, 2048] over 32000: transposed (")
+
+
+@pytest.mark.skipif(linear._gemv is None, reason="the native library is not built")
+def test_explain_shows_the_products() -> None:
+    found = lf.explain("linear", torch.randn(1, 768).bfloat16(), torch.randn(2048, 768).bfloat16()).splitlines()
+    assert found[0] == "linear bfloat16 on cpu"
+    assert [line.split(":")[0] for line in found[1:]] == [
+        "  nt bfloat16 [1, 2048] over 768",
+        "  nn bfloat16 [1, 768] over 2048",
+        "  tn bfloat16 [2048, 768] over 1",
+    ]
+    assert "gemv (" in found[1]
+    with pytest.raises(ValueError, match=r"linear takes x \[..., C\] and W \[V, C\], found \(1, 768\)"):
+        lf.explain("linear", torch.randn(1, 768))
 
 
 def test_an_absent_path_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,14 +92,17 @@ def explain(name: str, *tensors: Tensor) -> str:
     """Says which backend runs the op `name` on these tensors, and what each other one objects.
 
     Args:
-        name: a public op, for example "attention".
-        tensors: the op's tensors, in the order of its public function.
+        name: a public op, for example "attention"; or "linear", for the matrix products of a layer x W^T, its forward
+            and its two gradients, and the vendor's path that each takes.
+        tensors: the op's tensors, in the order of its public function; of "linear", x [..., C] and W [V, C].
 
     Raises:
         ValueError: unknown name, or tensors that the op would refuse.
     """
+    if name == "linear":
+        return _explain_linear(*tensors)
     if name not in OPS:
-        raise ValueError(f"name: {name!r} is not one of {', '.join(OPS)}")
+        raise ValueError(f"name: {name!r} is not one of {', '.join(OPS)}, linear")
     op = OPS[name]
     if not tensors:
         raise ValueError(f"tensors: {name} takes {', '.join(op.public)}")
@@ -114,6 +117,22 @@ def explain(name: str, *tensors: Tensor) -> str:
             chosen, text = True, "runs"
         lines.append(f"{b.name}: {text or 'could run, stands later in the order'}")
     return f"{name} {str(dtype).removeprefix('torch.')} on {device}\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _explain_linear(*tensors: Tensor) -> str:
+    from llama_fast.ops import linear
+
+    if len(tensors) != 2 or tensors[0].ndim < 1 or tensors[1].ndim != 2 or tensors[0].shape[-1] != tensors[1].shape[1]:
+        shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
+        raise ValueError(f"tensors: linear takes x [..., C] and W [V, C], found {shapes or 'none'}")
+    x, weight = tensors
+    head = f"linear {str(x.dtype).removeprefix('torch.')} on {x.device.type}\n  "
+    if x.device.type != "cpu":
+        return f"{head}torch: the vendor's products of {x.device.type}"
+    V, C = weight.shape
+    R = x.shape[:-1].numel()
+    sizes = {"nt": (R, V, C), "nn": (R, C, V), "tn": (V, C, R)}
+    return head + "\n  ".join(linear.explain(form, x.dtype, *mnk) for form, mnk in sizes.items())
 
 
 class Primitive:

@@ -205,16 +205,22 @@ def nt(x: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
     return y.view(*x.shape[:-1], weight.shape[0]) if out is None else out
 
 
-def nn(dy: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
+def nn(dy: Tensor, weight: Tensor, *, out: Tensor | None = None, accumulate: bool = False) -> Tensor:
     """dx = dy W.
 
     Args:
         dy: [..., V]. weight: [V, C], any strides.
-        out: [..., C], contiguous in all but the first dimension: dx is written there and returned.
+        out: [..., C], contiguous in all but the first dimension: dx is written there, or added to it with `accumulate`
+            (rounded as in `tn`), and returned.
+
+    Raises:
+        ValueError: `accumulate` without `out`.
     """
+    if accumulate and out is None:
+        raise ValueError("out is None, expected a tensor to accumulate into")
     if out is None and _plain(dy, weight):
         return dy @ weight
-    dx = _product("nn", _flat(dy), weight, None if out is None else _flat(out))
+    dx = _product("nn", _flat(dy), weight, None if out is None else _flat(out), accumulate)
     return dx.view(*dy.shape[:-1], weight.shape[1]) if out is None else out
 
 

@@ -37,6 +37,11 @@ def isa() -> str:
     return _native.cpu.isa()
 
 
+def amd_family() -> int:
+    """Family of an AMD processor (25: Zen 3 and 4, 26: Zen 5), 0 for any other maker's."""
+    return _native.cpu.amd_family()
+
+
 def set_isa(name: str) -> None:
     """Makes the CPU kernels use one of `isas()`; "" goes back to the best. For tests: holds for the whole process."""
     _native.cpu.set_isa(name)
