@@ -42,6 +42,7 @@ SHARED = {
         "block": "the block",
         "model": "the model",
         "floors": "floors.toml",
+        "results": "the format of result files",
         "LOG": "what was tried, and what it gave",
     },
     "docs/ops": {"linear": "which matrix product"},
