@@ -48,7 +48,7 @@ SHARED = {
     "docs/ops": {"linear": "which matrix product"},
 }
 # Tests of several files at once; every other tests/test_X.py tests a module or an op called X.
-CROSS_CUTTING = {"layout", "packaging", "bad_input", "readme", "native", "determinism", "benchmarks"}
+CROSS_CUTTING = {"layout", "packaging", "bad_input", "readme", "native", "determinism", "benchmarks", "emulator"}
 
 
 def _files(*suffixes: str, under: str = ".") -> Iterator[Path]:

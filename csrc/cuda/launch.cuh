@@ -1,0 +1,52 @@
+// Launching a kernel, the same source for the device and for an emulated build.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "device.cuh"
+
+namespace llama_fast::cuda {
+
+struct Launch {
+  const char* op;  // the primitive, named in errors
+  dim3 grid;
+  dim3 block;
+  size_t dynamic_shared = 0;  // bytes
+  cudaStream_t stream = nullptr;
+};
+
+#ifdef LLAMA_FAST_EMULATE
+
+// Runs the kernel to its end. Throws std::runtime_error with the fault's report.
+template <class... Parameters, class... Arguments>
+void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
+  emulator::launch_grid(how.op, how.grid, how.block, how.dynamic_shared, [&] { kernel(arguments...); });
+}
+
+#else
+
+inline void check(const char* op, cudaError_t status) {
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string(op) + ": " + cudaGetErrorName(status) + ": " + cudaGetErrorString(status));
+}
+
+// Starts the kernel on the stream. Throws std::runtime_error where the launch is refused; a fault in the kernel comes
+// up at the next synchronization of the stream.
+template <class... Parameters, class... Arguments>
+void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
+  constexpr size_t kSharedWithoutAsking = 48 << 10;
+  if (how.dynamic_shared > kSharedWithoutAsking)
+    check(how.op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       static_cast<int>(how.dynamic_shared)));
+  cudaLaunchConfig_t config{};
+  config.gridDim = how.grid;
+  config.blockDim = how.block;
+  config.dynamicSmemBytes = how.dynamic_shared;
+  config.stream = how.stream;
+  check(how.op, cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
+
+#endif
+
+}  // namespace llama_fast::cuda
