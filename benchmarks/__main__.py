@@ -1,11 +1,11 @@
-"""`python -m llama_fast.benchmarks [OP ...]`: all cases of these ops, or of every op."""
+"""`python -m benchmarks [OP ...]`: all cases of these ops, or of every op. `--help` lists the options."""
 
 from __future__ import annotations
 
 import sys
 
-from llama_fast.ops.table import OPS
+from . import suite
+from .harness import pin_threads
 
-from .suite import main
-
-main(sys.argv[1:] or list(OPS))
+pin_threads()
+sys.exit(suite.main(sys.argv[1:]))

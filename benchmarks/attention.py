@@ -1,34 +1,33 @@
-"""attention, causal, at the sizes of a training step and of a decode, beside scaled_dot_product_attention."""
+"""attention, causal: training at several lengths, so that time and memory can be drawn against them, and a decode."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from llama_fast.config import LlamaConfig
 from llama_fast.verify import Case
 
 from .harness import Benchmark
 
 
-def _sdpa_repeated(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
-    """Grouped heads with k and v repeated: the way to PyTorch's fused kernel where enable_gqa takes the plain one."""
-    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2).transpose(1, 2) for x in (k, v))
-    return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True).transpose(1, 2)
-
-
-def _case(T: int, S: int, H: int, G: int, D: int) -> Case:
-    return Case("attention", {"B": 1, "T": T, "S": S, "H": H, "G": G, "D": D})
+def _case(preset: str, T: int, S: int, share: int = 1) -> Case:
+    """Heads of a preset, or of one of `share` devices that split them."""
+    c = LlamaConfig.preset(preset)
+    return Case(
+        "attention",
+        {"B": 1, "T": T, "S": S, "H": c.n_heads // share, "G": c.n_kv_heads // share, "D": c.head_dim},
+    )
 
 
 BENCHMARKS = tuple(
-    Benchmark(case, dtype, quick=quick and dtype == torch.bfloat16, peers=peers)
-    for case, quick, peers in (
-        (_case(2048, 2048, 8, 8, 128), True, {}),
-        (_case(2048, 2048, 32, 8, 64), False, {"sdpa_repeated": _sdpa_repeated}),
-        (_case(1, 2048, 32, 8, 64), False, {}),
+    Benchmark(case, dtype, label, quick=quick and dtype == torch.bfloat16)
+    for case, label, quick in (
+        (_case("llama-7b", 2048, 2048, share=4), "llama-7b, a quarter of its heads", True),
+        (_case("llama-3.2-1b", 512, 512), "llama-3.2-1b", False),
+        (_case("llama-3.2-1b", 1024, 1024), "llama-3.2-1b", False),
+        (_case("llama-3.2-1b", 2048, 2048), "llama-3.2-1b", False),
+        (_case("llama-3.2-1b", 4096, 4096), "llama-3.2-1b", False),
+        (_case("llama-3.2-1b", 1, 2048), "llama-3.2-1b, a decode step", False),
     )
     for dtype in (torch.bfloat16, torch.float32)
 )

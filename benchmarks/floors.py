@@ -11,7 +11,7 @@ import json
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import harness, model, suite
+from . import harness, model, results, suite
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -94,16 +94,26 @@ def figures(case: str, memory: str, only: str | None = None) -> dict[str, float]
         if only is not None:
             return {"seconds": harness.interleave({only: providers[only]}, seconds=4)[only].median}
         timings = harness.interleave(providers, seconds=4)
-        for peer in providers:
+        for peer in providers.keys() - {"llama_fast"}:
             found[f"time vs {peer}"] = timings[peer].median / timings["llama_fast"].median
         found.update(scenario.memory() if scenario.memory is not None else {})
         return found
     benchmark = next(b for b in suite.collect(list(OPS)) if b.name == case)
-    limits = suite.measure_limits([benchmark])
-    for m in harness.run(benchmark, seconds=1.5):
-        for peer in m.timings:
-            found[f"{m.direction} vs {peer}"] = m.ratio(peer)
-        found[f"{m.direction} of limit"] = suite.share_of_limit(m, limits)
+    peers = ("eager", "transformers", "sdpa_repeated")
+    dtypes = [benchmark.dtype]
+    limits = harness.measure_limits(dtypes)
+    lines = harness.measure(benchmark, seconds=1.5, choose=lambda p: p.ours or p.name in peers)
+    limits = results.better(limits, harness.measure_limits(dtypes))
+    lines = [results.against(x, limits) for x in lines]
+    for x in lines:
+        if x.status == "wrong":
+            raise RuntimeError(f"{case}: {x.direction}: {x.provider}: {x.reason}")
+        ours = harness.ours_of(y for y in lines if y.key == x.key)
+        if ours is not None and ours.seconds is not None and x.seconds is not None:
+            if x is ours:
+                found[f"{x.direction} of limit"] = ours.share or 0.0
+            else:
+                found[f"{x.direction} vs {x.provider}"] = x.seconds.median / ours.seconds.median
     if benchmark.case.op == "linear_cross_entropy":
         from . import linear_cross_entropy
 
@@ -183,16 +193,16 @@ def main() -> int:
         print(json.dumps(figures(arguments.measure, arguments.memory, arguments.only)))
         return 0
     console = Console(width=None if sys.stdout.isatty() else 150)
-    facts = suite.environment()
+    facts = harness.environment("by case")
     console.print(
-        f"{facts['machine']} ({processor() or 'no floors for this processor'}), {facts['threads']} threads, "
-        f"{facts['isa']}, torch {torch.__version__}",
+        f"{facts.device} ({processor() or 'no floors for this processor'}), {facts.threads} threads, "
+        f"{facts.isa}, torch {torch.__version__}",
         highlight=False,
     )
     wanted = [f for f in read() if not arguments.case or any(part in f.case for part in arguments.case)]
     rows = check(wanted, console)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"environment": facts, "floors": rows}, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({"environment": asdict(facts), "floors": rows}, indent=1) + "\n")
     fallen = [r for r in rows if not r["ok"]]
     for r in fallen:
         console.print(f"fell: {r['case']}: {r['figure']} {r['value']} under {r['floor']}", style="red", highlight=False)

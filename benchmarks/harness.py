@@ -1,27 +1,35 @@
-"""Measures the cases of the benchmark files: ours and its peers, interleaved run by run, medians and ratios.
+"""Measures the cases of the benchmark files: every provider that can run them, interleaved run by run.
 
-Every figure stands beside the machine's limit, measured in the same process: copy bandwidth for a memory-bound op, the
-vendor's matrix product for the others. A case whose results are wrong shows no speed.
+The results of each provider are judged first, forward and backward, against float64: a provider whose results are wrong
+shows no speed. Each figure stands beside the machine's limit, measured in the same process. Lines go to result files
+(results.py). The GPU's clock, caches and events are the business of gpu.py; here everything runs on the CPU.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
+import os
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import llama_fast
-from llama_fast.ops import eager
+from llama_fast.ops import eager, native, reference
 from llama_fast.ops.table import OPS
-from llama_fast.verify import Case
+from llama_fast.verify import BACKWARD_FACTOR, FORWARD_FACTOR, Case, judge
 
-Provider = Callable[..., Any]
+from . import results
+from .providers import OURS, Provider, of, sizes
+from .results import COPY, Error, Limit, Line, Seconds
+
+PEER_SLACK = 4.0  # others did not promise our error budget; beyond this many times it they compute something else
+CHECKED_BYTES = 1 << 30  # of float64 attention weights; beyond, some of the heads are checked
 
 
 @dataclass(frozen=True)
@@ -31,155 +39,298 @@ class Benchmark:
     Args:
         case: sizes and options.
         dtype: of the inputs.
+        label: the preset whose shape it is, and what it is of it.
         quick: part of `llama-fast bench --quick`.
-        peers: name -> function with the public function's arguments, besides eager PyTorch.
     """
 
     case: Case
     dtype: torch.dtype
+    label: str
     quick: bool = False
-    peers: Mapping[str, Provider] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        return f"{self.case.op} {str(self.dtype).removeprefix('torch.')} {self.case}"
+        return f"{self.case.op} {dtype_name(self.dtype)} {self.case}"
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one provider: median, 20th and 80th percentile."""
-
-    median: float
-    p20: float
-    p80: float
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "bfloat16" of torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """One pass of one benchmark: each provider's time, and the work that the pass must do.
+# ---- time -----------------------------------------------------------------------------------------------------------
+def pin_threads() -> None:
+    """Starts this program again with its OpenMP threads bound to cores, unless OMP_PROC_BIND says already what to do.
 
-    `traffic` in bytes and `flops` are the least that the op needs; flops is 0 for a memory-bound op.
+    OpenMP reads it when it is loaded, with torch, so it cannot be set later.
     """
-
-    benchmark: Benchmark
-    direction: str  # "forward" or "forward+backward"
-    timings: Mapping[str, Timing]
-    traffic: int
-    flops: int
-
-    def rate(self, provider: str) -> float:
-        """FLOP/s, or bytes/s where the op is memory-bound."""
-        return (self.flops or self.traffic) / self.timings[provider].median
-
-    def ratio(self, peer: str = "eager", ours: str = "llama_fast") -> float:
-        """How many times faster ours is than the peer."""
-        return self.timings[peer].median / self.timings[ours].median
+    if "OMP_PROC_BIND" not in os.environ:
+        settings = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores", "KINETO_LOG_LEVEL": "99"}
+        sys.stdout.flush()
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **settings})
 
 
-def interleave(providers: Mapping[str, Callable[[], Any]], seconds: float = 1.0, least: int = 5) -> dict[str, Timing]:
-    """Times the providers in turn, run by run, for about `seconds` each, after two runs to warm up."""
+def interleave(runs: Mapping[str, Callable[[], Any]], seconds: float = 1.0, least: int = 5) -> dict[str, Seconds]:
+    """Times functions in turn, run by run, for about `seconds` each, after two runs to warm up."""
     first = {}
-    for name, run in providers.items():
+    for name, run in runs.items():
         run()
         start = time.perf_counter()
         run()
         first[name] = time.perf_counter() - start
-    runs = max(least, min(200, math.ceil(seconds * len(first) / max(sum(first.values()), 1e-9))))
-    samples: dict[str, list[float]] = {name: [] for name in providers}
-    for _ in range(runs):
-        for name, run in providers.items():
+    count = max(least, min(200, math.ceil(seconds * len(first) / max(sum(first.values()), 1e-9))))
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(count):
+        for name, run in runs.items():
             start = time.perf_counter()
             run()
             samples[name].append(time.perf_counter() - start)
-    return {name: _timing(s) for name, s in samples.items()}
+    return {name: results.summary(s) for name, s in samples.items()}
 
 
-def _timing(samples: Sequence[float]) -> Timing:
-    fifths = statistics.quantiles(samples, n=5, method="inclusive")
-    return Timing(statistics.median(samples), fifths[0], fifths[3])
-
-
-def copy_bandwidth(megabytes: int = 256) -> float:
+def copy_bandwidth(megabytes: int = 256) -> Limit:
     """Bytes a second that a copy reads and writes, by torch's own copy of a tensor too large for the caches."""
-    source = torch.ones(megabytes << 18, dtype=torch.float32)
+    source = torch.rand(megabytes << 18, dtype=torch.float32)
     target = torch.empty_like(source)
     timing = interleave({"copy": lambda: target.copy_(source)}, seconds=0.3)["copy"]
-    return 2 * source.nbytes / timing.median
+    return Limit(COPY, "byte/s", 2 * source.nbytes / timing.median, f"Tensor.copy_ of {megabytes} MB")
 
 
-def matrix_rate(dtype: torch.dtype, n: int = 2048) -> float:
+def matrix_rate(dtype: torch.dtype, n: int = 2048) -> Limit:
     """FLOP/s of the fastest matrix product that torch offers in `dtype`."""
     from llama_fast.ops.linear import linear
 
     x, w = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
-    return 2 * n**3 / interleave({"matmul": lambda: linear(x, w)}, seconds=0.5)["matmul"].median
+    timing = interleave({"matmul": lambda: linear(x, w)}, seconds=0.5)["matmul"]
+    return Limit(
+        f"matmul {dtype_name(dtype)}", "flop/s", 2 * n**3 / timing.median, f"{n} x {n} x {n}, the faster library"
+    )
 
 
-def _sizes(case: Case) -> dict[str, int]:
-    dims = dict(case.dims)
-    if "..." in dims:
-        dims["R"] = math.prod(dims.pop("..."))
-    return dims
+def measure_limits(dtypes: Iterable[torch.dtype]) -> tuple[Limit, ...]:
+    """What the machine does at best, now: a copy, and the matrix product of each dtype."""
+    return (copy_bandwidth(), *(matrix_rate(d) for d in dtypes))
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+def allocations(run: Callable[[], Any]) -> tuple[int, int, Any]:
+    """(bytes at the peak, bytes held at the end, what `run` gave) of torch's CPU allocator, counted from zero.
+
+    Scratch that a kernel takes past torch's allocator is not seen.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        result = run()
+    now = peak = 0
+    for event in found.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak, now, result
+
+
+def kept_bytes(forward: Callable[[], Any], outside: Sequence[Tensor]) -> int:
+    """Bytes held between forward and backward, each storage once; `outside`: parameters and tables, not counted."""
+    aside = {p.untyped_storage().data_ptr() for p in outside}
+    kept: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept.setdefault(t.untyped_storage().data_ptr(), t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = forward()
+    del result
+    return sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in aside)
+
+
+# ---- is it right? ---------------------------------------------------------------------------------------------------
+_PARAMETERS = ("weight", "cos", "sin", "targets", "cu_seqlens")  # inputs that are no activations
+Call = Callable[[], tuple[Tensor, ...]]
 
 
 def _outputs(result: Any) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-def _disagreement(ours: Any, theirs: Any, dtype: torch.dtype) -> float:
-    """Largest difference in units of the dtype's precision and of the largest value."""
-    worst = 0.0
-    for a, b in zip(_outputs(ours), _outputs(theirs), strict=True):
-        scale = b.abs().max().item() * torch.finfo(dtype).eps
-        worst = max(worst, (a.double() - b.double()).abs().max().item() / max(scale, 1e-30))
-    return worst
+@dataclass
+class Work:
+    """The inputs of a benchmark, the gradients that come in, and the functions to time."""
 
+    benchmark: Benchmark
+    leaves: dict[str, Tensor]
+    douts: list[Tensor]
 
-def run(benchmark: Benchmark, seconds: float = 1.0) -> list[Measurement]:
-    """Measures a benchmark forward, and forward with backward.
+    @classmethod
+    def of(cls, benchmark: Benchmark) -> Work:
+        case = benchmark.case
+        leaves = {
+            n: x.requires_grad_() if x.is_floating_point() and n not in ("cos", "sin") else x
+            for n, x in case.inputs(benchmark.dtype).items()
+        }
+        with torch.device("meta"):
+            shapes = _outputs(getattr(eager, case.op)(**{n: x.to("meta") for n, x in leaves.items()}, **case.options))
+        generator = torch.Generator().manual_seed(1)
+        douts = [torch.randn(x.shape, generator=generator).to(torch.bfloat16).to(x.dtype) for x in shapes]
+        return cls(benchmark, leaves, douts)
 
-    Raises:
-        RuntimeError: ours and eager PyTorch disagree by more than rounding explains; no speed is given then.
-    """
-    case, op = benchmark.case, OPS[benchmark.case.op]
-    inputs = case.inputs(benchmark.dtype)
-    providers: dict[str, Provider] = {
-        "llama_fast": getattr(llama_fast, case.op),
-        "eager": getattr(eager, case.op),
-        **benchmark.peers,
-    }
-    with torch.no_grad():
-        results = {name: f(**inputs, **case.options) for name, f in providers.items()}
-        gap = _disagreement(results["llama_fast"], results["eager"], benchmark.dtype)
-    if not gap <= 32:
-        raise RuntimeError(f"{benchmark.name}: results differ from eager PyTorch's by {gap:.3g} units of precision")
-    douts = [torch.randn(out.shape).to(out.dtype) for out in _outputs(results["eager"])]
-    del results
+    @property
+    def wanted(self) -> dict[str, Tensor]:
+        return {n: x for n, x in self.leaves.items() if x.requires_grad}
 
-    leaves = {
-        n: x.requires_grad_() if x.is_floating_point() and n not in ("cos", "sin") else x for n, x in inputs.items()
-    }
-    wanted = [x for x in leaves.values() if x.requires_grad]
-
-    def forward(f: Provider) -> Callable[[], None]:
-        def call() -> None:
+    def forward(self, f: Callable[..., Any]) -> Call:
+        def call() -> tuple[Tensor, ...]:
             with torch.no_grad():
-                f(**leaves, **case.options)
+                return _outputs(f(**self.leaves, **self.benchmark.case.options))
 
         return call
 
-    def both(f: Provider) -> Callable[[], None]:
-        def call() -> None:
-            torch.autograd.grad(_outputs(f(**leaves, **case.options)), wanted, douts)
+    def recorded(self, f: Callable[..., Any]) -> Call:
+        return lambda: _outputs(f(**self.leaves, **self.benchmark.case.options))
 
-        return call
+    def both(self, f: Callable[..., Any]) -> Call:
+        wanted = list(self.wanted.values())
+        return lambda: torch.autograd.grad(self.recorded(f)(), wanted, self.douts)
 
-    sizes = _sizes(case)
-    traffic = op.traffic(sizes, benchmark.dtype.itemsize)
-    flops = op.flops(sizes, case.options) if op.flops else (0, 0)
-    passes = (("forward", forward, traffic[0], flops[0]), ("forward+backward", both, sum(traffic), sum(flops)))
-    measurements = []
-    for direction, body, bytes_moved, operations in passes:
-        timings = interleave({name: body(f) for name, f in providers.items()}, seconds)
-        measurements.append(Measurement(benchmark, direction, timings, bytes_moved, operations))
-    return measurements
+    def everything(self, f: Callable[..., Any]) -> dict[str, Tensor]:
+        """Results and gradients by name."""
+        outs = self.recorded(f)()
+        gradients = torch.autograd.grad(outs, list(self.wanted.values()), self.douts)
+        found = {f"out{i}" if len(outs) > 1 else "out": out.detach() for i, out in enumerate(outs)}
+        return found | {f"d{n}": g for n, g in zip(self.wanted, gradients, strict=True)}
+
+
+class Judge:
+    """Holds the float64 results of a benchmark and eager PyTorch's, and judges providers by them.
+
+    Heads do not depend on each other: where all of them in float64 would be too large, the first ones are checked.
+    """
+
+    def __init__(self, work: Work) -> None:
+        case, dims = work.benchmark.case, work.benchmark.case.dims
+        self.heads: dict[str, int] = {}
+        leaves, douts = dict(work.leaves), work.douts
+        if case.op == "attention" and "B" in dims:
+            group = dims["H"] // dims["G"]
+            each = 8 * dims["B"] * dims["T"] * dims["S"] * group
+            kept = max(1, min(dims["G"], CHECKED_BYTES // each))
+            self.heads = {"q": kept * group, "out": kept * group, "k": kept, "v": kept}
+            leaves = {n: x[:, :, : self.heads[n]].detach().requires_grad_() for n, x in leaves.items()}
+            douts = [d[:, :, : kept * group] for d in douts]
+        part = Work(work.benchmark, leaves, douts)
+        wide = Work(
+            work.benchmark,
+            {n: x.detach().double().requires_grad_() if x.requires_grad else x for n, x in leaves.items()},
+            [d.double() for d in douts],
+        )
+        self.truth = wide.everything(getattr(reference, case.op))
+        self.eager = part.everything(getattr(eager, case.op))
+
+    def __call__(self, found: Mapping[str, Tensor], ours: bool) -> tuple[Error, str]:
+        """(the tensor furthest along its budget, what is wrong or "")."""
+        worst, problem = Error("", 0.0, 0.0), ""
+        slack = 1.0 if ours else PEER_SLACK
+        for name, exact in self.truth.items():
+            value = found[name]
+            if self.heads:
+                value = value[:, :, : self.heads[name.removeprefix("d")]]
+            factor = slack * (BACKWARD_FACTOR if name.startswith("d") else FORWARD_FACTOR)
+            error, _, budget, text = judge(value, self.eager[name], exact, factor, value.dtype)
+            if worst.tensor == "" or error * worst.budget > worst.value * budget:
+                worst = Error(name, error, budget)
+            problem = problem or (f"{name}: {text}" if text else "")
+        return worst, problem
+
+
+# ---- lines ----------------------------------------------------------------------------------------------------------
+def case_of(case: Case) -> dict[str, results.Value]:
+    """A case as result files hold it."""
+    extras: dict[str, results.Value] = {"scale": case.scale} if case.scale != 1.0 else {}
+    return {**sizes(case), **case.options, **extras}
+
+
+def measure(
+    benchmark: Benchmark, seconds: float = 1.0, choose: Callable[[Provider], bool] = lambda provider: True
+) -> list[Line]:
+    """The lines of a benchmark, forward, and forward with backward, of every provider chosen; see `results.against`."""
+    case, op, dtype = benchmark.case, OPS[benchmark.case.op], dtype_name(benchmark.dtype)
+    work = Work.of(benchmark)
+    refused: dict[str, tuple[str, str]] = {}  # provider -> status, reason
+    errors: dict[str, Error] = {}
+    runs: dict[str, Provider] = {}
+    providers = [p for p in of(case.op, "cpu") if choose(p)]
+    judged = None
+    for p in providers:
+        reason = p.objection(case, benchmark.dtype, "cpu")
+        if reason is not None:
+            refused[p.name] = ("not run", reason)
+            continue
+        judged = judged or Judge(work)
+        try:
+            errors[p.name], problem = judged(work.everything(p.call), p.ours)
+        except Exception as error:  # another library's failure, whatever it is, must not end the run
+            refused[p.name] = ("not run", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
+            continue
+        if problem:
+            refused[p.name] = ("wrong", problem)
+        else:
+            runs[p.name] = p
+    del judged
+    item = benchmark.dtype.itemsize
+    traffic, flops = op.traffic(sizes(case), item), op.flops(sizes(case), case.options) if op.flops else (0, 0)
+    lines = []
+    for direction, make, moved, operations in (
+        ("forward", work.forward, traffic[0], flops[0]),
+        ("forward+backward", work.both, sum(traffic), sum(flops)),
+    ):
+        timings = interleave({n: make(p.call) for n, p in runs.items()}, seconds) if runs else {}
+        for p in providers:
+            line: dict[str, Any] = {
+                "op": case.op,
+                "label": benchmark.label,
+                "case": case_of(case),
+                "dtype": dtype,
+                "direction": direction,
+                "provider": p.name,
+                "bytes": moved,
+                "flops": operations,
+                "error": errors.get(p.name),
+                "tokens": None,
+                "limit": None,
+                "share": None,
+                "command": f"python -m benchmarks {case.op} --case '{benchmark.name}'",
+            }
+            if p.name in timings:
+                line |= {"status": "measured", "reason": "", "seconds": timings[p.name]}
+                line["peak_bytes"] = allocations(make(p.call))[0]
+                line["kept_bytes"] = _kept(work, p) if direction != "forward" else None
+            else:
+                status, reason = refused[p.name]
+                line |= {"status": status, "reason": reason, "seconds": None, "peak_bytes": None, "kept_bytes": None}
+            lines.append(Line(**line))
+    return lines
+
+
+def _kept(work: Work, p: Provider) -> int:
+    return kept_bytes(work.recorded(p.call), [x for n, x in work.leaves.items() if n in _PARAMETERS])
+
+
+def ours_of(lines: Iterable[Line]) -> Line | None:
+    """The measured line of ours that stands first, of one case and direction."""
+    return next((x for x in lines if x.provider.partition(":")[0] == OURS and x.seconds is not None), None)
+
+
+def environment(allocator: str, **changes: Any) -> results.Environment:
+    """The environment of CPU results in this process, see `results.environment`."""
+    arguments: dict[str, Any] = {
+        "root": Path(llama_fast.__file__).parents[1],
+        "kind": "cpu",
+        "device": results.cpu_name(),
+        "memory": results.cpu_memory(),
+        "clocks": results.cpu_clocks(),
+        "threads": torch.get_num_threads(),
+        "allocator": allocator,
+        "isa": native.isa() if native.unavailable() is None else "",
+    }
+    return results.environment(**arguments | changes)

@@ -13,16 +13,28 @@ from pathlib import Path
 
 import torch
 
+from llama_fast.config import LlamaConfig
 from llama_fast.verify import Case
 
 from .harness import Benchmark
 
 _DIMS = {"...": (2048,), "C": 2048, "V": 32000}
+_LLAMA_3_2 = LlamaConfig.preset("llama-3.2-1b")
 
 BENCHMARKS = (
-    Benchmark(Case("linear_cross_entropy", {"...": (512,), "C": 768, "V": 32000}), torch.bfloat16, quick=True),
-    Benchmark(Case("linear_cross_entropy", _DIMS, scale=0.1), torch.bfloat16),
-    Benchmark(Case("linear_cross_entropy", _DIMS, scale=0.1), torch.float32),
+    Benchmark(
+        Case("linear_cross_entropy", {"...": (512,), "C": 768, "V": 32000}),
+        torch.bfloat16,
+        "92 M parameters",
+        quick=True,
+    ),
+    Benchmark(Case("linear_cross_entropy", _DIMS, scale=0.1), torch.bfloat16, "2048 wide, LLaMA's vocabulary"),
+    Benchmark(Case("linear_cross_entropy", _DIMS, scale=0.1), torch.float32, "2048 wide, LLaMA's vocabulary"),
+    Benchmark(
+        Case("linear_cross_entropy", {"...": (512,), "C": _LLAMA_3_2.dim, "V": _LLAMA_3_2.vocab_size}, scale=0.1),
+        torch.bfloat16,
+        "llama-3.2-1b",
+    ),
 )
 
 

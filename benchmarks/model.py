@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from llama_fast.config import LlamaConfig, rope_cos_sin
 from llama_fast.model import Llama
 from llama_fast.nn import TransformerBlock
+
+from .harness import kept_bytes
 
 # hidden 768, ffn 2048, 6 layers, 12 heads, vocabulary 32000: 92 M parameters with both embeddings
 SMALL = LlamaConfig(768, 6, 12, 12, 2048, 32000, 2048)
@@ -80,21 +83,6 @@ def _both_passes(
     return call
 
 
-def _bytes_kept(layer: Callable[[Tensor], Tensor], x: Tensor, outside: list[Tensor]) -> int:
-    """Bytes that a layer holds between forward and backward, each storage once; `outside`: those not its own."""
-    aside = {p.untyped_storage().data_ptr() for p in outside}
-    kept: dict[int, Tensor] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        kept.setdefault(t.untyped_storage().data_ptr(), t)
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = layer(x)
-    del y
-    return sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in aside)
-
-
 # a layer, its parameters, and its rotary tables, which all layers of a model share
 _Layer = tuple[Callable[[Tensor], Tensor], list[Tensor], tuple[Tensor, ...]]
 
@@ -132,7 +120,7 @@ def block(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
 def block_memory(dtype: torch.dtype) -> dict[str, float]:
     """How many times fewer bytes one block keeps between forward and backward."""
     x, _, layers = _block_layers(dtype)
-    kept = {name: _bytes_kept(layer, x, [*own, *shared]) for name, (layer, own, shared) in layers.items()}
+    kept = {name: kept_bytes(partial(layer, x), [*own, *shared]) for name, (layer, own, shared) in layers.items()}
     return {"memory vs transformers": kept["transformers"] / kept["llama_fast"]}
 
 

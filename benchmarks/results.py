@@ -213,6 +213,23 @@ def binding_limit(bytes_moved: int, flops: int, dtype: str, limits: Iterable[Lim
     return limit, seconds
 
 
+def against(line: Line, limits: Sequence[Limit]) -> Line:
+    """A measured line with its limit and its share of it; another one as it is.
+
+    Raises:
+        ValueError: the limit that the work needs was not measured.
+    """
+    if line.seconds is None:
+        return line
+    limit, least = binding_limit(line.bytes, line.flops, line.dtype, limits)
+    return dataclasses.replace(line, limit=limit.name, share=least / line.seconds.median)
+
+
+def better(first: Iterable[Limit], second: Iterable[Limit]) -> tuple[Limit, ...]:
+    """Of two measurements of the same limits the faster ones: a limit is what the machine did at best."""
+    return tuple(max(pair, key=lambda x: x.rate) for pair in zip(first, second, strict=True))
+
+
 def summary(samples: Sequence[float]) -> Seconds:
     """Median, 20th and 80th percentile of single runs, of which there are two at least."""
     fifths = statistics.quantiles(samples, n=5, method="inclusive")

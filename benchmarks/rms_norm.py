@@ -1,15 +1,27 @@
-"""rms_norm and add_rms_norm at the sizes of a 4096-wide model, beside F.rms_norm (plus the addition)."""
+"""rms_norm and add_rms_norm: a training batch and one token, at the widths of published models."""
 
 from __future__ import annotations
 
 import torch
 
+from llama_fast.config import LlamaConfig
 from llama_fast.verify import Case
 
 from .harness import Benchmark
 
+
+def _benchmark(op: str, preset: str, rows: int, dtype: torch.dtype, quick: bool = False) -> Benchmark:
+    return Benchmark(Case(op, {"...": (rows,), "C": LlamaConfig.preset(preset).dim}), dtype, preset, quick)
+
+
 BENCHMARKS = tuple(
-    Benchmark(Case(op, {"...": (4096,), "C": 4096}), dtype, quick=dtype == torch.bfloat16)
+    _benchmark(op, preset, rows, dtype, quick=quick and dtype == torch.bfloat16)
     for op in ("rms_norm", "add_rms_norm")
+    for preset, rows, quick in (
+        ("llama-7b", 4096, True),
+        ("llama-3.2-1b", 2048, False),
+        ("llama-65b", 2048, False),
+        ("llama-7b", 1, False),
+    )
     for dtype in (torch.bfloat16, torch.float32)
 )

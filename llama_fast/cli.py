@@ -163,10 +163,23 @@ def _worst(results: list[Any]) -> list[Any]:
 def bench(
     op: OpOption = None,
     quick: Annotated[bool, typer.Option("--quick", help="One or two cases an op, about a minute.")] = False,
-    json: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
+    case: Annotated[
+        list[str] | None, typer.Option("--case", help="Only cases whose name contains this; can be given again.")
+    ] = None,
+    provider: Annotated[
+        list[str] | None, typer.Option("--provider", help="Only this provider and ours; can be given again.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write a result file too.")] = None,
 ) -> None:
-    """Time every op against eager PyTorch, interleaved in one process, beside the machine's limits."""
-    _benchmark_suite().main(_ops(op), quick=quick, json_path=json, console=_console())
+    """Time every op against what people would use instead, interleaved in one process, beside the machine's limits.
+
+    Exit status 1 if a result is wrong; it shows no time then.
+    """
+    ops, suite = _ops(op), _benchmarks("suite")
+    _benchmarks("harness").pin_threads()
+    found = suite.run(ops, quick=quick, cases=case or (), providers=provider or (), json_path=json, console=_console())
+    if any(line.status == "wrong" for line in found.lines):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -284,8 +297,8 @@ def demo(
     demo.main(out, steps=steps, data=data or [], console=_console())
 
 
-def _benchmark_suite() -> Any:
-    """llama_fast.benchmarks.suite; in a source tree that is not installed, from benchmarks/ beside the package."""
+def _benchmarks(module: str) -> Any:
+    """A module of llama_fast.benchmarks; in a source tree that is not installed, of benchmarks/ beside the package."""
     import importlib
     import importlib.util
 
@@ -297,10 +310,10 @@ def _benchmark_suite() -> Any:
         )
         if spec is None or spec.loader is None or not folder.is_dir():
             raise FileNotFoundError(f"{folder}: the benchmarks are not installed")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return importlib.import_module(f"{name}.suite")
+        package = importlib.util.module_from_spec(spec)
+        sys.modules[name] = package
+        spec.loader.exec_module(package)
+    return importlib.import_module(f"{name}.{module}")
 
 
 if __name__ == "__main__":

@@ -134,6 +134,15 @@ def test_the_binding_limit_is_the_one_that_takes_longer() -> None:
     assert results.binding_limit(10**9, 10**12, "bfloat16", LIMITS) == (LIMITS[1], 1.0)
 
 
+def test_a_line_is_set_against_its_limit() -> None:
+    bare = a_line(limit=None, share=None)
+    assert results.against(bare, LIMITS) == a_line()
+    absent = a_line(status="not run", reason="absent", seconds=None, limit=None, share=None)
+    assert results.against(absent, ()) == absent
+    slower = tuple(dataclasses.replace(x, rate=x.rate / 2) for x in LIMITS)
+    assert results.better((slower[0], LIMITS[1]), (LIMITS[0], slower[1])) == LIMITS
+
+
 def test_commit_and_dirty_flag_are_those_of_the_tree(tmp_path: Path) -> None:
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
     assert results.revision(tmp_path) is None

@@ -80,17 +80,20 @@ def test_verify_passes_and_fails_with_its_status(llama_fast_program: Any, monkey
 def test_bench_writes_its_table_and_json(
     llama_fast_program: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    suite = cli._benchmark_suite()
-    tiny = suite.Benchmark(Case("swiglu", {"...": (64,), "F": 256}), torch.float32, quick=True)
+    suite, results = cli._benchmarks("suite"), cli._benchmarks("results")
+    tiny = suite.Benchmark(Case("swiglu", {"...": (64,), "F": 256}), torch.float32, "tiny", quick=True)
     monkeypatch.setattr(suite, "collect", lambda ops, quick: [tiny])
+    monkeypatch.setenv("OMP_PROC_BIND", "false")  # as it is: the program would start itself again
     path = tmp_path / "bench.json"
     found = llama_fast_program("bench", "--quick", "--op", "swiglu", "--json", str(path))
     assert found.status == 0, found.err
-    assert "limit: copy bandwidth" in found.out
-    figures = json.loads(path.read_text())
-    assert {m["direction"] for m in figures["measurements"]} == {"forward", "forward+backward"}
-    assert figures["environment"]["torch"] == torch.__version__
-    assert figures["limits"]["copy"] > 0
+    assert "limit: copy" in found.out
+    written = results.read(path)
+    assert {x.direction for x in written.lines} == {"forward", "forward+backward"}
+    assert {x.provider for x in written.lines} == {"llama_fast:cpu", "eager"}
+    assert written.environment.packages["torch"] == torch.__version__
+    assert written.environment.pinned == "OMP_PROC_BIND=false"
+    assert written.limits[0].rate > 0
 
 
 def test_train_resume_and_generate(llama_fast_program: Any, text: Path, tmp_path: Path) -> None:
@@ -131,6 +134,7 @@ def test_plain_starts_from_the_same_loss(llama_fast_program: Any, text: Path, tm
         (["verify", "--op", "norm"], "--op norm: expected one of rms_norm"),
         (["bench", "--op", "norm"], "--op norm: expected one of rms_norm"),
         (["bench", "--op", "rms_norm", "--json", "/no/such/folder/x.json"], "/no/such/folder/x.json"),
+        (["bench", "--op", "rms_norm", "--case", "C1"], "no benchmark has a case of them whose name contains 'C1'"),
         (["train", "--out", "OUT", "--config", "llama-8b"], "preset 'llama-8b': no such name"),
         (["train", "--out", "OUT", "--data", "/no/such/file"], "'/no/such/file' does not exist"),
         (["train", "--out", "OUT", "--seq-len", "4096"], "seq_len = 4096: expected at most max_seq_len = 512"),
@@ -141,9 +145,10 @@ def test_plain_starts_from_the_same_loss(llama_fast_program: Any, text: Path, tm
     ],
 )
 def test_errors_are_one_line_and_status_2(
-    llama_fast_program: Any, tmp_path: Path, args: list[str], expected: str
+    llama_fast_program: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, args: list[str], expected: str
 ) -> None:
     out = tmp_path / "out"
+    monkeypatch.setenv("OMP_PROC_BIND", "false")
     found = llama_fast_program(*(str(out) if a == "OUT" else a for a in args))
     assert found.status == 2
     assert expected in found.err

@@ -42,6 +42,7 @@ SHARED = {
         "block": "the block",
         "model": "the model",
         "floors": "floors.toml",
+        "providers": "who can compute an op",
         "results": "the format of result files",
         "LOG": "what was tried, and what it gave",
     },
