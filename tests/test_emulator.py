@@ -28,3 +28,10 @@ def test_cp_async_ldmatrix_and_mma(dtype: torch.dtype) -> None:
     a, b, d = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype), torch.full((16, 8), torch.nan)
     assert emulated.run(emulated.load("basics"), "product", a, b, d, dtype == torch.bfloat16) == ""
     torch.testing.assert_close(d, (a.double() @ b.double()).float())
+
+
+@pytest.mark.parametrize(("dtype", "M", "N", "K"), [(torch.bfloat16, 100, 150, 328), (torch.float16, 64, 96, 8)])
+def test_tma_mbarrier_and_wgmma(dtype: torch.dtype, M: int, N: int, K: int) -> None:
+    a, b, c = torch.randn(M, K).to(dtype), torch.randn(N, K).to(dtype), torch.full((M, N), torch.nan)
+    assert emulated.run(emulated.load("hopper"), "gemm", a, b, c, M, N, K, dtype == torch.bfloat16) == ""
+    torch.testing.assert_close(c, (a.double() @ b.double().T).float(), atol=1e-4, rtol=1e-4)

@@ -274,6 +274,17 @@ LLAMA_FAST_DEVICE float ex2(float a) {
 #endif
 }
 
+// "lg2", sm_20. log2(a), its absolute error below 2^-22. Subnormals are 0.
+LLAMA_FAST_DEVICE float lg2(float a) {
+#ifdef LLAMA_FAST_EMULATE
+  return std::log2(a);
+#else
+  float d;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(a));
+  return d;
+#endif
+}
+
 // "cvt", sm_80. Rounds both to the nearest T; `a` goes to the upper half, `b` to the lower.
 template <class T>
 LLAMA_FAST_DEVICE uint32_t cvt_rn_x2(float a, float b) {

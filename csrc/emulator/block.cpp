@@ -10,6 +10,8 @@
 #include <stdexcept>
 #include <thread>
 
+#include "hopper.h"
+
 namespace llama_fast::emulator {
 namespace {
 
@@ -50,6 +52,7 @@ Block::Block(int threads_at_most) {
   }
   meetings_.resize(static_cast<size_t>(threads_at_most + kWarp - 1) / kWarp * kMeetings);
   shared_.resize(kMaxShared);
+  async_ = std::make_unique<AsyncUnits>(*this);
 }
 
 Block::~Block() = default;
@@ -81,6 +84,7 @@ bool Block::run(uint3 index, dim3 grid, dim3 shape, size_t dynamic_shared, const
     t.groups_committed = 0;
     make_ready(i);
   }
+  async_->reset();
   if (dirty_)
     for (auto& t : threads_) t->fiber.start(&Block::thread_main);
   dirty_ = false;
@@ -101,13 +105,13 @@ void Block::thread_main() {
 }
 
 void Block::thread_exits() {
+  async_->thread_exits(*self_);
   self_->exited = true;
   for (auto& barrier : barriers_)
     if (barrier.arrived > 0 && barrier.count == 0) open_if_complete(barrier);
-  if (--running_ == 0)
-    Fiber::jump(self_->fiber, scheduler_);
-  else
-    give_way();
+  if (--running_ > 0) return give_way();
+  async_->block_ends();
+  Fiber::jump(self_->fiber, scheduler_);
 }
 
 int Block::next_ready() {
@@ -133,7 +137,10 @@ uint32_t Block::random() {
 
 void Block::give_way() {
   Thread* me = self_;
-  const int next = next_ready();
+  // Copies in flight land as late as can be, or with a seed at any time.
+  if (options().seed != 0 && random() % 16 == 0) async_->land_one(random());
+  int next = next_ready();
+  while (next < 0 && async_->land_one(options().seed != 0 ? random() : 0)) next = next_ready();
   if (next < 0) deadlock();
   ++count_switches;
   self_ = threads_[next].get();
@@ -265,21 +272,21 @@ uint32_t Block::static_shared(const void* key, size_t bytes, size_t alignment) {
   return static_cast<uint32_t>(address);
 }
 
-char* Block::shared_at(uint32_t address, uint32_t bytes, const char* op) {
-  if (address % bytes != 0) fail("%s: shared address 0x%x is not aligned to %u bytes", op, address, bytes);
+char* Block::shared_bytes(uint32_t address, uint32_t bytes, uint32_t alignment, const char* op) {
+  if (address % alignment != 0) fail("%s: shared address 0x%x is not aligned to %u bytes", op, address, alignment);
   if (address > shared_size_ || shared_size_ - address < bytes)
-    fail("%s: shared address 0x%x + %u bytes lies outside the block's 0x%zx", op, address, bytes, shared_size_);
+    fail("%s: %u bytes at shared address 0x%x, of 0x%zx that the block has", op, bytes, address, shared_size_);
   return shared_.data() + address;
 }
 
 const char* Block::shared_read(const Thread& thread, uint32_t address, uint32_t bytes, const char* op) {
   (void)thread;
-  return shared_at(address, bytes, op);
+  return shared_bytes(address, bytes, bytes, op);
 }
 
 char* Block::shared_write(const Thread& thread, uint32_t address, uint32_t bytes, const char* op) {
   (void)thread;
-  return shared_at(address, bytes, op);
+  return shared_bytes(address, bytes, bytes, op);
 }
 
 // ---- grid

@@ -35,7 +35,7 @@ struct Counters {
 Counters counters();
 void reset_counters();
 
-class Block;
+class AsyncUnits;
 
 // A CUDA thread.
 struct Thread {
@@ -102,6 +102,10 @@ class Block {
   // Checks bounds, alignment and races; gives the bytes. `thread` is the one in whose name it happens.
   const char* shared_read(const Thread& thread, uint32_t address, uint32_t bytes, const char* op);
   char* shared_write(const Thread& thread, uint32_t address, uint32_t bytes, const char* op);
+  // Checks bounds and alignment alone.
+  char* shared_bytes(uint32_t address, uint32_t bytes, uint32_t alignment, const char* op);
+
+  AsyncUnits& async() { return *async_; }
 
   Thread& thread(int id) { return *threads_[id]; }
   Thread& lane_of_warp(int lane) { return *threads_[self_->warp * kWarp + lane]; }
@@ -128,7 +132,6 @@ class Block {
   void release(Meeting& meeting);
   void open_if_complete(Barrier& barrier);
   void thread_exits();
-  char* shared_at(uint32_t address, uint32_t bytes, const char* op);
   uint32_t random();
 
   uint3 index_{};
@@ -146,6 +149,7 @@ class Block {
 
   std::vector<Meeting> meetings_;  // kMeetings a warp
   Barrier barriers_[kBarriers];
+  std::unique_ptr<AsyncUnits> async_;
   std::vector<char> shared_;
   size_t shared_size_ = 0;
   std::unordered_map<const void*, uint32_t> statics_;

@@ -2,6 +2,13 @@
 
 #include <cstring>
 
+// Compiled for several instruction sets; the loader takes the best that the processor has.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#define LLAMA_FAST_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define LLAMA_FAST_CLONES
+#endif
+
 namespace llama_fast::emulator {
 namespace {
 
@@ -18,9 +25,6 @@ float float_of(uint32_t u) {
 }
 
 // The 8x8 matrix of halves that a warp holds with two in each lane: lane l has row l/4, columns 2 (l%4) and the next.
-struct Place {
-  int row, column;
-};
 constexpr Place place(int lane, int half) { return {lane / 4, 2 * (lane % 4) + half}; }
 
 uint16_t half_of(uint32_t packed, int half) { return static_cast<uint16_t>(packed >> (16 * half)); }
@@ -92,6 +96,69 @@ void stmatrix(int count, bool transposed, uint16_t* const rows[32], const uint32
         const auto [row, column] = place(lane, half);
         (transposed ? rows[8 * m + column][row] : rows[8 * m + row][column]) = half_of(r[lane][m], half);
       }
+}
+
+int swizzle_width(Swizzle s) {
+  switch (s) {
+    case Swizzle::bytes32:
+      return 32;
+    case Swizzle::bytes64:
+      return 64;
+    case Swizzle::bytes128:
+      return 128;
+    default:
+      return 16;
+  }
+}
+
+uint32_t swizzled(Swizzle s, uint32_t address) {
+  const uint32_t chunks = static_cast<uint32_t>(swizzle_width(s)) / 16 - 1;
+  return address ^ (address >> 7 & chunks) << 4;
+}
+
+MatrixDescriptor decode(uint64_t d) {
+  constexpr Swizzle kModes[] = {Swizzle::none, Swizzle::bytes128, Swizzle::bytes64, Swizzle::bytes32};
+  const auto field = [d](int shift) { return static_cast<uint32_t>(d >> shift & 0x3FFF) << 4; };
+  return {field(0), field(16), field(32), static_cast<uint32_t>(d >> 49 & 7), kModes[d >> 62]};
+}
+
+// "Strides" and "Canonical layouts" of "Asynchronous warpgroup level matrix shared memory layout". A row of 8 that is
+// contiguous in memory is 16 bytes; w bytes hold a row of the swizzle's atom.
+uint32_t chunk_address(const MatrixDescriptor& d, int mn_, int k_, bool mn_major) {
+  const uint32_t mn = static_cast<uint32_t>(mn_), k = static_cast<uint32_t>(k_);
+  const uint32_t w = static_cast<uint32_t>(swizzle_width(d.swizzle));
+  uint32_t offset;
+  if (!mn_major && d.swizzle == Swizzle::none)
+    offset = mn / 8 * d.stride + mn % 8 * 16 + k / 8 * d.leading;
+  else if (!mn_major)
+    offset = mn / 8 * d.stride + mn % 8 * w + k * 2;
+  else if (d.swizzle == Swizzle::none)
+    offset = mn / 8 * d.stride + k / 8 * d.leading + k % 8 * 16;
+  else
+    offset = mn * 2 / w * d.leading + mn * 2 % w + k / 8 * d.stride + k % 8 * w;
+  return swizzled(d.swizzle, d.start + offset);
+}
+
+Place wgmma_d(int thread, int i) {
+  const Place p = place(thread % 32, i & 1);
+  return {16 * (thread / 32) + p.row + 8 * (i >> 1 & 1), 8 * (i >> 2) + p.column};
+}
+
+Place wgmma_a(int thread, int i, int half) {
+  const Place p = place(thread % 32, half);
+  return {16 * (thread / 32) + p.row + 8 * (i & 1), p.column + 8 * (i >> 1)};
+}
+
+LLAMA_FAST_CLONES void multiply_64xNx16(int n, bool accumulate, const float* a, const float* b, float* c) {
+  for (int i = 0; i < 64; ++i) {
+    float* row = c + i * n;
+    if (!accumulate)
+      for (int j = 0; j < n; ++j) row[j] = 0.0f;
+    for (int k = 0; k < 16; ++k) {
+      const float x = a[i * 16 + k];
+      for (int j = 0; j < n; ++j) row[j] += x * b[k * n + j];
+    }
+  }
 }
 
 }  // namespace llama_fast::emulator

@@ -21,4 +21,29 @@ void ldmatrix(int count, bool transposed, const uint16_t* const rows[32], uint32
 // stmatrix.m8n8.x<count>: the inverse.
 void stmatrix(int count, bool transposed, uint16_t* const rows[32], const uint32_t* const r[32]);
 
+// How 16-byte chunks are permuted within 8 rows of shared memory: by an exclusive or on the address.
+enum class Swizzle { none, bytes32, bytes64, bytes128 };
+int swizzle_width(Swizzle s);  // 16 for none
+uint32_t swizzled(Swizzle s, uint32_t address);
+
+// wgmma's "Matrix descriptor format". Offsets in bytes.
+struct MatrixDescriptor {
+  uint32_t start, leading, stride, base_offset;
+  Swizzle swizzle;
+};
+MatrixDescriptor decode(uint64_t descriptor);
+// Shared address of the 8 halves that begin at element (mn, k): 8 consecutive k, or with `mn_major` 8 consecutive mn.
+uint32_t chunk_address(const MatrixDescriptor& d, int mn, int k, bool mn_major);
+
+// The place in a wgmma accumulator [64, N] of register i of a warpgroup's thread; and in A [64, 16] of the half `half`
+// of register i.
+struct Place {
+  int row, column;
+};
+Place wgmma_d(int thread, int i);
+Place wgmma_a(int thread, int i, int half);
+
+// c[64, n] += a[64, 16] b[16, n]; where !accumulate, c = a b.
+void multiply_64xNx16(int n, bool accumulate, const float* a, const float* b, float* c);
+
 }  // namespace llama_fast::emulator

@@ -42,24 +42,9 @@ __global__ void product_kernel(Global<const T> a, Global<const T> b, Global<floa
 }  // namespace llama_fast::cuda
 
 #ifdef LLAMA_FAST_EMULATE
-namespace {
+#include "report.h"
 
 using namespace llama_fast;
-using emulator::Mapping;
-
-template <class F>
-const char* report(F&& run) {
-  static std::string text;
-  text.clear();
-  try {
-    run();
-  } catch (const std::exception& error) {
-    text = error.what();
-  }
-  return text.c_str();
-}
-
-}  // namespace
 
 extern "C" {
 

@@ -1,0 +1,417 @@
+#include "hopper.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace llama_fast::emulator {
+namespace {
+
+constexpr int kGroup = 128;  // threads of a warpgroup
+constexpr int kTransactionLimit = (1 << 20) - 1;
+
+AsyncUnits& units() { return block().async(); }
+Thread& self() { return block().self(); }
+AsyncUnits::PerThread& mine() { return units().threads[self().id]; }
+
+}  // namespace
+
+int TensorMap::box_bytes() const {
+  int bytes = element_bytes;
+  for (int i = 0; i < rank; ++i) bytes *= box[i];
+  return bytes;
+}
+
+void AsyncUnits::reset() {
+  mbarriers.clear();
+  copies.clear();
+  for (Warpgroup& g : warpgroups) g = Warpgroup{};
+  threads.assign(static_cast<size_t>(block_.thread_count()), PerThread{});
+}
+
+// ---- mbarrier
+// --------------------------------------------------------------------------------------------------------
+void mbarrier_init(uint32_t address, int count) {
+  Block& b = block();
+  std::memset(b.shared_write(b.self(), address, 8, "mbarrier.init"), 0xFF, 8);
+  if (count < 1 || count >= 1 << 20) b.fail("mbarrier.init: a count of %d", count);
+  AsyncUnits::MBarrier m;
+  m.count = m.pending = count;
+  units().mbarriers[address] = m;
+}
+
+AsyncUnits::MBarrier& AsyncUnits::mbarrier(uint32_t address, const char* op) {
+  const auto found = mbarriers.find(address);
+  if (found == mbarriers.end()) block_.fail("%s: there is no mbarrier at shared address 0x%x", op, address);
+  return found->second;
+}
+
+void AsyncUnits::settle(uint32_t address) {
+  MBarrier& m = mbarriers[address];
+  if (m.pending < 0) block_.fail("mbarrier 0x%x: more arrivals in a phase than its count of %d", address, m.count);
+  if (m.transactions > kTransactionLimit || m.transactions < -kTransactionLimit)
+    block_.fail("mbarrier 0x%x: %lld transaction bytes", address, static_cast<long long>(m.transactions));
+  if (m.pending != 0 || m.transactions != 0) return;
+  ++m.phase;
+  m.pending = m.count;
+  for (int id : m.waiting) block_.make_ready(id);
+  m.waiting.clear();
+}
+
+void mbarrier_arrive(uint32_t address, int transaction_bytes) {
+  AsyncUnits::MBarrier& m = units().mbarrier(address, "mbarrier.arrive");
+  m.transactions += transaction_bytes;
+  --m.pending;
+  units().settle(address);
+}
+
+void mbarrier_expect_tx(uint32_t address, int transaction_bytes) {
+  units().mbarrier(address, "mbarrier.expect_tx").transactions += transaction_bytes;
+  units().settle(address);
+}
+
+void mbarrier_wait(uint32_t address, uint32_t parity) {
+  AsyncUnits::MBarrier& m = units().mbarrier(address, "mbarrier.try_wait");
+  if (parity > 1) block().fail("mbarrier.try_wait.parity: a parity of %u", parity);
+  if ((m.phase & 1) != parity) return;
+  const uint32_t phase = m.phase;
+  m.waiting.push_back(self().id);
+  block().wait("mbarrier.try_wait of shared address", address);
+  if (m.phase - phase > 1)
+    block().fail("mbarrier 0x%x: two phases ended while this thread waited for the first: on the device it could hang",
+                 address);
+}
+
+void fence_mbarrier_init() {}
+void fence_proxy_async() {}
+
+// ---- copies
+// ----------------------------------------------------------------------------------------------------------
+namespace {
+
+void check_map(Block& b, const char* op, const TensorMap& map, uint32_t shared) {
+  if (map.rank == 0) b.fail("%s: the tensor map was not encoded", op);
+  if (shared % 128 != 0) b.fail("%s: shared address 0x%x is not aligned to 128 bytes", op, shared);
+}
+
+}  // namespace
+
+void tma_load(uint32_t destination, const TensorMap& map, uint32_t mbarrier, std::array<int, 5> coordinates) {
+  Block& b = block();
+  check_map(b, "TMA load", map, destination);
+  const auto bytes = static_cast<uint32_t>(map.box_bytes());
+  units().mbarrier(mbarrier, "TMA load");
+  std::memset(b.shared_bytes(destination, bytes, 128, "TMA load"), 0xFF, bytes);  // readable once waited for
+  AsyncUnits::Copy c;
+  c.kind = AsyncUnits::Copy::load;
+  c.tensor = true;
+  c.map = map;
+  c.at = coordinates;
+  c.shared = destination;
+  c.bytes = bytes;
+  c.mbarrier = mbarrier;
+  units().issue(c);
+}
+
+void tma_store(const TensorMap& map, uint32_t source, std::array<int, 5> coordinates) {
+  Block& b = block();
+  check_map(b, "TMA store", map, source);
+  AsyncUnits::Copy c;
+  c.kind = AsyncUnits::Copy::store;
+  c.tensor = true;
+  c.map = map;
+  c.at = coordinates;
+  c.shared = source;
+  c.bytes = static_cast<uint32_t>(map.box_bytes());
+  b.shared_bytes(source, c.bytes, 128, "TMA store");
+  units().issue(c);
+}
+
+void bulk_load(uint32_t destination, GlobalAddress source, uint32_t bytes, uint32_t mbarrier) {
+  Block& b = block();
+  if (bytes % 16 != 0) b.fail("cp.async.bulk: %u bytes are not a multiple of 16", bytes);
+  units().mbarrier(mbarrier, "cp.async.bulk");
+  global_at(source.value, bytes, 16, "cp.async.bulk");
+  std::memset(b.shared_bytes(destination, bytes, 16, "cp.async.bulk"), 0xFF, bytes);
+  AsyncUnits::Copy c;
+  c.kind = AsyncUnits::Copy::load;
+  c.global = source.value;
+  c.shared = destination;
+  c.bytes = bytes;
+  c.mbarrier = mbarrier;
+  units().issue(c);
+}
+
+void bulk_store(GlobalAddress destination, uint32_t source, uint32_t bytes, bool add_f32) {
+  Block& b = block();
+  if (bytes % 16 != 0) b.fail("cp.async.bulk: %u bytes are not a multiple of 16", bytes);
+  global_at(destination.value, bytes, 16, "cp.async.bulk");
+  b.shared_bytes(source, bytes, 16, "cp.async.bulk");
+  AsyncUnits::Copy c;
+  c.kind = add_f32 ? AsyncUnits::Copy::add : AsyncUnits::Copy::store;
+  c.global = destination.value;
+  c.shared = source;
+  c.bytes = bytes;
+  units().issue(c);
+}
+
+void AsyncUnits::issue(Copy copy) {
+  copy.thread = block_.self().id;
+  copy.group = threads[copy.thread].bulk_committed;
+  copies.push_back(copy);
+}
+
+bool AsyncUnits::land_one(uint32_t pick) {
+  // a store without a group never has to land
+  size_t n = copies.size();
+  if (n == 0) return false;
+  const size_t i = pick % n;
+  const Copy copy = copies[i];
+  copies.erase(copies.begin() + static_cast<int64_t>(i));
+  perform(copy);
+  return true;
+}
+
+namespace {
+
+void add_floats(char* to, const char* from, uint32_t bytes) {
+  for (uint32_t i = 0; i < bytes; i += 4) {
+    float x, old, next;
+    std::memcpy(&x, from + i, 4);
+    auto* target = reinterpret_cast<float*>(to + i);
+    __atomic_load(target, &old, __ATOMIC_RELAXED);
+    do next = old + x;
+    while (!__atomic_compare_exchange(target, &old, &next, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+  }
+}
+
+}  // namespace
+
+void AsyncUnits::perform(const Copy& copy) {
+  const char* op = copy.tensor ? "TMA copy" : "cp.async.bulk";
+  char* shared = block_.shared_bytes(0, 0, 1, op);
+  if (!copy.tensor) {
+    char* global = static_cast<char*>(global_at(copy.global, copy.bytes, 16, op));
+    if (copy.kind == Copy::load) std::memcpy(shared + copy.shared, global, copy.bytes);
+    if (copy.kind == Copy::store) std::memcpy(global, shared + copy.shared, copy.bytes);
+    if (copy.kind == Copy::add) add_floats(global, shared + copy.shared, copy.bytes);
+  } else {
+    const TensorMap& map = copy.map;
+    const auto width = static_cast<uint32_t>(map.element_bytes);
+    std::array<int, 5> i{};
+    for (uint32_t at = copy.shared; at != copy.shared + copy.bytes; at += width) {
+      bool inside = true;
+      uint64_t global = map.base;
+      for (int d = 0; d < map.rank; ++d) {
+        const int64_t x = int64_t{copy.at[d]} + i[d];
+        inside = inside && x >= 0 && x < map.size[d];
+        global += static_cast<uint64_t>(x * map.stride[d]);
+      }
+      char* element = shared + swizzled(map.swizzle, at);
+      if (copy.kind == Copy::load && !inside) std::memset(element, 0, width);
+      if (inside) {
+        char* outer = static_cast<char*>(global_at(global, width, width, op));
+        std::memcpy(copy.kind == Copy::load ? element : outer, copy.kind == Copy::load ? outer : element, width);
+      }
+      for (int d = 0; d < map.rank && ++i[d] == map.box[d]; ++d) i[d] = 0;
+    }
+  }
+  if (copy.kind == Copy::load) {
+    mbarriers[copy.mbarrier].transactions -= copy.bytes;
+    settle(copy.mbarrier);
+  }
+}
+
+void bulk_commit_group() { ++mine().bulk_committed; }
+
+void bulk_wait_group(int pending, bool) {
+  AsyncUnits& u = units();
+  const int id = self().id, through = mine().bulk_committed - pending;
+  for (size_t i = 0; i < u.copies.size();) {
+    const AsyncUnits::Copy copy = u.copies[i];
+    if (copy.kind == AsyncUnits::Copy::load || copy.thread != id || copy.group >= through) {
+      ++i;
+      continue;
+    }
+    u.copies.erase(u.copies.begin() + static_cast<int64_t>(i));
+    u.perform(copy);
+  }
+}
+
+void AsyncUnits::thread_exits(const Thread& t) {
+  const PerThread& p = threads[t.id];
+  for (const Copy& copy : copies)
+    if (copy.kind != Copy::load && copy.thread == t.id)
+      block_.fail("the thread exits with a bulk store in flight whose shared memory it has not waited for (%s)",
+                  copy.group < p.bulk_committed ? "committed" : "not committed");
+  for (const auto& [key, acc] : warpgroups[t.id / kGroup].accumulators)
+    if (!acc.has[t.id % kGroup]) block_.fail("the thread exits with a wgmma in flight");
+}
+
+void AsyncUnits::block_ends() {
+  if (!copies.empty())
+    block_.fail("the block ends with a copy to its shared memory in flight: mbarrier 0x%x was not waited for",
+                copies.front().mbarrier);
+}
+
+// ---- wgmma
+// -----------------------------------------------------------------------------------------------------------
+void wgmma(Half type, int n, float* d, const uint32_t* a, uint64_t a_matrix, uint64_t b_matrix, bool accumulate,
+           bool a_transposed, bool b_transposed) {
+  AsyncUnits& u = units();
+  const int id = self().id, g = id / kGroup, lane = id % kGroup;
+  AsyncUnits::Warpgroup& group = u.warpgroups[g];
+  AsyncUnits::Call call{{type,
+                         n,
+                         a != nullptr,
+                         accumulate,
+                         a_transposed,
+                         b_transposed,
+                         a_matrix,
+                         b_matrix,
+                         mine().wgmma_committed,
+                         {},
+                         0,
+                         false},
+                        d,
+                        a};
+  group.calls[lane] = &call;
+  if (++group.arrived < kGroup) {
+    block().wait("wgmma.mma_async");
+    return;
+  }
+  group.arrived = 0;
+  u.issue(g);
+  for (int i = 0; i < kGroup; ++i)
+    if (i != lane) block().make_ready(g * kGroup + i);
+}
+
+// All 128 threads have come to the same wgmma.mma_async.
+void AsyncUnits::issue(int g) {
+  Warpgroup& group = warpgroups[g];
+  const Product& first = group.calls[0]->product;
+  for (int t = 1; t < kGroup; ++t) {
+    const Product& p = group.calls[t]->product;
+    if (p.n != first.n || p.type != first.type || p.a_from_registers != first.a_from_registers ||
+        p.accumulate != first.accumulate || p.a_matrix != first.a_matrix || p.b_matrix != first.b_matrix ||
+        p.a_transposed != first.a_transposed || p.b_transposed != first.b_transposed || p.group != first.group)
+      block_.fail("wgmma: threads %d and %d of warpgroup %d disagree about the instruction", g * kGroup, g * kGroup + t,
+                  g);
+  }
+  ++block_.count_wgmma;
+  Product product = first;
+  if (product.a_from_registers) {
+    product.a.resize(4 * kGroup);
+    for (int t = 0; t < kGroup; ++t) std::memcpy(&product.a[4 * t], group.calls[t]->a, 16);
+  }
+  size_t key = group.next_accumulator;
+  for (const auto& [k, acc] : group.accumulators)
+    if (acc.d[0] == group.calls[0]->d) key = k;
+  const bool fresh = key == group.next_accumulator;
+  Accumulator& acc = group.accumulators[key];
+  if (fresh) {
+    ++group.next_accumulator;
+    acc.n = product.n;
+    acc.values.resize(static_cast<size_t>(64 * product.n));
+    for (int t = 0; t < kGroup; ++t) {
+      acc.d[t] = group.calls[t]->d;
+      for (int i = 0; i < product.n / 2; ++i) {
+        const auto [row, column] = wgmma_d(t, i);
+        acc.values[row * product.n + column] = acc.d[t][i];
+      }
+      std::memset(acc.d[t], 0xFF, static_cast<size_t>(product.n) * 2);  // NaN until waited for
+    }
+  }
+  for (int t = 0; t < kGroup; ++t)
+    if (acc.d[t] != group.calls[t]->d || acc.n != product.n || acc.has[t])
+      block_.fail("wgmma: thread %d's accumulator is in flight in another shape or in part of the warpgroup",
+                  g * kGroup + t);
+  acc.last_group = product.group;
+  product.accumulator = key;
+  group.products.push_back(std::move(product));
+}
+
+void AsyncUnits::execute(Warpgroup& group, Product& p) {
+  float a[64 * 16], b[256 * 16];
+  const auto gather = [&](uint64_t descriptor, int size, bool mn_major, const char* op, auto&& put) {
+    const MatrixDescriptor d = decode(descriptor);
+    if (d.base_offset != 0) block_.fail("%s: a base offset is not modelled", op);
+    for (int mn = 0; mn < size; mn += mn_major ? 8 : 1)
+      for (int k = 0; k < 16; k += mn_major ? 1 : 8) {
+        uint16_t chunk[8];
+        std::memcpy(chunk, block_.shared_bytes(chunk_address(d, mn, k, mn_major), 16, 16, op), 16);
+        for (int i = 0; i < 8; ++i) put(mn_major ? mn + i : mn, mn_major ? k : k + i, half_to_float(p.type, chunk[i]));
+      }
+  };
+  if (p.a_from_registers) {
+    for (int t = 0; t < kGroup; ++t)
+      for (int i = 0; i < 4; ++i)
+        for (int half = 0; half < 2; ++half) {
+          const auto [row, column] = wgmma_a(t, i, half);
+          a[row * 16 + column] = half_to_float(p.type, static_cast<uint16_t>(p.a[4 * t + i] >> (16 * half)));
+        }
+  } else {
+    gather(p.a_matrix, 64, p.a_transposed, "wgmma A", [&](int m, int k, float x) { a[m * 16 + k] = x; });
+  }
+  gather(p.b_matrix, p.n, p.b_transposed, "wgmma B", [&](int n, int k, float x) { b[k * p.n + n] = x; });
+  multiply_64xNx16(p.n, p.accumulate, a, b, group.accumulators[p.accumulator].values.data());
+  p.done = true;
+}
+
+void wgmma_fence() { mine().wgmma_fenced = true; }
+void wgmma_commit_group() { ++mine().wgmma_committed; }
+
+void wgmma_wait_group(int pending) {
+  AsyncUnits& u = units();
+  const int id = self().id, lane = id % kGroup, through = mine().wgmma_committed - pending;
+  AsyncUnits::Warpgroup& group = u.warpgroups[id / kGroup];
+  for (AsyncUnits::Product& p : group.products)
+    if (!p.done && p.group < through) u.execute(group, p);
+  while (!group.products.empty() && group.products.front().done) group.products.pop_front();
+  for (auto it = group.accumulators.begin(); it != group.accumulators.end();) {
+    AsyncUnits::Accumulator& acc = it->second;
+    if (acc.last_group < through && !acc.has[lane]) {
+      for (int i = 0; i < acc.n / 2; ++i) {
+        const auto [row, column] = wgmma_d(lane, i);
+        acc.d[lane][i] = acc.values[row * acc.n + column];
+      }
+      acc.has[lane] = true;
+      if (++acc.collected == kGroup) {
+        it = group.accumulators.erase(it);
+        continue;
+      }
+    }
+    ++it;
+  }
+}
+
+void wgmma_use(const float* d) {
+  const int id = self().id;
+  for (const auto& [key, acc] : units().warpgroups[id / kGroup].accumulators)
+    if (acc.d[id % kGroup] == d && !acc.has[id % kGroup])
+      block().fail("an accumulator is used before wgmma.wait_group");
+}
+
+// ---- the rest
+// --------------------------------------------------------------------------------------------------------
+void set_max_registers(int count) {
+  if (count % 8 != 0 || count < 24 || count > 256) block().fail("setmaxnreg: %d registers", count);
+  AsyncUnits& u = units();
+  u.warpgroups[self().id / kGroup].registers = count;
+  const int groups = (block().thread_count() + kGroup - 1) / kGroup;
+  int sum = 0;
+  for (int g = 0; g < groups; ++g) {
+    if (u.warpgroups[g].registers == 0) return;
+    sum += u.warpgroups[g].registers;
+  }
+  if (sum * kGroup > 65536) block().fail("setmaxnreg: the warpgroups ask for %d registers of 65536", sum * kGroup);
+}
+
+bool elect_sync(uint32_t mask) {
+  struct Lane {
+    bool elected;
+  } me{false};
+  block().collective("elect.sync", mask, me, [mask](Lane** lanes) { lanes[__builtin_ctz(mask)]->elected = true; });
+  return me.elected;
+}
+
+}  // namespace llama_fast::emulator
