@@ -21,7 +21,8 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
 COMPILERS = ("c++", "g++", "clang++")  # in CMake's order
-FOLDERS = {"llama_fast.benchmarks": "benchmarks"}  # packages that stand beside llama_fast/ in the source tree
+# packages that stand beside llama_fast/ in the source tree
+FOLDERS = {"llama_fast.benchmarks": "benchmarks", "llama_fast.kernels": "kernels"}
 
 
 def obstacle() -> str | None:
@@ -92,7 +93,7 @@ if reason is not None:
 setup(
     packages=[*find_packages(include=["llama_fast", "llama_fast.*"]), *FOLDERS],
     package_dir=FOLDERS,
-    package_data={"": ["*.toml"]},
+    package_data={"": ["*.toml", "*.json"]},
     ext_modules=[] if reason else [Extension("llama_fast._native", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -130,6 +130,9 @@ def _verify_all(ops: list[str]) -> Iterator[Any]:
             isas = native.isas() if b.name == "cpu" else [""]
             if not isas:
                 yield f"{name} on {b.name}", native.unavailable()
+            if b.device == "cuda" and not torch.cuda.is_available():
+                yield f"{name} on {b.name}", "torch sees no CUDA device"
+                continue
             for isa in isas:
                 for case in (c for c in CASES if c.op == name):
                     for dtype in (torch.float32, torch.bfloat16, torch.float16):

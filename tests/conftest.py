@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import interpreter_rounding
+
+    interpreter_rounding.install()
 
 
 @pytest.fixture(autouse=True)

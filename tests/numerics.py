@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -24,7 +24,7 @@ TARGETS = (*(f"cpu/{isa}" for isa in native.isas()), "reference")
 def target(name: str) -> Iterator[str]:
     """Forces a target of TARGETS within the block; gives the backend's name."""
     backend, _, isa = name.partition("/")
-    with dispatch.backend(backend), instruction_set(isa):
+    with dispatch.backend(backend), instruction_set(isa) if backend == "cpu" else nullcontext():
         yield backend
 
 
@@ -46,12 +46,13 @@ def assert_bug_is_caught(
     primitive: str,
     bug: Callable[[tuple[Tensor, ...], Mapping[str, Any]], None],
     dtype: torch.dtype = torch.float32,
+    target_name: str = TARGETS[0],
 ) -> None:
-    """Plants a bug in a primitive of the cpu backend and sees the budget fail.
+    """Plants a bug in a primitive of a target and sees the budget fail.
 
     `bug(results, args)` changes the results in place; `args` are the primitive's arguments by name.
     """
-    assert_within_budget(case, TARGETS[0], dtype)
+    assert_within_budget(case, target_name, dtype)
     launch = Primitive.launch
 
     def with_bug(self: Primitive, args: tuple[Any, ...], only: str | None) -> tuple[Tensor, ...]:
@@ -62,4 +63,4 @@ def assert_bug_is_caught(
         return results
 
     monkeypatch.setattr(Primitive, "launch", with_bug)
-    assert over_budget(case, TARGETS[0], dtype), f"{case}: the bug planted in {primitive} went unseen"
+    assert over_budget(case, target_name, dtype), f"{case}: the bug planted in {primitive} went unseen"

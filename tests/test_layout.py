@@ -35,7 +35,11 @@ SHARED = {
         "reference": "truth",
         "eager": "yardstick",
         "linear": "which matrix product",
+        "chunks": "linear_cross_entropy by chunks, for every backend",
+        "proven": "which GPU kernels are chosen by default",
+        "vendor": "PyTorch's own ops",
     },
+    "kernels": {"launch": "launch parameters"},
     "benchmarks": {
         "harness": "timing",
         "suite": "all of them",
@@ -49,7 +53,19 @@ SHARED = {
     "docs/ops": {"linear": "which matrix product"},
 }
 # Tests of several files at once; every other tests/test_X.py tests a module or an op called X.
-CROSS_CUTTING = {"layout", "packaging", "bad_input", "readme", "native", "determinism", "benchmarks", "emulator"}
+CROSS_CUTTING = {
+    "layout",
+    "packaging",
+    "bad_input",
+    "readme",
+    "native",
+    "determinism",
+    "benchmarks",
+    "emulator",
+    "triton",
+    "sass",
+    "gpu",
+}
 
 
 def _files(*suffixes: str, under: str = ".") -> Iterator[Path]:
@@ -127,6 +143,21 @@ def test_launcher_parameters_are_the_schemas(primitive: str) -> None:
     found = re.findall(r"(\w+): ", signature[signature.index("(") : signature.rindex(")")])
     schema = OPS[name].schema(direction)
     assert found == [a.name for a in (*schema.args, *schema.results)]
+
+
+TRITON = [op for op in OPS if any(b.name == "triton" for b in OPS[op].backends)]
+
+
+@pytest.mark.parametrize("primitive", [f"{op}_{direction}" for op in TRITON for direction in ("fwd", "bwd")])
+def test_triton_launcher_parameters_are_the_schemas(primitive: str) -> None:
+    name, direction = primitive.rsplit("_", 1)
+    (b,) = (b for b in OPS[name].backends if b.name == "triton")
+    path = ROOT / "kernels" / f"{b.module.rpartition('.')[2]}.py"
+    functions = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef) and n.name == primitive]
+    if name == "linear_cross_entropy":  # made by llama_fast/ops/chunks.py
+        assert "chunks.primitives(" in path.read_text()
+        return
+    assert [a.arg for a in functions[0].args.args] == [a.name for a in OPS[name].schema(direction).args]
 
 
 def test_native_functions_that_are_no_launchers_are_few() -> None:
@@ -215,7 +246,7 @@ def _assert_args_are_documented(name: str, value: object) -> None:
 
 def test_public_functions_of_the_package_have_docstrings() -> None:
     """All but the launchers and the reference's and eager's functions, which the header of their file describes."""
-    described = {"native.py", "reference.py", "eager.py", "table.py"}
+    described = {"native.py", "reference.py", "eager.py", "table.py", "vendor.py"}
     bare = []
     for path in _files(".py", under="llama_fast"):
         if path.name not in described:

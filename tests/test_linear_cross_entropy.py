@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_fast as lf
-from llama_fast.ops import eager, native
+from llama_fast.ops import chunks, eager, native
 from llama_fast.verify import Case
 
 OP = "linear_cross_entropy"
@@ -88,7 +88,7 @@ def test_no_leading_dimension(reduction: str) -> None:
 def test_budget_of_dweight_over_many_chunks(R: int, mean: float) -> None:
     """In place for the first size and in a float32 copy for the second; partial sums that cancel, and that add up."""
     C, V = 8, 24
-    assert native._chunk_plan(R, C, V, 2, True) == ((512, False) if R == 2048 else (1024, True))
+    assert chunks.plan(R, C, V, 2, True) == ((512, False) if R == 2048 else (1024, True))
     hidden = torch.randn(R, C, generator=torch.Generator().manual_seed(3)) + mean
     for dtype in (torch.bfloat16, torch.float16):
         case = Case(OP, {"...": (R,), "C": C, "V": V}, {"reduction": "sum"}, tensors={"hidden": hidden.to})

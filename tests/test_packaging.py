@@ -82,6 +82,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert {n.split("/")[0] for n in names} == {"llama_fast", wheel.name.split("-")[0] + "-0.1.0.dist-info"}
     assert any(n.startswith("llama_fast/_native.") for n in names)
     assert "llama_fast/benchmarks/harness.py" in names
+    assert "llama_fast/kernels/launch.py" in names
+    assert "llama_fast/ops/proven.json" in names
     for source in (ROOT / "llama_fast").rglob("*.py"):
         assert source.relative_to(ROOT).as_posix() in names
     assert not any("test" in n for n in names)
@@ -96,6 +98,8 @@ def test_installed_wheel_runs_native(wheel: Path, tmp_path: Path) -> None:
         "from llama_fast.ops import native\n"
         f"assert suite.__file__.startswith({str(tmp_path)!r}), suite.__file__\n"
         "assert native.isas()[-1] == 'portable'\n"
+        "import llama_fast.kernels\n"
+        f"assert llama_fast.kernels.__path__ == [{str(tmp_path / 'site' / 'llama_fast' / 'kernels')!r}]\n"
         "x = torch.randn(3, 8)\n"
         "torch.testing.assert_close(lf.rms_norm(x, torch.ones(8)), torch.nn.functional.rms_norm(x, (8,), eps=1e-6))\n"
         "print(lf.explain('rms_norm', x, torch.ones(8)))"

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama_fast.ops import proven
 from llama_fast.ops.table import MOST_SHAPES, OPS, Backend, Op
 
 _forced: ContextVar[str | None] = ContextVar("llama_fast_backend", default=os.environ.get("LLAMA_FAST_BACKEND") or None)
@@ -59,11 +60,16 @@ def forced() -> str | None:
 @functools.cache
 def unavailable(module: str) -> str | None:
     """Why the backend module cannot be used on this machine, or None."""
-    return importlib.import_module(module).unavailable()
+    try:
+        return importlib.import_module(module).unavailable()
+    except ModuleNotFoundError as error:
+        if error.name in ("triton", "xformers"):
+            return f"{error.name} is not installed"
+        raise
 
 
 def objection(b: Backend, dims: dict[str, Any], dtype: torch.dtype, device: str) -> str | None:
-    """Why backend `b` refuses a call of these sizes, or None."""
+    """Why backend `b` cannot take a call of these sizes and options, or None."""
     if b.device is not None and device != b.device:
         return f"runs on {b.device}, the tensors are on {device}"
     if dtype not in b.dtypes:
@@ -74,12 +80,16 @@ def objection(b: Backend, dims: dict[str, Any], dtype: torch.dtype, device: str)
     return next((text for limit in b.limits if (text := limit(dims)) is not None), None)
 
 
-def _choose(op: Op, dims: dict[str, int], dtype: torch.dtype, device: str, only: str | None) -> Backend:
-    objections = []
+def _choose(
+    primitive: Primitive, dims: dict[str, int], dtype: torch.dtype, device: torch.device, only: str | None
+) -> Backend:
+    op, objections = primitive.op, []
     for b in op.backends:
         if only is not None and b.name != only:
             continue
-        text = objection(b, dims, dtype, device)
+        text = objection(b, dims, dtype, device.type)
+        if text is None and only is None and b.needs_proof:
+            text = proven.objection(b.name, primitive.name, dtype, device)
         if text is None:
             return b
         objections.append(f"  {b.name}: {text}")
@@ -88,13 +98,14 @@ def _choose(op: Op, dims: dict[str, int], dtype: torch.dtype, device: str, only:
     raise NotSupported(f"{op.name}: no backend takes this call\n" + "\n".join(objections))
 
 
-def explain(name: str, *tensors: Tensor) -> str:
-    """Says which backend runs the op `name` on these tensors, and what each other one objects.
+def explain(name: str, *tensors: Tensor, **options: Any) -> str:
+    """Says which backend runs the op `name` on these tensors, forward and backward, and what each other one objects.
 
     Args:
         name: a public op, for example "attention"; or "linear", for the matrix products of a layer x W^T, its forward
             and its two gradients, and the vendor's path that each takes.
         tensors: the op's tensors, in the order of its public function; of "linear", x [..., C] and W [V, C].
+        options: of the op, where a backend's answer depends on them, for example window=4096.
 
     Raises:
         ValueError: unknown name, or tensors that the op would refuse.
@@ -106,17 +117,25 @@ def explain(name: str, *tensors: Tensor) -> str:
     op = OPS[name]
     if not tensors:
         raise ValueError(f"tensors: {name} takes {', '.join(op.public)}")
-    dims = op.check(**dict(zip(op.public, tensors, strict=False)))
-    dtype, device = tensors[0].dtype, tensors[0].device.type
-    only, lines, chosen = forced(), [], False
+    dims = op.check(**dict(zip(op.public, tensors, strict=False))) | options
+    dtype, device = tensors[0].dtype, tensors[0].device
+    only, lines = forced(), []
+    chosen = {"forward": False, "backward": False}
     for b in op.backends:
-        text = objection(b, dims, dtype, device)
-        if text is None and only is not None and b.name != only:
-            text = f"{only} is asked for"
-        if text is None and not chosen:
-            chosen, text = True, "runs"
-        lines.append(f"{b.name}: {text or 'could run, stands later in the order'}")
-    return f"{name} {str(dtype).removeprefix('torch.')} on {device}\n" + "\n".join(f"  {line}" for line in lines)
+        texts = {}
+        for direction, primitive in (("forward", f"{name}_fwd"), ("backward", f"{name}_bwd")):
+            text = objection(b, dims, dtype, device.type)
+            if text is None and only is not None and b.name != only:
+                text = f"{only} is asked for"
+            if text is None and only is None and b.needs_proof:
+                text = proven.objection(b.name, primitive, dtype, device)
+            if text is None:
+                text = "could run, stands later in the order" if chosen[direction] else "runs"
+                chosen[direction] = True
+            texts[direction] = text
+        same = texts["forward"] == texts["backward"]
+        lines.append(f"{b.name}: " + (texts["forward"] if same else "; ".join(f"{d} {t}" for d, t in texts.items())))
+    return f"{name} {str(dtype).removeprefix('torch.')} on {device.type}\n" + "\n".join(f"  {line}" for line in lines)
 
 
 def _explain_linear(*tensors: Tensor) -> str:
@@ -143,6 +162,7 @@ class Primitive:
         schema = op.schema(direction)
         self._single = len(schema.results) == 1
         self._tensors = [i for i, arg in enumerate(schema.args) if arg.type.startswith("Tensor")]
+        self._switches = [i for i, arg in enumerate(schema.args) if arg.type in ("bool", "int")]
         self._leader = next(i for i in self._tensors if op.base(schema.args[i].name) not in op.dtypes)
         self._chosen: dict[tuple[Any, ...], Any] = {}
 
@@ -155,13 +175,13 @@ class Primitive:
     def launch(self, args: tuple[Any, ...], only: str | None) -> tuple[Tensor, ...]:
         leader = args[self._leader]
         shapes = [None if args[i] is None else args[i].shape for i in self._tensors]
-        key = (only, leader.dtype, leader.device.type, *shapes)
+        key = (only, leader.dtype, leader.device, *[args[i] for i in self._switches], *shapes)
         module = self._chosen.get(key)
         if module is None:
             if len(self._chosen) >= MOST_SHAPES:
                 self._chosen.clear()
             dims = self.op.bind(self.direction, args)
-            module = importlib.import_module(_choose(self.op, dims, leader.dtype, leader.device.type, only).module)
+            module = importlib.import_module(_choose(self, dims, leader.dtype, leader.device, only).module)
             self._chosen[key] = module
         return getattr(module, self.name)(*args)
 

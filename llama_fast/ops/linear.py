@@ -252,6 +252,10 @@ def _product(form: str, a: Tensor, b: Tensor, out: Tensor | None, accumulate: bo
         if out is None:
             return torch.mm(a, b)
         return out.addmm_(a, b) if accumulate else torch.mm(a, b, out=out)
+    if path == "torch" and out is not None and a.is_cuda and M * N * K > 0:  # half-precision factors, a float32 sum
+        if accumulate:
+            return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
     if path == "gemv" and not accumulate:
         out = a.new_empty(M, N) if out is None else out
         _gemv(_rows(a), _rows(b.t()), out)

@@ -7,6 +7,7 @@ dispatch, the test matrix and the rooflines of the benchmarks are read from here
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -59,7 +60,9 @@ class Backend:
         module: where the launchers `<op>_fwd` and `<op>_bwd` stand; imported when first used.
         device: torch device type, or None for any.
         dtypes: those that it computes in.
-        limits: each gives None or the sentence that says why a call cannot be taken.
+        limits: each gives None or the sentence that says why a call cannot be taken. Besides the sizes it sees the
+            primitive's bool and int arguments by name.
+        needs_proof: chosen without being asked for only where llama_fast/ops/proven.json lists it.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Backend:
     device: str | None
     dtypes: frozenset[torch.dtype]
     limits: tuple[Limit, ...] = ()
+    needs_proof: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,13 +144,15 @@ class Op:
         return name if name in self.shapes else name[1:]
 
     def bind(self, direction: str, args: Sequence[Any]) -> dict[str, int]:
-        """The size of each letter, read from a primitive's arguments."""
+        """The size of each letter, and the value of each bool and int, read from a primitive's arguments."""
         dims: dict[str, int] = {}
         for arg, value in zip(self.schema(direction).args, args, strict=True):
             if arg.type.startswith("Tensor") and value is not None:
                 for token, size in zip(self.shapes[self.base(arg.name)].split(), value.shape, strict=True):
                     if "/" not in token:
                         dims.setdefault(token, size)
+            elif arg.type in ("bool", "int"):
+                dims[arg.name] = value
         return dims
 
     def empty_results(self, direction: str, args: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -246,15 +252,22 @@ def _size(token: str, dims: Dims) -> int:
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
-_NATIVE, _REFERENCE = "llama_fast.ops.native", "llama_fast.ops.reference"
-_CPU_DTYPES = frozenset({F32, BF16, F16})
+_SINGLE = frozenset({F32, BF16, F16})
+_REFERENCE = Backend("reference", "llama_fast.ops.reference", None, FLOATS)
+# Triton's interpreter runs the kernels on a CPU's tensors, for tests: TRITON_INTERPRET=1 before the first import.
+_TRITON_DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
-def _backends(*cpu_limits: Limit) -> tuple[Backend, ...]:
-    return (
-        Backend("cpu", _NATIVE, "cpu", _CPU_DTYPES, cpu_limits),
-        Backend("reference", _REFERENCE, None, FLOATS),
-    )
+def _triton(stem: str, *limits: Limit) -> Backend:
+    return Backend("triton", f"llama_fast.kernels.{stem}", _TRITON_DEVICE, _SINGLE, limits, needs_proof=True)
+
+
+def _cpu(*limits: Limit) -> Backend:
+    return Backend("cpu", "llama_fast.ops.native", "cpu", _SINGLE, limits)
+
+
+def _torch(*limits: Limit, device: str | None = None) -> Backend:
+    return Backend("torch", "llama_fast.ops.vendor", device, _SINGLE, limits)
 
 
 RMS_NORM = Op(
@@ -264,7 +277,7 @@ RMS_NORM = Op(
     shapes={"x": "R C", "weight": "C", "y": "R C", "rstd": "R"},
     public={"x": "... C", "weight": "C"},
     dtypes={"rstd": F32},
-    backends=_backends(),
+    backends=(_cpu(), _torch(device="cuda"), _REFERENCE),
     traffic=lambda d, item: (2 * d["R"] * d["C"] * item, 3 * d["R"] * d["C"] * item),
 )
 
@@ -275,7 +288,7 @@ ADD_RMS_NORM = Op(
     shapes={"x": "R C", "residual": "R C", "weight": "C", "y": "R C", "sum": "R C", "rstd": "R"},
     public={"x": "... C", "residual": "... C", "weight": "C"},
     dtypes={"rstd": F32},
-    backends=_backends(),
+    backends=(_cpu(), _REFERENCE),
     traffic=lambda d, item: (4 * d["R"] * d["C"] * item, 4 * d["R"] * d["C"] * item),
 )
 
@@ -285,7 +298,7 @@ SWIGLU = Op(
     bwd=Schema.parse("(Tensor dy, Tensor gate, Tensor up) -> (Tensor dgate, Tensor dup)"),
     shapes={"gate": "R F", "up": "R F", "y": "R F"},
     public={"gate": "... F", "up": "... F"},
-    backends=_backends(),
+    backends=(_triton("swiglu"), _cpu(), _REFERENCE),
     traffic=lambda d, item: (3 * d["R"] * d["F"] * item, 5 * d["R"] * d["F"] * item),
 )
 
@@ -306,7 +319,7 @@ ROPE = Op(
     public={"q": "B T H D", "k": "B T G D", "cos": "T D/2 | N T D/2", "sin": "T D/2 | N T D/2"},
     dtypes={"cos": F32, "sin": F32},
     rules=(multiple_of("D", 2), lambda d: equal_or_one("N", "B")(d) if "N" in d else None),
-    backends=_backends(),
+    backends=(_cpu(), _REFERENCE),
     traffic=lambda d, item: (2 * d["B"] * d["T"] * (d["H"] + d["G"]) * d["D"] * item,) * 2,
 )
 
@@ -346,7 +359,11 @@ ATTENTION = Op(
     },
     dtypes={"lse": F32, "cu_seqlens": torch.int32},
     rules=(divides("G", "H"),),
-    backends=_backends(multiple_of("D", 8), between("D", 16, 256)),
+    backends=(
+        _cpu(multiple_of("D", 8), between("D", 16, 256)),
+        _torch(multiple_of("D", 8), between("D", 8, 256)),
+        _REFERENCE,
+    ),
     traffic=lambda d, item: (
         (2 * d["B"] * d["T"] * d["H"] + 2 * d["B"] * d["S"] * d["G"]) * d["D"] * item,
         (4 * d["B"] * d["T"] * d["H"] + 4 * d["B"] * d["S"] * d["G"]) * d["D"] * item,
@@ -379,7 +396,7 @@ LINEAR_CROSS_ENTROPY = Op(
     shapes={"hidden": "R C", "weight": "V C", "targets": "R", "row_scale": "R", "loss": "R", "lse": "R"},
     public={"hidden": "... C", "weight": "V C", "targets": "..."},
     dtypes={"targets": torch.int64, "row_scale": F32, "loss": F32, "lse": F32},
-    backends=_backends(),
+    backends=(_cpu(), _REFERENCE),
     traffic=lambda d, item: (
         (2 * d["R"] * d["C"] + 2 * d["V"] * d["C"]) * item,
         (2 * d["R"] * d["C"] + 2 * d["V"] * d["C"]) * item,

@@ -1,0 +1,135 @@
+"""What the launchers of the Triton kernels share: device guard, launch parameters by device class, autotuning.
+
+A kernel's launch parameters are a frozen dataclass that `choose` gives: the heuristic of its file, each number with the
+reason; or what `force` names; or, within `autotune()`, the fastest of the file's candidates, timed once
+for a device and a key of sizes and kept on disk. Autotuning is off by default: the first call must not take minutes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import triton
+from torch import Tensor
+
+P = TypeVar("P")
+
+# Triton's interpreter runs the kernels in NumPy on a CPU's tensors; it needs TRITON_INTERPRET=1 before Triton's import.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unavailable() -> str | None:
+    """Why Triton's kernels cannot run on this machine, or None."""
+    if not INTERPRETED and not torch.cuda.is_available():
+        return "torch sees no GPU"
+    return None
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Makes the device of `x` the current one: Triton launches there."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; 4 under the interpreter, so that loops over them have more than one turn."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def rows(x: Tensor) -> Tensor:
+    """`x` as a kernel wants it: the last dimension contiguous, copied only if it is not."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two >= n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+# ---- launch parameters ----------------------------------------------------------------------------------------------
+# Module state and not context variables: autograd runs a backward in a thread of its own.
+_forced: dict[str, Any] = {}
+_cache_file: Path | None = None
+
+
+@contextlib.contextmanager
+def force(kernel: str, parameters: Any) -> Iterator[None]:
+    """Within the block `kernel` is launched with these parameters, in every thread: for tests and tuning."""
+    before = dict(_forced)
+    _forced[kernel] = parameters
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+@contextlib.contextmanager
+def autotune(file: Path | None = None) -> Iterator[None]:
+    """Within the block, in every thread, launch parameters are measured where `file` does not have them yet.
+
+    Args:
+        file: JSON to read and add to; None is ~/.cache/llama_fast/autotune.json, or its place under XDG_CACHE_HOME.
+    """
+    global _cache_file  # noqa: PLW0603
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama_fast"
+    before, _cache_file = _cache_file, file or folder / "autotune.json"
+    try:
+        yield
+    finally:
+        _cache_file = before
+
+
+def choose(
+    kernel: str,
+    sizes: tuple[Any, ...],
+    device: torch.device,
+    heuristic: P,
+    candidates: Sequence[P],
+    run: Callable[[P], object],
+) -> P:
+    """The launch parameters of a call.
+
+    Args:
+        kernel: name of the kernel, as in `force`.
+        sizes: what the choice depends on, besides the device.
+        heuristic: the parameters unless others are forced or measured.
+        candidates: what to measure within `autotune()`.
+        run: launches the kernel with given parameters, as often as wanted with the same result.
+    """
+    if kernel in _forced:
+        return _forced[kernel]
+    if _cache_file is None or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return heuristic
+    key = f"{kernel} {' '.join(map(str, sizes))} {torch.cuda.get_device_name(device)} triton {triton.__version__}"
+    known = _read(_cache_file)
+    if key not in known:
+        times = {c: triton.testing.do_bench(lambda c=c: run(c)) for c in dict.fromkeys([heuristic, *candidates])}
+        known = _read(_cache_file) | {key: asdict(min(times, key=lambda c: times[c]))}  # type: ignore[call-overload]
+        _write(_cache_file, known)
+    return type(heuristic)(**known[key])
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _write(file: Path, known: dict[str, Any]) -> None:
+    """Whole or not at all: another process may read it at the same time."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(known, indent=1, sort_keys=True))
+    part.replace(file)

@@ -1,0 +1,86 @@
+"""linear_cross_entropy by chunks of rows, whose logits are the only ones that exist.
+
+A backend gives the kernel that turns a chunk's logits into losses and, in place, into their own gradient; the products
+are the vendor's (llama_fast/ops/linear.py). Reasons and derivation: docs/ops/linear_cross_entropy.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from llama_fast.ops import linear, table
+
+# (logits [r, V], targets [r], row_scale [r] | None, ignore_index, label_smoothing, z_loss, loss [r], lse [r]) -> None:
+# writes loss and lse; with row_scale, overwrites the logits with the gradient of sum_r row_scale[r] loss[r].
+RowKernel = Callable[[Tensor, Tensor, "Tensor | None", int, float, float, Tensor, Tensor], None]
+
+_CHUNKS = (
+    4  # each adds its dweight to the sum in half precision, rounding: 4 keep the error within 1.5x of one rounding
+)
+_CHUNK_ROWS = 512  # fewer make W, read once a chunk and a product, the bottleneck
+_ACCUMULATOR_ROWS = 1024  # the same where a float32 accumulator of dweight is read and written too
+
+
+def plan(R: int, C: int, V: int, item: int, gradients: bool) -> tuple[int, bool]:
+    """(rows of a chunk, whether dweight is summed in a float32 copy): the least memory that keeps speed and error."""
+    if not gradients or item == 4:
+        return min(R, _CHUNK_ROWS), False
+    rows = max(-(-R // _CHUNKS), min(R, _CHUNK_ROWS // 2))
+    if rows * item <= _ACCUMULATOR_ROWS * item + C * 4:  # bytes for each class of V
+        return rows, False
+    return _ACCUMULATOR_ROWS, True
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def primitives(row_kernel: RowKernel) -> tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]:
+    """The launchers `linear_cross_entropy_fwd` and `linear_cross_entropy_bwd` made of a row kernel."""
+
+    def linear_cross_entropy_fwd(
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        row_scale: Tensor | None,
+        ignore_index: int,
+        label_smoothing: float,
+        z_loss: float,
+    ) -> tuple[Tensor, ...]:
+        hidden, weight = _rows(hidden), _rows(weight)
+        args = (hidden, weight, targets, row_scale, ignore_index, label_smoothing, z_loss)
+        loss, lse, dhidden, dweight = results = table.LINEAR_CROSS_ENTROPY.allocate("fwd", args)
+        (R, C), V, gradients = hidden.shape, weight.shape[0], row_scale is not None
+        if R == 0:
+            dweight.zero_()
+            return results
+        step, accumulator = plan(R, C, V, hidden.element_size(), gradients)
+        logits_buffer = hidden.new_empty(step, V)
+        total = hidden.new_zeros(V, C, dtype=torch.float32) if accumulator else dweight
+        for begin in range(0, R, step):
+            chunk = slice(begin, min(begin + step, R))
+            logits = linear.nt(hidden[chunk], weight, out=logits_buffer[: chunk.stop - begin])
+            scale = None if row_scale is None else row_scale[chunk]
+            row_kernel(logits, targets[chunk], scale, ignore_index, label_smoothing, z_loss, loss[chunk], lse[chunk])
+            if gradients:  # the logits are their own gradient now
+                linear.nn(logits, weight, out=dhidden[chunk])
+                linear.tn(logits, hidden[chunk], out=total, accumulate=accumulator or begin > 0)
+        if accumulator:
+            dweight.copy_(total)
+        return results
+
+    def linear_cross_entropy_bwd(
+        dloss: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        ignore_index: int,
+        label_smoothing: float,
+        z_loss: float,
+    ) -> tuple[Tensor, ...]:
+        return linear_cross_entropy_fwd(hidden, weight, targets, dloss, ignore_index, label_smoothing, z_loss)[2:]
+
+    return linear_cross_entropy_fwd, linear_cross_entropy_bwd

@@ -1,0 +1,91 @@
+"""Which kernel is chosen, with what launch parameters: under the interpreter (tests/test_triton.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import llama_fast as lf
+from llama_fast.kernels import launch
+from llama_fast.kernels.swiglu import CANDIDATES, HEURISTIC
+from llama_fast.ops import dispatch, proven
+
+
+@pytest.fixture
+def fresh_choices() -> Iterator[None]:
+    """The primitives remember which backend takes which shapes."""
+    for primitive in dispatch.primitives.values():
+        primitive._chosen.clear()
+    yield
+    for primitive in dispatch.primitives.values():
+        primitive._chosen.clear()
+
+
+def test_unproven_kernels_run_only_when_asked_for(fresh_choices: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 8)
+    monkeypatch.setattr(proven, "listed", lambda: {})
+    text = lf.explain("swiglu", x, x)
+    assert 'triton: unproven on cpu in float32: lf.backend("triton") or LLAMA_FAST_BACKEND=triton runs it' in text
+    assert "triton: runs" not in text
+    with lf.backend("triton"):
+        assert "triton: runs" in lf.explain("swiglu", x, x)
+
+
+def test_a_listed_primitive_runs_by_default(fresh_choices: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proven, "listed", lambda: {"cpu": {"triton": {"swiglu_fwd": ["float32"]}}})
+    x = torch.randn(2, 8)
+    assert "triton: forward runs; backward unproven on cpu" in lf.explain("swiglu", x, x)
+    assert "triton: unproven" in lf.explain("swiglu", x.half(), x.half())
+    ran: list[str] = []
+    kernels = __import__("llama_fast.kernels.swiglu", fromlist=["swiglu_fwd"])
+    for name in ("swiglu_fwd", "swiglu_bwd"):
+        original = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *a, n=name, f=original: (ran.append(n), f(*a))[1])
+    y = lf.swiglu(x.requires_grad_(), x)
+    y.sum().backward()
+    assert ran == ["swiglu_fwd"]
+    with lf.backend("triton"):
+        y = lf.swiglu(x, x)
+    y.sum().backward()  # outside the block: the backward follows its forward
+    assert ran == ["swiglu_fwd"] * 2 + ["swiglu_bwd"]
+
+
+def _choose(run: Any, device: torch.device) -> Any:
+    return launch.choose("swiglu_fwd", (torch.float32, 64), device, HEURISTIC, CANDIDATES, run)
+
+
+def test_parameters_are_the_heuristic_unless_forced() -> None:
+    ran: list[Any] = []
+    with launch.autotune():  # not on a CPU
+        assert _choose(ran.append, torch.device("cpu")) is HEURISTIC
+    with launch.force("swiglu_fwd", CANDIDATES[0]):
+        assert _choose(ran.append, torch.device("cpu")) is CANDIDATES[0]
+    assert _choose(ran.append, torch.device("cpu")) is HEURISTIC
+    assert ran == []
+
+
+def test_autotuning_measures_once_and_keeps_the_fastest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    best, ran = CANDIDATES[3], []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a device")
+
+    def time(run: Any) -> float:
+        run()
+        return 1.0 if ran[-1] == best else 2.0
+
+    monkeypatch.setattr(launch.triton.testing, "do_bench", time)
+    device, file = torch.device("cuda", 0), tmp_path / "new" / "tuned.json"
+    assert _choose(ran.append, device) is HEURISTIC
+    with launch.autotune(file):
+        assert _choose(ran.append, device) == best
+        measured = len(ran)
+        assert measured == len({HEURISTIC, *CANDIDATES})
+        assert _choose(ran.append, device) == best
+    assert len(ran) == measured
+    file.write_text("{ not JSON")
+    with launch.autotune(file):
+        assert _choose(ran.append, device) == best
