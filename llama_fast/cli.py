@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator
@@ -183,6 +184,84 @@ def bench(
     found = suite.run(ops, quick=quick, cases=case or (), providers=provider or (), json_path=json, console=_console())
     if any(line.status == "wrong" for line in found.lines):
         raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    preset: Annotated[str, typer.Option(help="Model, see LlamaConfig.preset.")],
+    device: Annotated[str, typer.Option(help="a100, h100, h200 or b200.")] = "h100",
+    world: Annotated[int, typer.Option(help="Devices.")] = 1,
+    tensor: Annotated[
+        int | None, typer.Option(help="Devices that split each layer. Default: several, beside each other.")
+    ] = None,
+    sequence: Annotated[bool, typer.Option("--sequence/--no-sequence", help="With --tensor: split rows too.")] = True,
+    shard: Annotated[str, typer.Option(help="full (FSDP), states (ZeRO 1) or none (DDP).")] = "full",
+    policy: Annotated[str | None, typer.Option(help="One policy of the block. Default: all.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Default: 2048, or the preset's longest if that is less.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences in a forward pass.")] = 1,
+    states: Annotated[str, typer.Option(help="float32, mixed or bfloat16.")] = "mixed",
+    mfu: Annotated[float, typer.Option(help="Assumed share of the device's peak; the paper's is 0.477.")] = 0.45,
+    tokens: Annotated[float, typer.Option(help="Tokens of the whole training.")] = 1.4e12,
+) -> None:
+    """Memory by policy and parallel layout, flops and days of a training, before a device is rented."""
+    from llama_fast import plan as planner
+    from llama_fast.config import LlamaConfig
+
+    config = LlamaConfig.preset(preset)
+    chosen, T = planner.device(device), seq_len or min(2048, config.max_seq_len)
+    spread = [planner.Layout(world, tensor, sequence and tensor > 1, shard)] if tensor else None
+    spread = spread or [dataclasses.replace(x, shard=shard) for x in planner.layouts(config, world)]
+    policies = planner.POLICIES if policy is None else (policy,)
+    plans = [
+        planner.plan(config, chosen, x, p, seq_len=T, batch_size=batch_size, states=states)
+        for x in spread
+        for p in policies
+    ]
+    speed = list(_plan_speed(config, chosen, world, T, mfu, tokens))
+    console, gb = _console(), 1 / 2**30
+    console.print(
+        f"{preset}: {config.n_params / 1e9:.2f} G parameters; {world} x {device} of {chosen.memory * gb:.0f} GiB; "
+        f"{batch_size} x {T} tokens a forward pass; states {states}: {', '.join(map(str, planner.STATES[states]))} "
+        "bytes a parameter for weights, gradients, optimizer",
+        highlight=False,
+    )
+    table = Table(title="GiB a device")
+    table.add_column("layout", no_wrap=True)
+    table.add_column("policy", no_wrap=True)
+    columns = ("weights", "gradients", "optimizer", "gathered", "activations", "workspace", "total")
+    for header in ("weights", "grads", "optim.", *columns[3:], "fits", "B/token/layer"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for p in plans:
+        per_token = planner.block_bytes_per_token(config, p.policy, 2, p.layout.tensor, p.layout.sequence)
+        sizes = (f"{getattr(p, name) * gb:.2f}" for name in columns)
+        table.add_row(str(p.layout), p.policy, *sizes, "yes" if p.fits else "NO", f"{per_token:,.0f}")
+    console.print(table)
+    for line in speed:
+        console.print(line, highlight=False)
+
+
+def _plan_speed(config: Any, device: Any, world: int, T: int, share: float, tokens: float) -> Iterator[str]:
+    """Flops a token, tokens a second and days; the paper's figure in the same terms."""
+    from llama_fast import plan as planner
+    from llama_fast.config import LlamaConfig
+
+    flops, attention = config.flops_per_token(T), 12 * config.n_layers * config.n_heads * config.head_dim * T
+    rate = planner.tokens_per_second(config, device, T, share)
+    yield (
+        f"flops a token: {flops:.4g} = 6 x {config.n_matmul_params / 1e9:.2f} G + {attention:.3g} of attention; "
+        f"recompute-all does another {planner.recomputed_flops_per_token(config, T):.3g}"
+    )
+    yield (
+        f"at {share:.1%} of {device.flops / 1e12:.0f} Tflop/s: {rate:,.0f} tokens/s a device, "
+        f"{tokens:.3g} tokens in {tokens / (rate * world) / 86400:,.1f} days on {world}"
+    )
+    paper, a100 = LlamaConfig.preset(planner.PAPER_PRESET), planner.DEVICES[planner.PAPER_DEVICE]
+    known = (paper, a100, planner.PAPER_SEQ_LEN, planner.PAPER_TOKENS_PER_S)
+    yield (
+        f"the paper: {planner.PAPER_TOKENS_PER_S:.0f} tokens/s a device for {planner.PAPER_PRESET} on "
+        f"{planner.PAPER_DEVICE} = {planner.mfu(*known, attention=False):.1%} MFU by 6 N of all parameters, "
+        f"{planner.mfu(*known):.1%} with attention"
+    )
 
 
 @app.command()
