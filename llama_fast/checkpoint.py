@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import re
 import shutil
 import tempfile
@@ -31,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from llama_fast.config import LlamaConfig
-from llama_fast.files import sync
+from llama_fast.files import read_json, sync, write_json
 
 WEIGHTS, CONFIG, STATE, MANIFEST = "model.safetensors", "config.json", "state.pt", "manifest.json"
 _SPARE_BYTES = 1 << 20  # beside the tensors: JSON, pickled scalars, headers
@@ -173,7 +172,7 @@ def load_config(path: Path | str) -> LlamaConfig:
         ValueError: config.json is missing, no JSON, or no LlamaConfig.
     """
     file = Path(path) / CONFIG
-    return LlamaConfig.from_dict(_read_json(file))
+    return LlamaConfig.from_dict(read_json(file))
 
 
 def load_into(model: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -224,9 +223,9 @@ def _write_files(folder: Path, step: int, model: nn.Module, weights: dict[str, T
         torch.save(state, file)
     config = getattr(model, "config", None)
     if isinstance(config, LlamaConfig):
-        _write_json(folder / CONFIG, config.to_dict())
+        write_json(folder / CONFIG, config.to_dict())
     files = {p.name: {"size": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(folder.iterdir())}
-    _write_json(folder / MANIFEST, {"format": 1, "step": step, "files": files})
+    write_json(folder / MANIFEST, {"format": 1, "step": step, "files": files})
     for path in (*sorted(folder.iterdir()), folder):
         sync(path)
 
@@ -253,24 +252,8 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: missing") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: {error}; expected JSON") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a {type(value).__name__}; expected a JSON object")
-    return value
-
-
 def _read_manifest(path: Path) -> dict[str, Any]:
-    manifest = _read_json(path / MANIFEST)
+    manifest = read_json(path / MANIFEST)
     files = manifest.get("files")
     if manifest.get("format") != 1 or not isinstance(manifest.get("step"), int) or not isinstance(files, dict):
         raise ValueError(f"{path / MANIFEST}: expected format 1 with a step and a table of files")

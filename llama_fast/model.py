@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_fast import generate as generation
+from llama_fast import weights
 from llama_fast.config import LlamaConfig, rope_cos_sin
 from llama_fast.generate import KVCache
 from llama_fast.nn import Linear, RMSNorm, TransformerBlock
@@ -144,6 +146,59 @@ class Llama(nn.Module):
         """
         check_targets(self.config, tokens, targets)
         return linear_cross_entropy(self.hidden(tokens), self.lm_head.weight, targets)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: Path | str,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        policy: str = "recompute-cheap",
+        max_seq_len: int | None = None,
+        progress: Callable[[str, int, int], object] | None = None,
+    ) -> Llama:
+        """The model of a checkpoint, in evaluation mode; peak memory is the model and one tensor.
+
+        Args:
+            path: a folder of Hugging Face (safetensors), of Meta or of `llama-fast train`, or a .gguf file.
+            device: of the parameters; the default is torch's.
+            dtype: of the parameters; the default is the checkpoint's, float32 for quantised weights.
+            policy: what each block keeps for the backward.
+            max_seq_len: the context of a Meta folder, which does not name it (weights/meta.py).
+            progress: called after each tensor with its name, the bytes done and the bytes in all.
+
+        Raises:
+            FileNotFoundError: nothing is there, or a file of it is missing.
+            ValueError: not a LLaMA, or damaged; names the file, and each tensor that is missing, extra or misshapen.
+        """
+        source = weights.open_checkpoint(path, max_seq_len)
+        return weights.load_model(source, device, dtype, progress, policy=policy)
+
+    def save_pretrained(
+        self,
+        path: Path | str,
+        format: str = "hf",
+        *,
+        shards: int = 1,
+        dtype: torch.dtype | None = None,
+        progress: Callable[[str, int, int], object] | None = None,
+    ) -> None:
+        """Write the model for other programs; beside the model it takes the memory of one tensor.
+
+        Args:
+            path: a folder that is not there yet, or empty. It appears whole, or not at all.
+            format: "hf", or "meta" (its `params.json` names no context).
+            shards: files of weights; for Meta, model-parallel ranks.
+            dtype: of the weights written; the default is the model's.
+            progress: as for `from_pretrained`.
+
+        Raises:
+            FileExistsError: `path` is not empty.
+            ValueError: an argument is out of its range, or the format has no such model.
+            OSError: the disk is full or fails.
+        """
+        weights.write(weights.ModelSource(self), path, format, shards=shards, dtype=dtype, progress=progress)
 
     @torch.no_grad()
     def generate(

@@ -1,0 +1,255 @@
+"""Hugging Face folders: `config.json` and one or several .safetensors files with their index."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama_fast.config import LinearRopeScaling, Llama3RopeScaling, LlamaConfig, RopeScaling
+from llama_fast.files import read_json, write_json
+from llama_fast.weights.safetensors_file import Entry, read_header, read_tensor, write_file
+from llama_fast.weights.source import (
+    EMBEDDING,
+    HEAD,
+    Progress,
+    Source,
+    check_dtype,
+    check_tensors,
+    main_dtype,
+    tensor_shapes,
+)
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+# Values of config.json that this architecture has by definition; another one is another architecture.
+_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0}
+# Saved by old versions; it follows from the config.
+_BUFFER = re.compile(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+
+def config_from_hf(values: Mapping[str, Any]) -> LlamaConfig:
+    """The LlamaConfig of a Hugging Face `config.json`, with `rope_scaling` (transformers 4) or `rope_parameters` (5).
+
+    Raises:
+        ValueError: another model type, a missing size, or an option that this architecture does not have; named.
+    """
+    if values.get("model_type") != "llama":
+        raise ValueError(f"model_type = {values.get('model_type')!r}: expected 'llama'")
+    for name, expected in _FIXED.items():
+        if (value := values.get(name)) is not None and value != expected:
+            raise ValueError(f"{name} = {value!r}: expected {expected!r}")
+    if values.get("quantization_config"):
+        raise ValueError("quantization_config is set: expected weights that are not quantised")
+    try:
+        dim, heads = values["hidden_size"], values["num_attention_heads"]
+        theta, scaling = _rope_from_hf(values)
+        head_dim = values.get("head_dim")
+        return LlamaConfig(
+            dim=dim,
+            n_layers=values["num_hidden_layers"],
+            n_heads=heads,
+            n_kv_heads=values.get("num_key_value_heads") or heads,
+            ffn_dim=values["intermediate_size"],
+            vocab_size=values["vocab_size"],
+            max_seq_len=values["max_position_embeddings"],
+            norm_eps=values.get("rms_norm_eps", 1e-6),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            tie_embeddings=values.get("tie_word_embeddings", False),
+            explicit_head_dim=None if head_dim is None or head_dim * heads == dim else head_dim,
+        )
+    except KeyError as error:
+        raise ValueError(f"{error.args[0]} is missing") from None
+
+
+def _rope_from_hf(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"partial_rotary_factor = {rope['partial_rotary_factor']}: expected 1.0")
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, LinearRopeScaling(rope["factor"])
+    if kind == "llama3":
+        return theta, Llama3RopeScaling(
+            rope["factor"],
+            rope["low_freq_factor"],
+            rope["high_freq_factor"],
+            rope["original_max_position_embeddings"],
+        )
+    raise ValueError(f"rope_type = {kind!r}: expected default, linear or llama3")
+
+
+def config_to_hf(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The `config.json` of a LlamaForCausalLM, in the form that transformers 4 and 5 both read."""
+    scaling: dict[str, Any] | None = None
+    if isinstance(config.rope_scaling, LinearRopeScaling):
+        scaling = {"rope_type": "linear", "factor": config.rope_scaling.factor}
+    elif isinstance(config.rope_scaling, Llama3RopeScaling):
+        scaling = {
+            "rope_type": "llama3",
+            "factor": config.rope_scaling.factor,
+            "low_freq_factor": config.rope_scaling.low_freq_factor,
+            "high_freq_factor": config.rope_scaling.high_freq_factor,
+            "original_max_position_embeddings": config.rope_scaling.original_max_seq_len,
+        }
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.ffn_dim,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_seq_len,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling,
+        "tie_word_embeddings": config.tie_embeddings,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def hf_name(name: str) -> str:
+    """Llama's name of a tensor to LlamaForCausalLM's."""
+    return name if name == HEAD else f"model.{name}"
+
+
+class HFSource(Source):
+    """The folder `path`, of Hugging Face or of this library's trainer, whose names lack `model.` and whose config.json
+    is a LlamaConfig's.
+
+    Raises:
+        FileNotFoundError: a file of weights is missing.
+        ValueError: the config is not a LLaMA's, a file is truncated, or the tensors are not those of the config.
+    """
+
+    def __init__(self, path: Path) -> None:
+        values = read_json(path / CONFIG)
+        try:
+            own = "model_type" not in values and "n_layers" in values
+            config = LlamaConfig.from_dict(values) if own else config_from_hf(values)
+        except ValueError as error:
+            raise ValueError(f"{path / CONFIG}: {error}") from None
+        self._entries: dict[str, tuple[Path, str, Entry]] = {}
+        for file in _files(path):
+            for stored, entry in read_header(file).items():
+                name = stored.removeprefix("model.")
+                if _BUFFER.fullmatch(name):
+                    continue
+                if name in self._entries:
+                    raise ValueError(f"{file}: tensor {stored} is also in {self._entries[name][0].name}")
+                self._entries[name] = (file, stored, entry)
+        shapes = {name: entry.shape for name, (_, _, entry) in self._entries.items()}
+        if config.tie_embeddings and HEAD in shapes:
+            self._check_tied(path)
+            shapes.pop(HEAD)
+        known = tensor_shapes(config)
+        unknown = [self._entries[name][1] for name in shapes if name not in known]
+        found = {name: shape for name, shape in shapes.items() if name in known}
+        check_tensors(path, config, found, unknown, str if own else hf_name)
+        sizes = []
+        for name, shape in found.items():
+            file, stored, entry = self._entries[name]
+            sizes.append((check_dtype(file, stored, entry.dtype), math.prod(shape)))
+        super().__init__(path, config, main_dtype(sizes))
+
+    def _check_tied(self, path: Path) -> None:
+        """Raises unless a stored output projection equals the embedding, to which the config ties it."""
+        if EMBEDDING not in self._entries:
+            return
+        pair = []
+        for name in (HEAD, EMBEDDING):
+            entry = self._entries[name][2]
+            pair.append(torch.empty(entry.shape, dtype=check_dtype(path, name, entry.dtype)))
+            self.read_into(name, pair[-1])
+        if not torch.equal(*pair):
+            raise ValueError(f"{path}: tie_word_embeddings = True, and lm_head.weight differs from the embedding")
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        file, stored, entry = self._entries[name]
+        read_tensor(file, stored, entry, out)
+
+
+def _files(path: Path) -> list[Path]:
+    """The .safetensors files of a folder: those of its index where there is one."""
+    if not (path / INDEX).is_file():
+        if (path / WEIGHTS).is_file():
+            return [path / WEIGHTS]
+        found = ", ".join(sorted(p.name for p in path.iterdir())) or "nothing"
+        raise FileNotFoundError(f"{path}: expected {WEIGHTS} or {INDEX}, found {found}")
+    index = read_json(path / INDEX).get("weight_map")
+    if not isinstance(index, dict) or not index or not all(isinstance(f, str) and "/" not in f for f in index.values()):
+        raise ValueError(f"{path / INDEX}: expected a weight_map from tensors to files")
+    files = [path / name for name in sorted(set(index.values()))]
+    for file in files:
+        if not file.is_file():
+            lost = [name for name, f in index.items() if f == file.name]
+            raise FileNotFoundError(f"{file}: missing; it holds {len(lost)} tensors, {lost[0]} among them")
+        absent = sorted({name for name, f in index.items() if f == file.name} - read_header(file).keys())
+        if absent:
+            raise ValueError(f"{file}: missing: {', '.join(absent[:8])}, which {INDEX} puts there")
+    return files
+
+
+def write_hf(source: Source, folder: Path, dtype: torch.dtype, shards: int, progress: Progress | None) -> None:
+    """Writes `source` into the existing folder, its weights in `shards` files of about equal size.
+
+    Raises:
+        ValueError: more shards than tensors, or fewer than one.
+    """
+    shapes = tensor_shapes(source.config)
+    parts = split_evenly(shapes, shards)
+    total = dtype.itemsize * sum(math.prod(s) for s in shapes.values())
+    done = 0
+
+    def read(stored: str) -> Tensor:
+        nonlocal done
+        t = source.read(stored.removeprefix("model."))
+        done += dtype.itemsize * t.numel()
+        if progress is not None:
+            progress(stored, done, total)
+        return t
+
+    index: dict[str, str] = {}
+    for i, part in enumerate(parts, 1):
+        name = WEIGHTS if shards == 1 else f"model-{i:05d}-of-{shards:05d}.safetensors"
+        stored = {hf_name(n): shapes[n] for n in part}
+        write_file(folder / name, stored, dtype, read)
+        index |= dict.fromkeys(stored, name)
+    if shards > 1:
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+    write_json(folder / CONFIG, config_to_hf(source.config, dtype))
+
+
+def split_evenly(shapes: Mapping[str, tuple[int, ...]], parts: int) -> list[list[str]]:
+    """The names in order, cut into `parts` runs of about equal size, none empty.
+
+    Raises:
+        ValueError: `parts` is below 1 or above the number of names.
+    """
+    if not 1 <= parts <= len(shapes):
+        raise ValueError(f"shards = {parts}: expected 1 to {len(shapes)}, the number of tensors")
+    total = sum(math.prod(s) for s in shapes.values())
+    runs: list[list[str]] = [[]]
+    done = 0
+    for i, (name, shape) in enumerate(shapes.items()):
+        left = len(shapes) - i
+        full = done + math.prod(shape) / 2 > total * len(runs) / parts and len(runs) < parts
+        if runs[-1] and (full or left == parts - len(runs)):
+            runs.append([])
+        runs[-1].append(name)
+        done += math.prod(shape)
+    return runs
