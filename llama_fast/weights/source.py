@@ -107,7 +107,7 @@ def check_tensors(
 
 
 def check_dtype(path: Path, name: str, dtype: torch.dtype | str) -> torch.dtype:
-    """The dtype of a tensor; raises ValueError for one that does not hold floating-point numbers of 16 bits or more."""
+    """The dtype of a tensor. Raises ValueError where it is not of floating-point numbers of 16 bits or more."""
     if isinstance(dtype, str) or dtype not in FLOATS:
         kinds = ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
         raise ValueError(f"{path}: tensor {name} has dtype {str(dtype).removeprefix('torch.')}, expected {kinds}")
