@@ -25,7 +25,7 @@ D head dim.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -83,12 +83,26 @@ class BlockOptions:
             raise ValueError(f"policy is {self.policy!r}, expected one of {', '.join(POLICIES)}")
 
 
+class AnyCache(Protocol):
+    """Keys and values of one layer, wherever they are kept."""
+
+    def append(self, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes in new rows and gives all of them, k and v [B, S, G, D], the new ones last."""
+
+
 class Cache(NamedTuple):
     """Keys and values of one layer for generation: room [B, S_max, G, D] of which `used` rows are filled."""
 
     k_BSGD: Tensor
     v_BSGD: Tensor
     used: int
+
+    def append(self, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes new rows at `used` and gives all that are filled."""
+        end = self.used + k_BTGD.shape[1]
+        self.k_BSGD[:, self.used : end] = k_BTGD
+        self.v_BSGD[:, self.used : end] = v_BTGD
+        return self.k_BSGD[:, :end], self.v_BSGD[:, :end]
 
 
 class _Activations(NamedTuple):
@@ -118,7 +132,7 @@ def _forward(
     cu_seqlens: Tensor | None,
     options: BlockOptions,
     backend: str | None,
-    cache: Cache | None = None,
+    cache: AnyCache | None = None,
 ) -> tuple[Tensor, _Activations]:
     B, T, C = x_BTC.shape
     D, join = options.head_dim, options.collectives
@@ -128,12 +142,7 @@ def _forward(
     tokens = cos.shape[1]  # of the whole sequence, where x holds a part of it
     q, k, v_BTGD = (linear.nt(n1_all, m).view(B, tokens, m.shape[0] // D, D) for m in (w.wq_HDxC, w.wk_GDxC, w.wv_GDxC))
     q_BTHD, k_BTGD = _rope_fwd(q, k, cos, sin, options.interleaved, backend=backend)
-    keys, values = k_BTGD, v_BTGD
-    if cache is not None:
-        end = cache.used + T
-        cache.k_BSGD[:, cache.used : end] = k_BTGD
-        cache.v_BSGD[:, cache.used : end] = v_BTGD
-        keys, values = cache.k_BSGD[:, :end], cache.v_BSGD[:, :end]
+    keys, values = (k_BTGD, v_BTGD) if cache is None else cache.append(k_BTGD, v_BTGD)
     out_BTHD, lse_BHT = _attention_fwd(q_BTHD, keys, values, cu_seqlens, D**-0.5, True, options.window, backend=backend)
     attended_RC = join.reduce(linear.nt(out_BTHD.flatten(2).flatten(0, 1), w.wo_CxHD))
     n2_RC, h_RC, rstd2_R = _add_rms_norm_fwd(attended_RC, x_RC, w.norm2_C, options.eps, backend=backend)
@@ -157,8 +166,13 @@ def _backward(
     needs: Weights,
     options: BlockOptions,
     backend: str | None,
+    dk_BTGD: Tensor | None = None,
+    dv_BTGD: Tensor | None = None,
 ) -> tuple[Tensor, Weights]:
-    """Gradients of x and of the weights; `needs` holds a bool for each weight, `None` stands where it is False."""
+    """Gradients of x and of the weights; `needs` holds a bool for each weight, `None` stands where it is False.
+
+    dk, dv: gradients of the keys after rotary and of the values from outside the block.
+    """
     B, T, C = x_BTC.shape
     join, eps = options.collectives, options.eps
     x_RC, dy_RC = x_BTC.reshape(B * T, C), dy_BTC.reshape(B * T, C)
@@ -190,6 +204,8 @@ def _backward(
         dout_BTHD, a.q_BTHD, a.k_BTGD, a.v_BTGD, a.out_BTHD, a.lse_BHT, cu_seqlens,
         options.head_dim**-0.5, True, options.window, backend=backend,
     )  # fmt: skip
+    dk = dk if dk_BTGD is None else dk + dk_BTGD
+    dv = dv if dv_BTGD is None else dv + dv_BTGD
     dq, dk = _rope_bwd(dq, dk, cos, sin, options.interleaved, backend=backend)
     dq, dk, dv = (d.flatten(2).flatten(0, 1) for d in (dq, dk, dv))
     dwq = dwk = dwv = None
@@ -217,8 +233,9 @@ class _Block(torch.autograd.Function):
         cu_seqlens: Tensor | None,
         options: BlockOptions,
         dtype: torch.dtype,
+        with_keys: bool,
         *weights: Tensor,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, ...]:
         backend = forced()
         w = Weights(*(p.to(dtype) for p in weights))
         y_BTC, activations = _forward(x_BTC, w, cos, sin, cu_seqlens, options, backend)
@@ -229,12 +246,14 @@ class _Block(torch.autograd.Function):
             kept = [None if n in dropped else t for n, t in activations._asdict().items()]
         ctx.save_for_backward(x_BTC, cos, sin, cu_seqlens, *weights, *kept)
         ctx.options, ctx.backend, ctx.dtype = options, backend, dtype
-        return y_BTC
+        ctx.set_materialize_grads(False)
+        return (y_BTC, activations.k_BTGD, activations.v_BTGD) if with_keys else y_BTC
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_BTC: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy_BTC: Tensor | None, *dkv: Tensor | None) -> tuple[Tensor | None, ...]:
         x_BTC, cos, sin, cu_seqlens, *rest = ctx.saved_tensors
+        dy_BTC = torch.zeros_like(x_BTC) if dy_BTC is None else dy_BTC
         n = len(Weights._fields)
         parameters, kept = rest[:n], rest[n:]
         options, backend, dtype = ctx.options, ctx.backend, ctx.dtype
@@ -243,10 +262,10 @@ class _Block(torch.autograd.Function):
             activations = _Activations(*kept)
         else:
             _, activations = _forward(x_BTC, w, cos, sin, cu_seqlens, options, backend)
-        needs = Weights(*ctx.needs_input_grad[6:])
-        dx, dw = _backward(dy_BTC, x_BTC, w, cos, sin, cu_seqlens, activations, needs, options, backend)
+        needs = Weights(*ctx.needs_input_grad[7:])
+        dx, dw = _backward(dy_BTC, x_BTC, w, cos, sin, cu_seqlens, activations, needs, options, backend, *dkv)
         gradients = (None if g is None else g.to(p.dtype) for g, p in zip(dw, parameters, strict=True))
-        return dx, None, None, None, None, None, *gradients
+        return dx, None, None, None, None, None, None, *gradients
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -300,8 +319,9 @@ def transformer_block(
     options: BlockOptions,
     *,
     cu_seqlens: Tensor | None = None,
-    cache: Cache | None = None,
-) -> Tensor:
+    cache: AnyCache | None = None,
+    return_keys: bool = False,
+) -> Any:
     """One LLaMA block, with the backward pass of this file.
 
     Args:
@@ -310,18 +330,21 @@ def transformer_block(
         cos, sin: [T, D/2] or [B, T, D/2] float32, of the positions of these T tokens.
         options: head dim, epsilon, policy, window, rotary layout, collectives.
         cu_seqlens: [N+1] int32, sequences packed in one row (B = 1); attention stays within each.
-        cache: keys and values so far; this call appends its own at `cache.used` and attends to all. No gradient.
+        cache: keys and values so far; this call appends its own and attends to all. No gradient.
+        return_keys: give k and v too.
 
     Returns:
         y: [B, T, C], dtype of `x` (autocast's under autocast).
+        k, v: [B, T, G, D] each, the keys after rotary and the values; only with `return_keys`.
 
-    Gradient: of x and of each weight that requires one.
+    Gradient: of x and of each weight that requires one; those of k and v are taken in.
     Memory:   by policy, see the top of the file.
     Error:    at most that of the same block by autograd in the same dtype, both against float64 (tests/test_block.py).
     Repeats:  bitwise, for equal shapes, dtype and backend.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, or a cache is given where gradients are recorded.
+        ValueError: shapes, dtypes or devices disagree, or a cache is given where gradients are recorded or with
+            `return_keys`.
         NotSupported: no backend takes an op of the block.
 
     Source: Touvron et al. 2023, arXiv:2302.13971.
@@ -337,10 +360,14 @@ def transformer_block(
     if cache is not None:
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in weights)):
             raise ValueError("block: cache is given while gradients are recorded, expected torch.no_grad()")
-        _check_cache(cache, x.shape, weights.wk_GDxC.shape[0] // options.head_dim, options.head_dim, dtype)
+        if return_keys:
+            raise ValueError("block: return_keys is True beside a cache, expected one of the two")
+        if isinstance(cache, Cache):
+            _check_cache(cache, x.shape, weights.wk_GDxC.shape[0] // options.head_dim, options.head_dim, dtype)
         w = Weights(*(p.to(dtype) for p in weights))
         if (
-            forced() in (None, "cpu")
+            isinstance(cache, Cache)
+            and forced() in (None, "cpu")
             and type(options.collectives) is Single
             and native.decodes(x := x.to(dtype), (*w, cos, sin, cache.k_BSGD, cache.v_BSGD))
         ):
@@ -348,4 +375,4 @@ def transformer_block(
         with torch.autocast(x.device.type, enabled=False):
             return _forward(x.to(dtype), w, cos, sin, cu_seqlens, options, forced(), cache)[0]
     with torch.autocast(x.device.type, enabled=False):
-        return _Block.apply(x.to(dtype), cos, sin, cu_seqlens, options, dtype, *weights)
+        return _Block.apply(x.to(dtype), cos, sin, cu_seqlens, options, dtype, return_keys, *weights)

@@ -10,7 +10,7 @@ from torch import Tensor
 from llama_fast import plain
 from llama_fast.block import POLICIES, BlockOptions, Cache, Weights, transformer_block
 from llama_fast.config import LlamaConfig, rope_cos_sin
-from llama_fast.ops import native
+from llama_fast.ops import native, reference
 from llama_fast.verify import BACKWARD_FACTOR, FORWARD_FACTOR, instruction_set, judge
 
 CONFIG = LlamaConfig(dim=48, n_layers=1, n_heads=6, n_kv_heads=2, ffn_dim=80, vocab_size=32, max_seq_len=64)
@@ -198,6 +198,53 @@ def test_cache_continues_where_it_stopped() -> None:
     torch.testing.assert_close(torch.cat(parts, dim=1), whole)
     with pytest.raises(ValueError, match="cache is given while gradients are recorded"):
         transformer_block(x[:, :1], _weights(layer), cos[:1], sin[:1], options, cache=Cache(room[0], room[1], 0))
+
+
+def test_any_cache_that_appends_will_do() -> None:
+    class Growing:
+        rows: tuple[Tensor, ...] = ()
+
+        def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            self.rows = tuple(map(torch.cat, zip(self.rows, (k, v), strict=True), (1, 1))) if self.rows else (k, v)
+            return self.rows
+
+    layer = _plain_block(WIDE, torch.float32).layers[0]
+    x, _ = _inputs(WIDE, torch.float32)
+    cos, sin = rope_cos_sin(WIDE, T)
+    options, cache = BlockOptions(WIDE.head_dim), Growing()
+    with torch.no_grad():
+        whole = transformer_block(x, _weights(layer), cos, sin, options)
+        parts = [
+            transformer_block(x[:, a:b], _weights(layer), cos[a:b], sin[a:b], options, cache=cache)
+            for a, b in ((0, 11), (11, 12), (12, T))
+        ]
+        with pytest.raises(ValueError, match="return_keys is True beside a cache"):
+            transformer_block(x, _weights(layer), cos, sin, options, cache=cache, return_keys=True)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_gradients_of_keys_and_values_are_taken_in(policy: str) -> None:
+    layer = _plain_block(CONFIG, torch.float64).layers[0]
+    x, dy = _inputs(CONFIG, torch.float64)
+    cos, sin = rope_cos_sin(CONFIG, T)
+    w = _weights(layer)
+    leaves = [x, *w]
+    y, k, v = transformer_block(x, w, cos, sin, BlockOptions(CONFIG.head_dim, policy=policy), return_keys=True)
+    dk, dv = (torch.randn(k.shape, generator=torch.Generator().manual_seed(n)).double() for n in (1, 2))
+    n1 = reference.rms_norm(x, w.norm1_C, CONFIG.norm_eps)
+    their_k, their_v = ((n1 @ m.T).unflatten(-1, (CONFIG.n_kv_heads, CONFIG.head_dim)) for m in (w.wk_GDxC, w.wv_GDxC))
+    their_k = reference.rope(their_k, their_k, cos, sin)[1]
+    torch.testing.assert_close((k, v), (their_k, their_v), rtol=1e-9, atol=1e-9)
+    their_y = layer(x, cos.double(), sin.double())
+    for which, douts in (((0, 1, 2), (dy, dk, dv)), ((1,), (dk,)), ((0, 2), (dy, dv))):
+        got, want = (
+            torch.autograd.grad([outs[i] for i in which], leaves, douts, retain_graph=True, allow_unused=True)
+            for outs in ((y, k, v), (their_y, their_k, their_v))
+        )
+        for one, other, leaf in zip(got, want, leaves, strict=True):
+            other = torch.zeros_like(leaf) if other is None else other  # noqa: PLW2901
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.skipif(native._native is None, reason="the native library is not built")
