@@ -1,5 +1,8 @@
 """Custom kernels for LLaMA-architecture models, on the CPU and on GPUs, with a hand-written backward pass."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from llama_fast import nn
 from llama_fast.config import LlamaConfig
 from llama_fast.memory import keep_host_memory
@@ -28,3 +31,12 @@ __all__ = [
     "rope",
     "swiglu",
 ]
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """`llama_fast.hf`, imported when first used, since it imports transformers."""
+        if name == "hf":
+            return importlib.import_module("llama_fast.hf")
+        raise AttributeError(f"module 'llama_fast' has no attribute {name!r}")

@@ -1,0 +1,168 @@
+"""transformers' LLaMA made fast in place: `lf.hf.patch(model)`, `unpatch`, `report`, `register`.
+
+Needs transformers 4.53 to 4.57 or 5.x (`pip install 'llama_fast[hf]'`). What keeps working, and what runs when:
+docs/hf.md.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+from torch import nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from llama_fast.block import POLICIES
+from llama_fast.hf import layout
+from llama_fast.hf.attention import NAME, attention_forward, mask
+from llama_fast.hf.layers import REPLACEMENTS, LlamaAttention, LlamaDecoderLayer, State
+from llama_fast.hf.layout import stock
+from llama_fast.hf.loss import FUSED, LOSS_REPLACEMENTS, LlamaForCausalLM
+from llama_fast.hf.report import report
+
+__all__ = ["patch", "register", "report", "unpatch"]
+
+_ALL = {**REPLACEMENTS, **LOSS_REPLACEMENTS}
+_STOCK = {ours: theirs for theirs, ours in _ALL.items()}
+
+
+def patch(model: nn.Module, *, policy: str = "recompute-cheap", fused_loss: bool | str = False) -> nn.Module:
+    """Makes the LLaMA layers of a transformers model run on llama_fast, in place.
+
+    Parameters, names, hooks, checkpoints and the interface stay as they are. Each layer decides at each call what runs:
+    the whole block, or the ops one by one where something stands against it; `report` says which and why.
+
+    Args:
+        model: any module with LlamaDecoderLayers in it: LlamaForCausalLM, LlamaModel, a PEFT model around one.
+        policy: what each block keeps for the backward: "save", "recompute-cheap" or "recompute-all".
+        fused_loss: True: a LlamaForCausalLM that is given labels computes its loss without making the logits, and gives
+            None for them; "training": only in training mode; False: logits and loss are transformers' own.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ValueError: an option is not one of those, or the model has no LlamaDecoderLayer that can be patched.
+        NotSupported: the version of transformers or the layout of its layers is unknown.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"hf.patch: policy is {policy!r}, expected one of {', '.join(POLICIES)}")
+    if fused_loss not in FUSED:
+        raise ValueError(f"hf.patch: fused_loss is {fused_loss!r}, expected True, False or 'training'")
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, stock.LlamaDecoderLayer)]
+    for name, layer in layers:
+        layout.check_layer(name, layer)
+    takable = [layer for _, layer in layers if type(layer) is LlamaDecoderLayer or _can_swap(layer)]
+    if not takable:
+        raise ValueError(f"hf.patch: {_nothing_to_patch(model, layers)}")
+    _register_attention()
+    module: Any
+    for module in model.modules():
+        if type(module) in REPLACEMENTS and _can_swap(module):
+            _swap(module, REPLACEMENTS[type(module)])
+        if type(module) is LlamaAttention and module.config._attn_implementation != NAME:
+            _switch_attention(model, module.config)
+        if type(module) is LlamaDecoderLayer:
+            module._llama_fast = State(policy)
+        if fused_loss and type(module) in LOSS_REPLACEMENTS and _can_swap(module):
+            _swap(module, LlamaForCausalLM)
+        if type(module) is LlamaForCausalLM:
+            module._llama_fast_loss = fused_loss
+    return model
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Takes back what `patch` did: classes, attention implementation and attributes are as before.
+
+    Args:
+        model: a patched model.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ValueError: nothing in it is patched.
+    """
+    ours: list[Any] = [m for m in model.modules() if type(m) in _STOCK]
+    if not ours:
+        raise ValueError(f"hf.unpatch: {type(model).__name__} has no patched module, expected a model after hf.patch")
+    for module in ours:
+        before = module.__dict__.pop("_llama_fast_before", None)
+        if before is not None and module.config._attn_implementation == NAME:
+            module.config._attn_implementation = before
+        module.__dict__.pop("_llama_fast", None)
+        module.__dict__.pop("_llama_fast_loss", None)
+        _swap(module, _STOCK[type(module)])
+    return model
+
+
+def register() -> None:
+    """Makes llama_fast known to transformers: what `from_pretrained` builds from here on can be fast from the start.
+
+    - `attn_implementation="llama_fast"`, with its mask function, for any model of transformers that takes attention
+      functions; `from_pretrained(..., attn_implementation="llama_fast")`.
+    - Where transformers has a registry of class replacements (5.x from `transformers.monkey_patching` on), its LLaMA
+      layers too: what `from_pretrained` and `from_config` build are this package's layers, which run as one block
+      where the attention implementation is "llama_fast". Elsewhere `patch` does that for a model.
+
+    May be called more than once.
+    """
+    _register_attention()
+    try:
+        from transformers.monkey_patching import register_patch_mapping
+    except ImportError:
+        return
+    # anchored: the keys are searched for in the names of all classes
+    register_patch_mapping({f"^{theirs.__name__}$": ours for theirs, ours in REPLACEMENTS.items()}, overwrite=True)
+
+
+def _register_attention() -> None:
+    ALL_ATTENTION_FUNCTIONS.register(NAME, attention_forward)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, mask)
+
+
+def _switch_attention(model: nn.Module, config: Any) -> None:
+    before, module = config._attn_implementation, None  # type: Any, Any
+    for module in model.modules():
+        if type(module) in (LlamaAttention, stock.LlamaAttention) and module.config is config:
+            module.__dict__["_llama_fast_before"] = before
+    config._attn_implementation = NAME
+
+
+def _is_own(function: Any, module: nn.Module, kind: Any) -> bool:
+    """Whether a function is `kind.forward` of the module."""
+    return getattr(function, "__func__", None) is kind.forward and function.__self__ is module
+
+
+def _can_swap(module: nn.Module) -> bool:
+    """Of a class that is known exactly, and its forward its class's or, by accelerate, wrapped around its class's."""
+    kind, own = type(module), module.__dict__
+    if kind not in _ALL:
+        return False
+    return (
+        "forward" not in own or _is_own(own["forward"], module, kind) or _is_own(own.get("_old_forward"), module, kind)
+    )
+
+
+def _swap(module: nn.Module, kind: Any) -> None:
+    before, own = type(module), module.__dict__
+    module.__class__ = kind
+    if _is_own(own.get("forward"), module, before):
+        del own["forward"]
+    if _is_own(own.get("_old_forward"), module, before):
+        own["_old_forward"] = MethodType(kind.forward, module)
+
+
+def _nothing_to_patch(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> str:
+    if not layers:
+        kinds = sorted({type(m).__name__ for m in model.modules()})
+        return f"{type(model).__name__} has no LlamaDecoderLayer, only {', '.join(kinds)}"
+    name, layer = layers[0]
+    kind = type(layer)
+    if kind is stock.LlamaDecoderLayer:
+        return f"the forward of {name} was replaced, expected LlamaDecoderLayer's own"
+    return (
+        f"{name} is a {kind.__module__}.{kind.__name__}, expected LlamaDecoderLayer itself; a model that is to be "
+        "sharded is patched before fully_shard"
+    )

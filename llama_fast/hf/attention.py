@@ -1,0 +1,193 @@
+"""`attn_implementation="llama_fast"`: transformers' attention and mask functions, on lf.attention.
+
+What the mask function gives, and what it means:
+
+    None        each query sees the keys up to its own; the last query stands at the last key
+    [N+1]       int32 row numbers: sequences packed in the rows of the batch laid end to end, causal within each
+    [B,1,T,S]   anything else, as transformers makes it for scaled_dot_product_attention
+
+Legend: B batch, T query tokens, S key tokens, H query heads, G key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from llama_fast.hf.layout import stock
+from llama_fast.ops.attention import attention
+
+NAME = "llama_fast"
+_SDPA_ONLY = ("position_bias", "softcap", "s_aux", "head_mask")  # arguments that change what attention computes
+
+
+def _tracing() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _free_variables(function: Any) -> dict[str, Any]:
+    return dict(zip(function.__code__.co_freevars, [c.cell_contents for c in function.__closure__ or ()], strict=True))
+
+
+def _sequence_numbers(mask_function: Any) -> Tensor | None:
+    """[B, T], the sequence that each token belongs to, where the mask function is transformers' "causal within packed
+    sequences"; None where it is any other."""
+    if getattr(mask_function, "__qualname__", "") != "and_masks.<locals>.and_mask":
+        return None
+    parts = _free_variables(mask_function).get("mask_functions", ())
+    names = [getattr(part, "__qualname__", "") for part in parts]
+    if len(parts) != 2 or names[1] != "packed_sequence_mask_function.<locals>.inner_mask":
+        return None
+    order = parts[0]
+    if names[0] == "remap_positions_for_packed_sequence.<locals>.inner_mask":
+        order = _free_variables(order).get("mask_function")
+    return _free_variables(parts[1]).get("packed_sequence_mask") if order is causal_mask_function else None
+
+
+def _row_numbers(sequences: Tensor) -> Tensor:
+    """[B, T] numbers of sequences -> [N+1] int32, where each begins in the rows laid end to end."""
+    B, T = sequences.shape
+    rows = torch.arange(B, device=sequences.device).unsqueeze(1)
+    flat = (sequences + rows * (T + 1)).flatten()
+    begins = (flat[1:] != flat[:-1]).nonzero().flatten() + 1
+    return torch.cat((begins.new_zeros(1), begins, begins.new_full((1,), B * T))).int()
+
+
+def mask(
+    *,
+    batch_size: int,
+    kv_length: int,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor | None:
+    """transformers' mask function of "llama_fast"; arguments and meaning are `masking_utils.sdpa_mask`'s."""
+    positions = kwargs.get("cache_position")
+    length = kwargs["q_length"] if positions is None else positions.shape[0]
+    if attention_mask is None and kv_offset == 0 and kv_length == length and not _tracing():
+        sequences = _sequence_numbers(mask_function)
+        if sequences is not None:
+            if bool((sequences[:, -1] == sequences[:, 0]).all()):
+                return None
+            return _row_numbers(sequences.expand(batch_size, -1))
+    if mask_function is causal_mask_function and allow_is_causal_skip and kv_offset == 0:
+        offset = kwargs.get("q_offset", 0) if positions is None else positions[0]
+        known = isinstance(offset, int) or not _tracing()
+        ends_with_query = kv_length == length or (known and int(offset) + length == kv_length)
+        if ends_with_query and _sees_all(attention_mask, kv_length):
+            return None
+    return sdpa_mask(
+        batch_size=batch_size,
+        kv_length=kv_length,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
+    )
+
+
+def _sees_all(attention_mask: Tensor | None, kv_length: int) -> bool:
+    if attention_mask is None:
+        return True
+    return not _tracing() and attention_mask.shape[-1] == kv_length and bool(attention_mask.all())
+
+
+def four_dimensional(mask: Tensor | None, B: int, T: int, S: int, device: torch.device) -> Tensor | None:
+    """A mask of this implementation as scaled_dot_product_attention takes it, [B, 1, T, S]; None where its own do."""
+    if mask is not None and mask.ndim != 1:
+        return mask
+    if mask is None:
+        if T in (1, S):
+            return None
+        return torch.ones(T, S, dtype=torch.bool, device=device).tril_(S - T)[None, None]
+    rows = torch.arange(B * T, device=device)
+    sequence = torch.bucketize(rows, mask[1:].to(device), right=True).view(B, T)
+    same = sequence.unsqueeze(2) == sequence.unsqueeze(1)
+    return same.tril_().unsqueeze(1)
+
+
+def objection(mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> str | None:
+    """Why lf.attention does not take a call, or None."""
+    if dropout:
+        return f"attention dropout of {dropout:g}"
+    if mask is not None and mask.ndim != 1:
+        return "a mask that is not causal"
+    return next((f"{name} is given" for name in _SDPA_ONLY if kwargs.get(name) is not None), None)
+
+
+def _with_weights(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """transformers' eager attention, which has the weights [B, H, T, S] to give."""
+    (B, _, T, D), S = query.shape, key.shape[2]
+    if attention_mask is None and causal:
+        attention_mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril_(S - T)[None, None]
+    attention_mask = four_dimensional(attention_mask, B, T, S, query.device)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        lowest = torch.finfo(query.dtype).min
+        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill_(~attention_mask, lowest)
+    scaling = D**-0.5 if scaling is None else scaling
+    return stock.eager_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention function of "llama_fast": lf.attention where it can say the call, else sdpa.
+
+    Args:
+        module: the attention layer.
+        query: [B, H, T, D].
+        key, value: [B, G, S, D].
+        attention_mask: of the mask function above.
+        dropout, scaling, is_causal, kwargs: as `sdpa_attention_forward`.
+
+    Returns:
+        out: [B, T, H, D], and None in place of the weights [B, H, T, S] unless `output_attentions` asks for them.
+    """
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    B, _, T, _ = query.shape
+    config = getattr(module, "config", None)
+    if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
+        return _with_weights(module, query, key, value, attention_mask, dropout, scaling, causal)
+    if objection(attention_mask, dropout, kwargs) is None:
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        if attention_mask is None:
+            return attention(q, k, v, causal=causal, scale=scaling), None
+        rows = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+        return attention(*rows, causal=causal, scale=scaling, cu_seqlens=attention_mask).view(q.shape), None
+    if causal or attention_mask is not None:
+        attention_mask = four_dimensional(attention_mask, B, T, key.shape[2], query.device)
+    return sdpa_attention_forward(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=dropout,
+        scaling=scaling,
+        is_causal=causal and attention_mask is None and T > 1,
+        **kwargs,
+    )

@@ -1,0 +1,350 @@
+"""transformers' LLaMA classes with llama_fast's kernels inside.
+
+Each class has the name of the one that it derives from, adds no state that a checkpoint sees, and can be put on an
+existing module by assigning its `__class__`: parameters, names, hooks and everything else stay as they are. What runs
+is decided at each call: the whole block where nothing stands against it, else the ops one by one, each where it fits.
+
+Legend: B batch, T tokens, C width, H query heads, G key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from llama_fast.block import BlockOptions, Weights, transformer_block
+from llama_fast.hf import layout
+from llama_fast.hf.attention import NAME, attention_forward, objection
+from llama_fast.hf.layout import stock
+from llama_fast.ops.linear import linear
+from llama_fast.ops.rms_norm import add_rms_norm, rms_norm
+from llama_fast.ops.rope import rope
+from llama_fast.ops.swiglu import swiglu
+
+# taken now: inside from_pretrained a registered class stands in modeling_llama in the place of the one it derives from
+_Norm: Any = stock.LlamaRMSNorm
+_MLP: Any = stock.LlamaMLP
+_Attention: Any = stock.LlamaAttention
+_Layer: Any = stock.LlamaDecoderLayer
+_apply_rotary = stock.apply_rotary_pos_emb
+_SILU = (nn.SiLU, type(ACT2FN["silu"]))
+_RECORDER = "transformers.utils.output_capturing"  # its hooks only note what a module gave
+
+
+# ---- what stands against an op or the block --------------------------------------------------------------------------
+def watched(module: Any) -> str | None:
+    """What watches the calls of a module, so that they must be made: hooks, or a forward of its own; else None."""
+    own = module.__dict__.get("forward")
+    if own is not None and not (
+        getattr(own, "__func__", None) is type(module).forward and getattr(own, "__self__", None) is module
+    ):
+        return "a forward of its own"
+    if any(getattr(hook, "__module__", None) != _RECORDER for hook in module._forward_hooks.values()):
+        return "a hook"
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "a hook"
+    return None
+
+
+def _plain_tensors(*tensors: Tensor) -> bool:
+    return all(type(t) in (nn.Parameter, Tensor) for t in tensors)
+
+
+def linear_objection(module: Any) -> str | None:
+    """Why a projection is called as a module, or None where its weight is used directly."""
+    if type(module) is not nn.Linear:
+        return f"is a {type(module).__module__.split('.')[0]} {type(module).__name__}"
+    if module.bias is not None:
+        return "has a bias"
+    if not _plain_tensors(module.weight):
+        return f"has a {type(module.weight).__name__} for a weight"
+    seen = watched(module)
+    return seen and f"has {seen}"
+
+
+def _project(module: Any, x: Tensor) -> Tensor:
+    if linear_objection(module) is None and x.dtype == module.weight.dtype:
+        return linear(x, module.weight)
+    return module(x)
+
+
+def norm_objection(norm: Any, x: Tensor | None = None) -> str | None:
+    """Why a norm does not run on lf.rms_norm, or None; without `x`, what its structure says."""
+    if type(norm) is not LlamaRMSNorm:
+        return f"is a {type(norm).__name__}"
+    if not _plain_tensors(norm.weight):
+        return f"has a {type(norm.weight).__name__} for a weight"
+    if x is not None and x.dtype != norm.weight.dtype:
+        return f"has a {norm.weight.dtype} weight beside {x.dtype}"
+    return None
+
+
+def activation_objection(mlp: Any) -> str | None:
+    """Why a feed-forward layer does not run on lf.swiglu, or None."""
+    if type(mlp) is not LlamaMLP:
+        return f"is a {type(mlp).__name__}"
+    if type(mlp.act_fn) not in _SILU:
+        return f"has the activation {type(mlp.act_fn).__name__}"
+    seen = watched(mlp.act_fn)
+    return seen and f"has {seen} on its activation"
+
+
+def structure_objection(layer: Any) -> str | None:
+    """What in a layer, whatever the call, keeps it from running as one block; None if nothing."""
+    attn, mlp = layer.self_attn, layer.mlp
+    if type(attn) is not LlamaAttention:
+        return f"self_attn is a {type(attn).__name__}"
+    for name, found in (
+        ("mlp", activation_objection(mlp)),
+        ("input_layernorm", norm_objection(layer.input_layernorm)),
+        ("post_attention_layernorm", norm_objection(layer.post_attention_layernorm)),
+    ):
+        if found:
+            return f"{name} {found}"
+    for name, module in (
+        ("self_attn", attn),
+        ("mlp", mlp),
+        ("input_layernorm", layer.input_layernorm),
+        ("post_attention_layernorm", layer.post_attention_layernorm),
+    ):
+        if seen := watched(module):
+            return f"{name} has {seen}"
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        if found := linear_objection(getattr(attn, name)):
+            return f"{name} {found}"
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        if found := linear_objection(getattr(mlp, name)):
+            return f"{name} {found}"
+    if layer.input_layernorm.variance_epsilon != layer.post_attention_layernorm.variance_epsilon:
+        return "the two norms differ in epsilon"
+    if attn.scaling != attn.head_dim**-0.5:
+        return f"self_attn has a scaling of {attn.scaling:g}"
+    if attn.config._attn_implementation != NAME:
+        return f"the attention implementation is {attn.config._attn_implementation}"
+    return None
+
+
+def call_objection(layer: Any, x: Tensor, arguments: dict[str, Any]) -> str | None:
+    """What in a call keeps a layer from running as one block; None if nothing."""
+    attn = layer.self_attn
+    attention_mask, cache = arguments.get("attention_mask"), arguments.get(layout.CACHE)
+    dropout = attn.attention_dropout if layer.training else 0.0
+    if against := objection(attention_mask, dropout, arguments):
+        return against
+    if arguments.get("is_causal") is False:
+        return "is_causal is False"
+    if arguments.get("output_attentions"):
+        return "the attention weights are asked for"
+    if x.ndim != 3 or not _plain_tensors(x) or x.dtype != layer.input_layernorm.weight.dtype:
+        return f"hidden states of shape {tuple(x.shape)} and dtype {x.dtype}"
+    if torch.is_autocast_enabled(x.device.type):
+        return "autocast: the block would round the residual stream"
+    if arguments.get("position_embeddings") is None:
+        return "no rotary tables are given"
+    if cache is not None and attention_mask is not None:
+        return "packed sequences beside a cache"
+    if cache is not None and records(x, layer):
+        if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+            return f"a {type(cache).__name__} while gradients are recorded"
+        if cache.get_seq_length(attn.layer_idx) != 0:
+            return "a cache that holds keys while gradients are recorded"
+    return None
+
+
+def records(x: Tensor, layer: Any) -> bool:
+    """Whether gradients are recorded through a layer."""
+    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block_weights(layer)))
+
+
+def block_weights(layer: Any) -> Weights:
+    """The parameters of a layer in the order of the block function."""
+    a, m = layer.self_attn, layer.mlp
+    return Weights(
+        layer.input_layernorm.weight,
+        a.q_proj.weight,
+        a.k_proj.weight,
+        a.v_proj.weight,
+        a.o_proj.weight,
+        layer.post_attention_layernorm.weight,
+        m.gate_proj.weight,
+        m.up_proj.weight,
+        m.down_proj.weight,
+    )
+
+
+# ---- caches ----------------------------------------------------------------------------------------------------------
+class _LayerCache:
+    """One layer of a transformers cache, as the block takes it."""
+
+    def __init__(self, cache: Any, layer: int, arguments: dict[str, Any]) -> None:
+        self.cache, self.layer = cache, layer
+        self.extra: tuple[Any, ...] = ()
+        if layout.POSITIONS_TO_CACHE:
+            cos, sin = arguments["position_embeddings"]
+            self.extra = ({"sin": sin, "cos": cos, "cache_position": arguments.get("cache_position")},)
+
+    def append(self, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = self.cache.update(k_BTGD.transpose(1, 2), v_BTGD.transpose(1, 2), self.layer, *self.extra)
+        return k.transpose(1, 2), v.transpose(1, 2)
+
+
+def named(parameters: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name, the cache by the name that this version gives it."""
+    if args:
+        kwargs = {**dict(zip(parameters, args, strict=False)), **kwargs}
+    for other in layout.CACHES:
+        if other != layout.CACHE and kwargs.get(other) is not None:
+            kwargs[layout.CACHE] = kwargs.pop(other)
+    return kwargs
+
+
+# ---- the classes -----------------------------------------------------------------------------------------------------
+class State:
+    """What a decoder layer remembers beside its parameters.
+
+    Args:
+        policy: what its block keeps for the backward, one of `llama_fast.block.POLICIES`.
+    """
+
+    def __init__(self, policy: str = "recompute-cheap") -> None:
+        self.policy = policy
+        self.last: str | None = None  # "block", or what stood against it in the last call
+
+
+class _Recorded(type):
+    """isinstance() takes the stock layers too.
+
+    transformers notes hidden states of the instances of a class that its model class names, and puts a registered class
+    in that place for good, for models too that are built without it.
+    """
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, cls.__mro__[1])
+
+
+class LlamaRMSNorm(_Norm):
+    """transformers' LlamaRMSNorm on lf.rms_norm, where the gain has the dtype of the input."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """x [..., C] -> [..., C]."""
+        if norm_objection(self, hidden_states):
+            return super().forward(hidden_states)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+class LlamaMLP(_MLP):
+    """transformers' LlamaMLP on lf.swiglu, where the activation is SiLU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., C] -> [..., C]."""
+        if activation_objection(self):
+            return super().forward(x)
+        gate, up = _project(self.gate_proj, x), _project(self.up_proj, x)
+        if gate.dtype != up.dtype:
+            return self.down_proj(self.act_fn(gate) * up)
+        return _project(self.down_proj, swiglu(gate, up))
+
+
+class LlamaAttention(_Attention, metaclass=_Recorded):
+    """transformers' LlamaAttention on lf.rope and the attention function of its config."""
+
+    @functools.wraps(_Attention.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """x [B, T, C] -> [B, T, C] and the attention weights or None."""
+        kwargs = named(layout.ATTENTION_PARAMETERS, args, kwargs)
+        x, mask = kwargs.pop("hidden_states"), kwargs.pop("attention_mask", None)
+        cos, sin = kwargs["position_embeddings"]
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind) and x.dtype == torch.float32 and not any(map(linear_objection, projections)):
+            x = x.to(torch.get_autocast_dtype(kind))  # once: each of the three would make and keep a copy
+        q, k, v = (_project(p, x).unflatten(-1, (-1, self.head_dim)) for p in projections)
+        if cos.ndim == 3 and q.dtype == k.dtype:
+            q, k = rope(q, k, cos, sin)
+        else:
+            q, k = _apply_rotary(q, k, cos, sin, unsqueeze_dim=2)
+        cache = kwargs.pop(layout.CACHE, None)
+        if cache is not None:
+            k, v = _LayerCache(cache, self.layer_idx, kwargs).append(k, v)
+        kwargs.pop("position_embeddings")
+        name = self.config._attn_implementation
+        attend = attention_forward if name == NAME else ALL_ATTENTION_FUNCTIONS.get(name, stock.eager_attention_forward)
+        out, weights = attend(
+            self,
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return _project(self.o_proj, out.reshape(*x.shape[:-1], -1)), weights
+
+
+class LlamaDecoderLayer(_Layer, metaclass=_Recorded):
+    """transformers' LlamaDecoderLayer as one block with a hand-written backward, else by its parts.
+
+    `_llama_fast`: the policy of the block, and in words what the last call ran.
+    """
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self._llama_fast = State()
+
+    @functools.wraps(_Layer.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """x [B, T, C] -> [B, T, C]."""
+        kwargs = named(layout.LAYER_PARAMETERS, args, kwargs)
+        x = kwargs.pop("hidden_states")
+        against = structure_objection(self) or call_objection(self, x, kwargs)
+        if not torch.compiler.is_compiling():
+            self._llama_fast.last = against or "block"
+        y = self._block(x, kwargs) if against is None else self._parts(x, kwargs)
+        return y if not layout.GIVES_TUPLE or isinstance(y, tuple) else (y,)
+
+    def _block(self, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+        attn = self.self_attn
+        options = BlockOptions(attn.head_dim, self.input_layernorm.variance_epsilon, self._llama_fast.policy)
+        cos, sin = (t[..., : t.shape[-1] // 2].float() for t in arguments["position_embeddings"])
+        cache, rows = arguments.get(layout.CACHE), arguments.get("attention_mask")
+        w = block_weights(self)
+        if rows is not None:
+            B, T, C = x.shape
+            cos, sin = (t.expand(B, -1, -1).reshape(1, B * T, -1) for t in (cos, sin))
+            y = transformer_block(x.reshape(1, B * T, C), w, cos, sin, options, cu_seqlens=rows)
+            return y.view(B, T, C)
+        if cache is None:
+            return transformer_block(x, w, cos, sin, options)
+        held = _LayerCache(cache, attn.layer_idx, arguments)
+        if not records(x, self):
+            return transformer_block(x, w, cos, sin, options, cache=held)
+        y, k, v = transformer_block(x, w, cos, sin, options, return_keys=True)
+        held.append(k, v)
+        return y
+
+    def _parts(self, x: Tensor, arguments: dict[str, Any]) -> Any:
+        """The layer by its modules; the addition before the second norm within it, where both allow that."""
+        norm = self.post_attention_layernorm
+        attended, *rest = self.self_attn(hidden_states=self.input_layernorm(x), **arguments)
+        if norm_objection(norm, x) or watched(norm) or attended.dtype != x.dtype:
+            h = x + attended
+            n2 = norm(h)
+        else:
+            n2, h = add_rms_norm(attended, x, norm.weight, norm.variance_epsilon)
+        y = h + self.mlp(n2)
+        return (y, *rest) if layout.GIVES_TUPLE and arguments.get("output_attentions") else y
+
+
+REPLACEMENTS = {
+    _Norm: LlamaRMSNorm,
+    _MLP: LlamaMLP,
+    _Attention: LlamaAttention,
+    _Layer: LlamaDecoderLayer,
+}

@@ -1,0 +1,92 @@
+"""transformers' LlamaForCausalLM with a loss that never makes the logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from llama_fast.hf import layout
+from llama_fast.hf.layers import linear_objection, named
+from llama_fast.hf.layout import stock
+from llama_fast.ops.linear_cross_entropy import linear_cross_entropy
+
+_CausalLM: Any = stock.LlamaForCausalLM
+_CACHE_FIELD = next(f.name for f in dataclasses.fields(CausalLMOutputWithPast) if f.name in layout.CACHES)
+FUSED = (False, True, "training")
+
+
+def loss_objection(model: Any) -> str | None:
+    """Why a model with labels makes its logits, or None."""
+    if type(model) is not LlamaForCausalLM or not model._llama_fast_loss:
+        return "fused_loss is False"
+    if model._llama_fast_loss == "training" and not model.training:
+        return 'fused_loss is "training" and the model is in evaluation mode'
+    if model.loss_function is not ForCausalLMLoss:
+        return f"the model has the loss function {getattr(model.loss_function, '__name__', model.loss_function)}"
+    found = linear_objection(model.lm_head)
+    return found and f"lm_head {found}"
+
+
+class LlamaForCausalLM(_CausalLM):
+    """transformers' LlamaForCausalLM whose loss is lf.linear_cross_entropy; its outputs then have no logits.
+
+    `_llama_fast_loss`: True, False, or "training" for no fused loss in evaluation mode.
+    """
+
+    _llama_fast_loss: bool | str = False
+
+    @functools.wraps(_CausalLM.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own; with labels and the fused loss `logits` is None."""
+        kwargs = named(layout.MODEL_PARAMETERS, args, kwargs)
+        keep = kwargs.get("logits_to_keep", 0)
+        everywhere = isinstance(keep, int) and keep == 0
+        if kwargs.get("labels") is None or not everywhere or loss_objection(self):
+            return super().forward(**kwargs)
+        kwargs.pop("logits_to_keep", None)
+        return self._with_fused_loss(**kwargs)
+
+    @can_return_tuple
+    def _with_fused_loss(self, labels: Tensor, **kwargs: Any) -> CausalLMOutputWithPast:
+        outputs = self.model(**kwargs)
+        return CausalLMOutputWithPast(
+            loss=_loss(outputs.last_hidden_state, self.lm_head.weight, labels, **kwargs),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **{_CACHE_FIELD: getattr(outputs, _CACHE_FIELD)},
+        )
+
+
+def _loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """What `ForCausalLMLoss` computes of the logits hidden weight^T: the label at t + 1 counts at t."""
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    targets = shift_labels.to(hidden.device).reshape(hidden.shape[:-1])
+    if weight.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise ValueError(f"hf: lm_head.weight has dtype {weight.dtype}, expected {hidden.dtype} as the hidden states")
+    if num_items_in_batch is None:
+        return linear_cross_entropy(hidden, weight, targets, ignore_index=ignore_index)
+    total = linear_cross_entropy(hidden, weight, targets, ignore_index=ignore_index, reduction="sum")
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch
+
+
+LOSS_REPLACEMENTS = {_CausalLM: LlamaForCausalLM}

@@ -1,0 +1,93 @@
+"""What runs in each layer of a patched model, in words."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+import llama_fast
+from llama_fast.hf import layout
+from llama_fast.hf.attention import NAME
+from llama_fast.hf.layers import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaMLP,
+    activation_objection,
+    linear_objection,
+    norm_objection,
+    structure_objection,
+)
+from llama_fast.hf.layout import stock
+from llama_fast.hf.loss import loss_objection
+
+
+def report(model: nn.Module) -> str:
+    """Says layer by layer what runs and why.
+
+    Args:
+        model: a model, patched or not.
+
+    Returns:
+        One line a layer, equal neighbours together: "block" where all of it is one function; else what stands against
+        that, and what of its parts runs on llama_fast and what is transformers' own. What the last call ran is told
+        where it differs from that: a mask, a cache or autocast can stand against the block in one call.
+
+    Raises:
+        ValueError: there is no LlamaDecoderLayer in the model.
+    """
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, stock.LlamaDecoderLayer)]
+    if not layers:
+        raise ValueError(f"hf.report: {type(model).__name__} has no LlamaDecoderLayer")
+    lines = [f"llama_fast {llama_fast.__version__}, transformers {layout.VERSION}"]
+    for text, group in itertools.groupby(((name, _layer(m)) for name, m in layers), key=lambda pair: pair[1]):
+        names = [name for name, _ in group]
+        lines.append(f"{names[0]}{f' to {names[-1]}' if len(names) > 1 else ''}: {text}")
+    for name, m in model.named_modules():
+        if isinstance(m, stock.LlamaForCausalLM):
+            against = loss_objection(m)
+            what = "fused, without logits" if against is None else f"transformers', on the logits ({against})"
+            lines.append(f"{name or type(m).__name__}, loss of labels: {what}")
+    return "\n".join(lines)
+
+
+def _layer(layer: Any) -> str:
+    if type(layer) is not LlamaDecoderLayer:
+        return f"transformers' own ({type(layer).__name__}, not patched)"
+    against = structure_objection(layer)
+    state = layer._llama_fast
+    text = f"block, {state.policy}" if against is None else f"ops, for {against}: " + "; ".join(_parts(layer))
+    if against is None and state.last not in (None, "block"):
+        text += f"; last call: ops, for {state.last}"
+    return text
+
+
+def _parts(layer: Any) -> Iterator[str]:
+    """What runs on llama_fast, then what does not."""
+    attn, mlp = layer.self_attn, layer.mlp
+    fast: list[str] = []
+    slow: list[str] = []
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        found = norm_objection(getattr(layer, name))
+        (slow if found else fast).append(f"{name} {found}" if found else "rms_norm")
+    if type(attn) is not LlamaAttention:
+        slow.append(f"self_attn is a {type(attn).__name__}")
+    else:
+        fast.append("rope")
+        if attn.config._attn_implementation != NAME:
+            slow.append(f"attention is {attn.config._attn_implementation}")
+        elif attn.attention_dropout and layer.training:
+            slow.append(f"attention is sdpa, for its dropout of {attn.attention_dropout:g}")
+        else:
+            fast.append("attention")
+    found = activation_objection(mlp)
+    (slow if found else fast).append(f"mlp {found}" if found else "swiglu")
+    for part, names in ((attn, ("q_proj", "k_proj", "v_proj", "o_proj")), (mlp, ("gate_proj", "up_proj", "down_proj"))):
+        if type(part) in (LlamaAttention, LlamaMLP):
+            for name in names:
+                found = linear_objection(getattr(part, name))
+                (slow if found else fast).append(f"{name} {found}" if found else name)
+    yield "llama_fast: " + (", ".join(dict.fromkeys(fast)) or "nothing")
+    yield "transformers: " + (", ".join(slow) or "nothing")

@@ -1,0 +1,255 @@
+"""patch, unpatch, report and register: what they change, what they leave, and what they refuse."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_pairs import SIZES, make, patched, ran, tokens, transformers
+from torch import nn
+
+import llama_fast as lf
+from llama_fast.hf import layout
+from llama_fast.hf.attention import NAME
+
+
+def _state(model: nn.Module) -> list[tuple[Any, ...]]:
+    """Class, attributes and attention implementation of every module."""
+    return [
+        (
+            name,
+            type(m),
+            sorted(m.__dict__),
+            m.training,
+            getattr(getattr(m, "config", None), "_attn_implementation", None),
+        )
+        for name, m in model.named_modules()
+    ]
+
+
+def test_importing_llama_fast_does_not_import_transformers() -> None:
+    code = "import sys, llama_fast as lf; assert 'transformers' not in sys.modules; lf.hf.patch; print('imported')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False
+    )
+    assert done.stdout == "imported\n", done.stderr
+    with pytest.raises(AttributeError, match="has no attribute 'hg'"):
+        _ = lf.hg
+
+
+def test_without_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"pip install 'llama_fast\[hf\]'"):
+        _reloaded()
+
+
+def _reloaded() -> None:
+    """Runs llama_fast/hf/layout.py again, aside from the module that is in use."""
+    spec = importlib.util.spec_from_file_location("layout_again", layout.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+@pytest.mark.parametrize("version", ["4.52.4", "6.0.0", "main"])
+def test_an_unknown_version_raises(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", version)
+    with pytest.raises(RuntimeError, match=f"transformers {version} is installed, expected"):
+        _reloaded()
+
+
+def test_an_unknown_layout_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = layout.stock
+    with monkeypatch.context() as patch:
+        patch.setattr(stock.LlamaMLP, "forward", lambda self, hidden: hidden)
+        with pytest.raises(RuntimeError, match=r"LlamaMLP.forward takes \('hidden',\), expected \['x'\] among them"):
+            _reloaded()
+    with monkeypatch.context() as patch:
+        patch.delattr(stock, "LlamaRMSNorm")
+        with pytest.raises(RuntimeError, match="modeling_llama has no LlamaRMSNorm"):
+            _reloaded()
+    with monkeypatch.context() as patch:
+        patch.setattr(stock, "LlamaRMSNorm", nn.RMSNorm)
+        with pytest.raises(RuntimeError, match=r"LlamaRMSNorm is torch.nn.modules.normalization's"):
+            _reloaded()
+    model = make()
+    model.model.layers[1].third = nn.Identity()
+    with pytest.raises(RuntimeError, match=r"model.layers.1 of transformers .* has the submodules .*'third'"):
+        lf.hf.patch(model)
+    assert ran_nothing(model)
+
+
+def ran_nothing(model: nn.Module) -> bool:
+    return not any(type(m).__module__.startswith("llama_fast") for m in model.modules())
+
+
+def test_unpatch_restores_exactly() -> None:
+    model = make()
+    before, values = _state(model), {n: t.clone() for n, t in model.state_dict().items()}
+    identities = [id(p) for p in model.parameters()]
+    assert lf.hf.patch(model, fused_loss=True) is model
+    assert model.config._attn_implementation == NAME
+    assert [id(p) for p in model.parameters()] == identities
+    assert list(model.state_dict()) == list(values)
+    model(tokens(), labels=tokens()).loss.backward()
+    assert lf.hf.unpatch(model) is model
+    assert _state(model) == before
+    assert all(torch.equal(t, values[n]) for n, t in model.state_dict().items())
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no patched module"):
+        lf.hf.unpatch(model)
+
+
+def test_patching_twice_changes_the_options_only() -> None:
+    model = make()
+    before = _state(model)
+    lf.hf.patch(lf.hf.patch(model), policy="save", fused_loss=True)
+    assert model.model.layers[0]._llama_fast.policy == "save"
+    assert model(tokens(), labels=tokens()).logits is None
+    lf.hf.patch(model)
+    assert model(tokens(), labels=tokens()).logits is not None
+    lf.hf.unpatch(model)
+    assert _state(model) == before
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_the_attention_implementation_comes_back(implementation: str) -> None:
+    model = make(attn_implementation=implementation)
+    lf.hf.unpatch(lf.hf.patch(model))
+    assert model.config._attn_implementation == implementation
+    lf.hf.patch(model)
+    model.set_attn_implementation("sdpa")  # the user's later choice stands, in the patched model too
+    model(tokens())
+    assert ran(model) == "the attention implementation is sdpa"
+    lf.hf.unpatch(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_other_models_with_llama_layers() -> None:
+    config = transformers.LlamaConfig(**SIZES, num_labels=3)
+    ids = tokens()
+    for kind in (transformers.LlamaModel, transformers.LlamaForSequenceClassification):
+        torch.manual_seed(0)
+        model = kind(config).eval()
+        with torch.no_grad():
+            want = model(ids)[0]
+            got = lf.hf.patch(model)(ids)[0]
+        assert ran(model) == "block"
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    wrapped = nn.ModuleDict({"trunk": make().model})
+    lf.hf.patch(wrapped)
+    assert "trunk.layers.0 to trunk.layers.1: block" in lf.hf.report(wrapped)
+
+
+def test_nothing_to_patch_raises() -> None:
+    with pytest.raises(ValueError, match="Linear has no LlamaDecoderLayer, only Linear"):
+        lf.hf.patch(nn.Linear(2, 2))
+
+    class Sharded(layout.stock.LlamaDecoderLayer):
+        pass
+
+    model = make()
+    for layer in model.model.layers:
+        layer.__class__ = Sharded
+    with pytest.raises(ValueError, match=r"model.layers.0 is a test_hf.Sharded, expected LlamaDecoderLayer itself"):
+        lf.hf.patch(model)
+    model = make()
+    for layer in model.model.layers:
+        layer.forward = lambda x, **_: x
+    with pytest.raises(ValueError, match=r"the forward of model.layers.0 was replaced"):
+        lf.hf.patch(model)
+    assert ran_nothing(model)
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(ValueError, match="policy is 'all', expected one of save, recompute-cheap, recompute-all"):
+        lf.hf.patch(make(), policy="all")
+    with pytest.raises(ValueError, match="fused_loss is 'eval', expected True, False or 'training'"):
+        lf.hf.patch(make(), fused_loss="eval")
+
+
+def test_report_says_what_runs_and_why() -> None:
+    model = make(num_hidden_layers=4)
+    assert "model.layers.0 to model.layers.3: transformers' own (LlamaDecoderLayer, not patched)" in lf.hf.report(model)
+    model.model.layers[1].forward = model.model.layers[0].forward
+    lf.hf.patch(model)
+    model.model.layers[2].mlp.act_fn = nn.GELU()
+    model.model.layers[3].self_attn.k_proj = nn.Linear(64, 32, bias=True)
+    lines = lf.hf.report(model).splitlines()
+    assert lines[0].startswith("llama_fast ")
+    assert lines[0].endswith(f"transformers {transformers.__version__}")
+    assert lines[1] == "model.layers.0: block, recompute-cheap"
+    assert lines[2] == "model.layers.1: transformers' own (LlamaDecoderLayer, not patched)"
+    assert lines[3] == (
+        "model.layers.2: ops, for mlp has the activation GELU: llama_fast: rms_norm, rope, attention, q_proj, k_proj, "
+        "v_proj, o_proj, gate_proj, up_proj, down_proj; transformers: mlp has the activation GELU"
+    )
+    assert lines[4].startswith(
+        "model.layers.3: ops, for k_proj has a bias: llama_fast: rms_norm, rope, attention, swiglu"
+    )
+    assert lines[4].endswith("transformers: k_proj has a bias")
+    assert lines[5] == "LlamaForCausalLM, loss of labels: transformers', on the logits (fused_loss is False)"
+    with pytest.raises(ValueError, match="Linear has no LlamaDecoderLayer"):
+        lf.hf.report(nn.Linear(2, 2))
+
+
+def test_report_tells_of_the_last_call() -> None:
+    model = patched(make())
+    ids, mask = tokens(), torch.ones_like(tokens())
+    mask[0, :3] = 0
+    model(ids, attention_mask=mask)
+    assert lf.hf.report(model).count("last call: ops, for a mask that is not causal") == 1
+    model(ids)
+    assert "last call" not in lf.hf.report(model)
+
+
+def test_a_patched_model_can_be_copied_and_pickled() -> None:
+    model = patched(make(), policy="save")
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(other(tokens()).logits, model(tokens()).logits)
+        assert ran(other) == "block"
+        assert other.model.layers[0]._llama_fast.policy == "save"
+        assert ran_nothing(lf.hf.unpatch(other))
+        assert other.config._attn_implementation == "sdpa"
+    assert ran(model) == "block"
+
+
+def test_register_takes_effect_in_from_pretrained(tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    before = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    try:
+        lf.hf.register()
+        lf.hf.register()
+        model = transformers.LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation=NAME)
+        torch.testing.assert_close(model(tokens()).logits, before(tokens()).logits, rtol=1e-4, atol=1e-5)
+        mask = torch.ones_like(tokens())
+        mask[0, :3] = 0
+        got, want = (m(tokens(), attention_mask=mask).logits[mask.bool()] for m in (model, before))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        hidden = model(tokens(), output_hidden_states=True).hidden_states
+        assert len(hidden) == 3
+        # a stock model, made before or after, keeps recording what it is asked for
+        for stock in (before, make()):
+            found = stock(tokens(), output_hidden_states=True).hidden_states
+            assert len(found) == 3
+            torch.testing.assert_close(found, hidden, rtol=1e-4, atol=1e-5)
+        if importlib.util.find_spec("transformers.monkey_patching") is None:
+            assert ran_nothing(model)
+            return
+        assert ran(model) == "block"
+        assert ran_nothing(make())
+        other = transformers.AutoModel.from_pretrained(tmp_path)
+        other(tokens())
+        assert ran(other) == "the attention implementation is sdpa"
+        lf.hf.patch(other)(tokens())
+        assert ran(other) == "block"
+        assert ran_nothing(lf.hf.unpatch(other))
+    finally:
+        if importlib.util.find_spec("transformers.monkey_patching") is not None:
+            transformers.monkey_patching.clear_patch_mapping()
