@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import emulated
 import pytest
 import torch
@@ -30,8 +32,104 @@ def test_cp_async_ldmatrix_and_mma(dtype: torch.dtype) -> None:
     torch.testing.assert_close(d, (a.double() @ b.double()).float())
 
 
-@pytest.mark.parametrize(("dtype", "M", "N", "K"), [(torch.bfloat16, 100, 150, 328), (torch.float16, 64, 96, 8)])
-def test_tma_mbarrier_and_wgmma(dtype: torch.dtype, M: int, N: int, K: int) -> None:
-    a, b, c = torch.randn(M, K).to(dtype), torch.randn(N, K).to(dtype), torch.full((M, N), torch.nan)
-    assert emulated.run(emulated.load("hopper"), "gemm", a, b, c, M, N, K, dtype == torch.bfloat16) == ""
-    torch.testing.assert_close(c, (a.double() @ b.double().T).float(), atol=1e-4, rtol=1e-4)
+def _product(name: str, function: str, dtype: torch.dtype, M: int, N: int, K: int, planted: object = None) -> str:
+    """Runs c = a b^T; "" or the fault's report, or what is wrong with c."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(rows, K, generator=generator).to(dtype) for rows in (M, N))
+    c = torch.full((M, N), torch.nan, dtype=dtype)
+    report = emulated.run(emulated.load(name, planted), function, a, b, c, M, N, K, dtype == torch.bfloat16)
+    if report:
+        return report
+    try:
+        torch.testing.assert_close(c, (a.double() @ b.double().T).to(dtype))
+    except AssertionError:
+        return "wrong result"
+    return ""
+
+
+SIZES = [(64, 64, 32), (64, 136, 8), (100, 72, 200)]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernel", [("pipeline", "product"), ("hopper", "gemm")])
+def test_a_pipelined_kernel(kernel: tuple[str, str], dtype: torch.dtype, seed: int) -> None:
+    emulated.configure(seed=seed)
+    for size in SIZES:
+        assert _product(*kernel, dtype, *size) == "", size
+
+
+def test_bank_conflicts_are_counted() -> None:
+    emulated.counters()
+    assert _product("pipeline", "product", torch.bfloat16, *SIZES[-1]) == ""
+    assert emulated.counters()["bank_conflicts"] == 0
+    assert _product("pipeline", "product", torch.bfloat16, *SIZES[-1], ("(row / 2 % 4)", "0")) == ""
+    counters = emulated.counters()
+    assert counters["bank_conflicts"] == 3 * 4 * counters["ldmatrix"]  # 8 rows of 16 bytes in 2 banks of 16 bytes
+
+
+# What stands in the kernel, what is planted in its place, and what the emulator has to say.
+PIPELINE_BUGS = {
+    "no barrier before the reads": ("__syncthreads();  // the tiles are there", "", "race: ldmatrix reads"),
+    "no barrier after the reads": ("__syncthreads();  // everyone has read them", "", "race: .* writes"),
+    "a wait that is too weak": ("wait_group<1>()", "wait_group<2>()", "race: ldmatrix reads .* in flight"),
+    "no wait": ("ptx::cp_async_wait_group<1>();", "", "race: ldmatrix reads .* in flight"),
+    "no commit": ("ptx::cp_async_commit_group();\n    ptx", "ptx", "race: ldmatrix reads .* in flight"),
+    "a wrong row": ("warp * 16 + lane % 16", "warp * 16 + lane % 8", "wrong result"),
+    "a wrong fragment": ("lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2", "lane % 16, 2 * k + lane / 16", "wrong"),
+    "no __syncwarp": ("  __syncwarp();", "", "race: (ld|st).shared"),
+    "a tail of rows off by one": ("row0 + row < rows", "row0 + row <= rows", "cp.async: 16 bytes at offset"),
+    "a tail of columns not looked at": ("inside ? 16 : 0)", "row0 + row < rows ? 16 : 0)", "wrong result"),
+    "a store outside": ("if (m < M && n < N) ptx", "if (n < N) ptx", "st.global: .* of c,"),
+    "an unaligned store": (
+        "static_cast<int64_t>(m) * N + n",
+        "static_cast<int64_t>(m) * N + n + 1",
+        "not aligned to 16",
+    ),
+    "too little shared memory": (
+        "kBytes = 2 * kStageBytes",
+        "kBytes = 2 * kStageBytes - 64",
+        "bytes at shared address",
+    ),
+    "a barrier that not all reach": ("__syncwarp();", "__syncwarp(); if (warp) ptx::bar_sync(1, 128);", "deadlock"),
+    "a shuffle that not all reach": ("__syncwarp();", "__syncwarp(); if (lane) __shfl_sync(~0u, m0, 1);", "deadlock"),
+}
+HOPPER_BUGS = {
+    "no wait for an empty stage": (
+        "ptx::mbarrier_wait(empty",
+        "if (0) ptx::mbarrier_wait(empty",
+        "mbarrier .* arrivals",
+    ),
+    "no wait for a full stage": ("ptx::mbarrier_wait(full", "if (0) ptx::mbarrier_wait(full", "race: "),
+    "too few bytes": ("expect_tx(full + 8 * s, kStage)", "expect_tx(full + 8 * s, kABytes)", "race: wgmma"),
+    "too many bytes": ("expect_tx(full + 8 * s, kStage)", "expect_tx(full + 8 * s, kStage + 16)", "deadlock"),
+    "a flipped parity of the consumer": ("full + 8 * s, k / kStages & 1)", "full + 8 * s, ~k / kStages & 1)", "race: "),
+    "a flipped parity of the producer": ("(k / kStages & 1) ^ 1)", "k / kStages & 1)", "deadlock"),
+    "no fence of the mbarriers": ("ptx::fence_mbarrier_init();", "", "no fence.mbarrier_init"),
+    "no barrier after their start": ("__syncthreads();", "", "mbarrier"),
+    "a wrong count": ("ptx::mbarrier_init(empty + 8 * s, 4)", "ptx::mbarrier_init(empty + 8 * s, 3)", "race: TMA load"),
+    "no wgmma.fence": ("ptx::wgmma_fence();", "", "no wgmma.fence"),
+    "no wgmma.wait": ("wgmma_wait_group<0>()", "wgmma_wait_group<1>()", "race: TMA load writes"),
+    "no wgmma.commit": ("ptx::wgmma_commit_group();", "", "race: TMA load writes"),
+    "a wrong stride": ("kABytes + step * 32, 16, 1024", "kABytes + step * 32, 16, 512", "wrong result"),
+    "a wrong step of k": ("tiles + s * kStage + step * 32, 16", "tiles + s * kStage + step * 16, 16", "wrong result"),
+    "no fence of the proxies": ("ptx::fence_proxy_async();", "", "without a fence.proxy.async"),
+    "no barrier before the store": ("ptx::bar_sync(1, 128);", "", "race: TMA store reads"),
+    "a barrier of too many": ("bar_sync(1, 128)", "bar_sync(1, 256)", "deadlock"),
+    "no wait for the store": ("ptx::bulk_wait_group_read<0>();", "", "bulk store in flight"),
+    "a wrong swizzle of the result": ("(chunk ^ (row % 8))", "(chunk ^ (row % 4))", "wrong result"),
+}
+
+
+@pytest.mark.parametrize("bug", PIPELINE_BUGS)
+def test_a_bug_planted_in_the_sm80_kernel_is_caught(bug: str) -> None:
+    before, after, expected = PIPELINE_BUGS[bug]
+    emulated.configure()
+    assert re.search(expected, _product("pipeline", "product", torch.bfloat16, 100, 72, 200, (before, after)))
+
+
+@pytest.mark.parametrize("bug", HOPPER_BUGS)
+def test_a_bug_planted_in_the_sm90_kernel_is_caught(bug: str) -> None:
+    before, after, expected = HOPPER_BUGS[bug]
+    emulated.configure()
+    assert re.search(expected, _product("hopper", "gemm", torch.bfloat16, 100, 136, 200, (before, after)))

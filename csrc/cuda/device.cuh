@@ -44,11 +44,10 @@ uint32_t shared_address(Shared<T> p) {
   return p.address();
 }
 
-#define LLAMA_FAST_SHARED(T, name, n)                                                     \
-  static const char name##_declaration = 0;                                               \
-  const ::llama_fast::cuda::Shared<T> name(                                               \
-      ::llama_fast::emulator::block().static_shared(&name##_declaration, sizeof(T) * (n), \
-                                                    alignof(T) > 16 ? alignof(T) : 16),   \
+#define LLAMA_FAST_SHARED(T, name, n)                                                                                 \
+  static const char name##_declaration = 0;                                                                           \
+  const ::llama_fast::cuda::Shared<T> name(                                                                           \
+      ::llama_fast::emulator::static_shared(&name##_declaration, sizeof(T) * (n), alignof(T) > 16 ? alignof(T) : 16), \
       0)
 #define LLAMA_FAST_DYNAMIC_SHARED(name) const ::llama_fast::cuda::Shared<char> name(0, 0)
 

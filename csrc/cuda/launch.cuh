@@ -21,7 +21,10 @@ struct Launch {
 // Runs the kernel to its end. Throws std::runtime_error with the fault's report.
 template <class... Parameters, class... Arguments>
 void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
-  emulator::launch_grid(how.op, how.grid, how.block, how.dynamic_shared, [&] { kernel(arguments...); });
+  const auto run = [&] { kernel(arguments...); };
+  emulator::launch_grid(
+      how.op, how.grid, how.block, how.dynamic_shared, [](const void* f) { (*static_cast<decltype(&run)>(f))(); },
+      &run);
 }
 
 #else

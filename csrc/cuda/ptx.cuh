@@ -21,8 +21,7 @@ template <class T>
 constexpr emulator::Half kHalf = std::is_same_v<T, bf16> ? emulator::Half::bf16 : emulator::Half::f16;
 #endif
 
-// ---- matrix units
-// ----------------------------------------------------------------------------------------------------
+// ---- matrix units ---------------------------------------------------------------------------------------------------
 
 // "Multiply-and-Accumulate Instruction: mma", sm_80. d = a b + c: a [16, 16] by rows, b [16, 8] by columns, d and c
 // [16, 8] f32. Lane l, with g = l / 4 and t = l % 4, holds
@@ -128,8 +127,7 @@ LLAMA_FAST_DEVICE void stmatrix_x4_trans(uint32_t address, const uint32_t (&r)[4
 #endif
 }
 
-// ---- asynchronous copies
-// ---------------------------------------------------------------------------------------------
+// ---- asynchronous copies --------------------------------------------------------------------------------------------
 
 // "cp.async", sm_80. 16 bytes from global to shared memory past L1, both addresses aligned to 16. Of the source only
 // the first `source_bytes` are read; the rest of the destination becomes 0. With source_bytes = 0 the source may be
@@ -163,8 +161,7 @@ LLAMA_FAST_DEVICE void cp_async_wait_group() {
 #endif
 }
 
-// ---- memory
-// ----------------------------------------------------------------------------------------------------------
+// ---- memory ---------------------------------------------------------------------------------------------------------
 
 // "ld.global.nc", sm_70 for the hint. 16 bytes that no thread writes during the kernel; aligned to 16.
 LLAMA_FAST_DEVICE uint4 ld_global_nc_v4(GlobalAddress address) {
@@ -260,8 +257,7 @@ LLAMA_FAST_DEVICE void st_shared_v4(uint32_t address, const uint4& b) {
 #endif
 }
 
-// ---- arithmetic
-// ------------------------------------------------------------------------------------------------------
+// ---- arithmetic -----------------------------------------------------------------------------------------------------
 
 // "ex2", sm_20. 2^a, at most 2 units in the last place off; ex2(-inf) = 0. Subnormals are 0.
 LLAMA_FAST_DEVICE float ex2(float a) {
@@ -331,21 +327,20 @@ LLAMA_FAST_DEVICE float cvt_f32(T a) {
 #endif
 }
 
-// ---- barriers of some of a block's warps
-// -----------------------------------------------------------------------------
+// ---- barriers of some of a block's warps ----------------------------------------------------------------------------
 
 // "bar, barrier", sm_20. Barrier `a` of 16 (0 is __syncthreads'), for `b` threads, a multiple of 32. bar.arrive does
 // not wait.
 LLAMA_FAST_DEVICE void bar_sync(int a, int b) {
 #ifdef LLAMA_FAST_EMULATE
-  emulator::block().barrier(a, b, true);
+  emulator::barrier(a, b, true);
 #else
   asm volatile("bar.sync %0, %1;" ::"r"(a), "r"(b) : "memory");
 #endif
 }
 LLAMA_FAST_DEVICE void bar_arrive(int a, int b) {
 #ifdef LLAMA_FAST_EMULATE
-  emulator::block().barrier(a, b, false);
+  emulator::barrier(a, b, false);
 #else
   asm volatile("bar.arrive %0, %1;" ::"r"(a), "r"(b) : "memory");
 #endif

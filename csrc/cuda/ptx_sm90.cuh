@@ -20,8 +20,7 @@ using TensorMap = emulator::TensorMap;
 using TensorMap = CUtensorMap;
 #endif
 
-// ---- mbarrier: 8 bytes of shared memory
-// ------------------------------------------------------------------------------
+// ---- mbarrier: 8 bytes of shared memory -----------------------------------------------------------------------------
 
 // "mbarrier.init", sm_80. A phase ends after `count` arrivals and as many bytes as were expected.
 LLAMA_FAST_DEVICE void mbarrier_init(uint32_t address, int count) {
@@ -87,8 +86,7 @@ LLAMA_FAST_DEVICE void fence_proxy_async() {
 #endif
 }
 
-// ---- TMA: one thread starts a copy
-// -----------------------------------------------------------------------------------
+// ---- TMA: one thread starts a copy ----------------------------------------------------------------------------------
 
 // "prefetch.tensormap", sm_90. The map's own bytes, into the cache.
 LLAMA_FAST_DEVICE void prefetch_tensormap(const TensorMap& map) {
@@ -224,8 +222,7 @@ LLAMA_FAST_DEVICE void bulk_wait_group_read() {
 #endif
 }
 
-// ---- warps
-// -----------------------------------------------------------------------------------------------------------
+// ---- warps ----------------------------------------------------------------------------------------------------------
 
 // "setmaxnreg", sm_90a. By every warp of a warpgroup; kCount is a multiple of 8, 24 to 256.
 template <int kCount>

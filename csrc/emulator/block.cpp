@@ -10,7 +10,7 @@
 #include <stdexcept>
 #include <thread>
 
-#include "hopper.h"
+#include "async.h"
 
 namespace llama_fast::emulator {
 namespace {
@@ -57,15 +57,13 @@ Block::Block(int threads_at_most) {
 
 Block::~Block() = default;
 
-// ---- schedule
-// --------------------------------------------------------------------------------------------------------
-bool Block::run(uint3 index, dim3 grid, dim3 shape, size_t dynamic_shared, const std::function<void()>& kernel,
-                uint64_t seed) {
+// ---- schedule -------------------------------------------------------------------------------------------------------
+bool Block::run(uint3 index, dim3 grid, dim3 shape, size_t dynamic_shared, Kernel kernel, uint64_t seed) {
   index_ = index;
   grid_ = grid;
   shape_ = shape;
   thread_count_ = running_ = static_cast<int>(shape.x * shape.y * shape.z);
-  kernel_ = &kernel;
+  kernel_ = kernel;
   random_state_ = seed * 0x9E3779B97F4A7C15u + 0x2545F4914F6CDD1Du;
   error_.clear();
   shared_size_ = (dynamic_shared + 15) / 16 * 16;
@@ -84,6 +82,7 @@ bool Block::run(uint3 index, dim3 grid, dim3 shape, size_t dynamic_shared, const
     t.groups_committed = 0;
     make_ready(i);
   }
+  races_.reset(thread_count_);
   async_->reset();
   if (dirty_)
     for (auto& t : threads_) t->fiber.start(&Block::thread_main);
@@ -99,7 +98,7 @@ bool Block::run(uint3 index, dim3 grid, dim3 shape, size_t dynamic_shared, const
 void Block::thread_main() {
   for (;;) {
     Block& b = block();
-    (*b.kernel_)();
+    b.kernel_.run(b.kernel_.arguments);
     b.thread_exits();
   }
 }
@@ -158,7 +157,11 @@ void Block::deadlock() {
   for (int i = 0; i < thread_count_; ++i) {
     const Thread& t = *threads_[i];
     std::string place = t.exited ? "exited" : t.waits_for;
-    if (!t.exited && t.waits_for_number >= 0) place += " " + std::to_string(t.waits_for_number);
+    if (!t.exited && t.waits_for_number >= 0) {
+      char number[24];
+      std::snprintf(number, sizeof number, " %#llx", static_cast<long long>(t.waits_for_number));
+      place += number;
+    }
     auto& [threads, warps] = places[place];
     ++threads;
     const std::string warp = std::to_string(t.warp);
@@ -173,11 +176,14 @@ void Block::deadlock() {
 }
 
 void Block::fail(const char* format, ...) {
-  char text[2048];
   va_list arguments;
   va_start(arguments, format);
+  fail(format, arguments);
+}
+
+void Block::fail(const char* format, va_list arguments) {
+  char text[2048];
   std::vsnprintf(text, sizeof text, format, arguments);
-  va_end(arguments);
   error_ = "block (" + std::to_string(index_.x) + "," + std::to_string(index_.y) + "," + std::to_string(index_.z) + ")";
   if (self_ != nullptr)
     error_ += " thread " + std::to_string(self_->id) + " (warp " + std::to_string(self_->warp) + " lane " +
@@ -194,8 +200,7 @@ void Block::leave() {
   __builtin_unreachable();
 }
 
-// ---- barriers
-// --------------------------------------------------------------------------------------------------------
+// ---- barriers -------------------------------------------------------------------------------------------------------
 void Block::barrier(int id, int count, bool wait_for_others) {
   if (id < 0 || id >= kBarriers) fail("barrier %d: there are %d", id, kBarriers);
   if (count % kWarp != 0 || count < 0 || count > thread_count_)
@@ -206,6 +211,7 @@ void Block::barrier(int id, int count, bool wait_for_others) {
     fail("barrier %d: %d threads are expected here, %d by those who wait", id, count, b.count);
   b.count = count;
   ++b.arrived;
+  if (Races* r = races()) r->release(self_->id, b.channel);
   if (wait_for_others) b.waiting.push_back(self_->id);
   open_if_complete(b);
   if (wait_for_others) wait("barrier", id);  // the last to come is ready too, and goes on when its turn comes
@@ -217,13 +223,13 @@ void Block::open_if_complete(Barrier& b) {
                    : thread_count_ - static_cast<int>(std::count_if(threads_.begin(), threads_.begin() + thread_count_,
                                                                     [](const auto& t) { return t->exited; }));
   if (b.arrived < needed) return;
+  if (Races* r = races()) r->acquire(b.waiting, r->take(b.channel));
   for (int id : b.waiting) make_ready(id);
   b.arrived = 0;
   b.waiting.clear();
 }
 
-// ---- collectives of a warp
-// -------------------------------------------------------------------------------------------
+// ---- collectives of a warp ------------------------------------------------------------------------------------------
 Block::Meeting& Block::meet(const char* op, uint32_t mask) {
   const int lanes = std::min(kWarp, thread_count_ - self_->warp * kWarp);
   if (lanes < kWarp) mask &= (1u << lanes) - 1;
@@ -242,6 +248,7 @@ Block::Meeting& Block::meet(const char* op, uint32_t mask) {
   }
   free->mask = mask;
   free->op = op;
+  std::fill(std::begin(free->argument), std::end(free->argument), nullptr);
   return *free;
 }
 
@@ -258,8 +265,7 @@ void Block::release(Meeting& meeting) {
     if ((meeting.mask >> lane & 1) != 0 && lane != self_->lane) make_ready(self_->warp * kWarp + lane);
 }
 
-// ---- shared memory
-// ---------------------------------------------------------------------------------------------------
+// ---- shared memory --------------------------------------------------------------------------------------------------
 uint32_t Block::static_shared(const void* key, size_t bytes, size_t alignment) {
   const auto found = statics_.find(key);
   if (found != statics_.end()) return found->second;
@@ -280,18 +286,51 @@ char* Block::shared_bytes(uint32_t address, uint32_t bytes, uint32_t alignment, 
 }
 
 const char* Block::shared_read(const Thread& thread, uint32_t address, uint32_t bytes, const char* op) {
-  (void)thread;
-  return shared_bytes(address, bytes, bytes, op);
+  const char* at = shared_bytes(address, bytes, bytes, op);
+  if (Races* r = races()) r->read(thread.id, address, bytes, op);
+  return at;
 }
 
 char* Block::shared_write(const Thread& thread, uint32_t address, uint32_t bytes, const char* op) {
-  (void)thread;
-  return shared_bytes(address, bytes, bytes, op);
+  char* at = shared_bytes(address, bytes, bytes, op);
+  if (Races* r = races()) r->write(thread.id, address, bytes, op);
+  return at;
 }
 
-// ---- grid
-// ------------------------------------------------------------------------------------------------------------
-void launch_grid(const char* op, dim3 grid, dim3 shape, size_t dynamic_shared, const std::function<void()>& kernel) {
+// ---- what a kernel calls (device.h) ---------------------------------------------------------------------------------
+uint3 thread_index() { return block().self().index; }
+uint3 block_index() { return block().index(); }
+dim3 block_shape() { return block().shape(); }
+dim3 grid_shape() { return block().grid(); }
+int lane() { return block().self().lane; }
+
+void fail(const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  block().fail(format, arguments);
+}
+
+void barrier(int id, int count, bool wait_for_others) { block().barrier(id, count, wait_for_others); }
+
+void collective(const char* op, uint32_t mask, void* mine, void (*execute)(void* const* each)) {
+  block().collective(op, mask, mine, execute);
+}
+
+uint32_t static_shared(const void* key, size_t bytes, size_t alignment) {
+  return block().static_shared(key, bytes, alignment);
+}
+
+const void* shared_read(uint32_t address, uint32_t bytes, const char* op) {
+  return block().shared_read(block().self(), address, bytes, op);
+}
+
+void* shared_write(uint32_t address, uint32_t bytes, const char* op) {
+  return block().shared_write(block().self(), address, bytes, op);
+}
+
+// ---- grid -----------------------------------------------------------------------------------------------------------
+void launch_grid(const char* op, dim3 grid, dim3 shape, size_t dynamic_shared, void (*kernel)(const void*),
+                 const void* arguments) {
   const auto refuse = [op](const std::string& why) { throw std::invalid_argument(std::string(op) + ": " + why); };
   const int64_t threads = int64_t{shape.x} * shape.y * shape.z;
   if (threads < 1 || threads > kMaxThreads || shape.z > 64)
@@ -320,7 +359,7 @@ void launch_grid(const char* op, dim3 grid, dim3 shape, size_t dynamic_shared, c
     for (int64_t i; (i = next++) < total; ++done) {
       const uint3 index{static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
                         static_cast<unsigned>(i / (int64_t{grid.x} * grid.y))};
-      if (!b.run(index, grid, shape, dynamic_shared, kernel, how.seed + static_cast<uint64_t>(i))) {
+      if (!b.run(index, grid, shape, dynamic_shared, {kernel, arguments}, how.seed + static_cast<uint64_t>(i))) {
         next = total;
         const std::lock_guard<std::mutex> lock(mutex);
         if (report.empty()) report = b.error();
@@ -346,3 +385,14 @@ void launch_grid(const char* op, dim3 grid, dim3 shape, size_t dynamic_shared, c
 }
 
 }  // namespace llama_fast::emulator
+
+// For ctypes.
+extern "C" void llama_fast_emulator_configure(uint64_t seed, bool race_check, int workers) {
+  llama_fast::emulator::options() = {seed, race_check, workers};
+}
+// Gives the counters in the order of their declaration, and sets them to 0.
+extern "C" void llama_fast_emulator_counters(int64_t* values) {
+  const llama_fast::emulator::Counters c = llama_fast::emulator::counters();
+  std::memcpy(values, &c, sizeof c);
+  llama_fast::emulator::reset_counters();
+}

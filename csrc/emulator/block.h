@@ -2,19 +2,19 @@
 // is used by one OS thread; blocks of a grid run on several.
 #pragma once
 
+#include <cstdarg>
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
+#include "device.h"
 #include "fiber.h"
-#include "types.h"
+#include "race.h"
 
 namespace llama_fast::emulator {
 
-constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxWarps = kMaxThreads / kWarp;
 constexpr int kBarriers = 16;
@@ -61,11 +61,14 @@ class Block {
   ~Block();
 
   // Runs the block to its end. Gives false after fail().
-  bool run(uint3 index, dim3 grid, dim3 shape, size_t dynamic_shared, const std::function<void()>& kernel,
-           uint64_t seed);
+  struct Kernel {
+    void (*run)(const void*);
+    const void* arguments;
+  };
+  bool run(uint3 index, dim3 grid, dim3 shape, size_t dynamic_shared, Kernel kernel, uint64_t seed);
   std::string error() const { return error_; }
 
-  // ---- of the thread that runs ---------------------------------------------------------------------------------
+  // ---- of the thread that runs --------------------------------------------------------------------------------------
   Thread& self() { return *self_; }
   uint3 index() const { return index_; }
   dim3 grid() const { return grid_; }
@@ -74,6 +77,7 @@ class Block {
 
   // Ends the block with a report that names the thread. Does not return.
   [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 2, 3)));
+  [[noreturn]] void fail(const char* format, va_list arguments);
 
   // Gives way until make_ready(self().id); `what` and `number` say in a deadlock's report what is waited for.
   void wait(const char* what, int64_t number = -1);
@@ -84,19 +88,16 @@ class Block {
 
   // A rendezvous of the lanes of `mask` in the same instruction `op`; the last one to come runs `execute` for all of
   // them, on `each`, their `mine` by lane (nullptr for a lane that takes no part).
-  template <class Argument, class Execute>
-  void collective(const char* op, uint32_t mask, Argument& mine, Execute&& execute) {
+  template <class Execute>
+  void collective(const char* op, uint32_t mask, void* mine, Execute&& execute) {
     Meeting& meeting = meet(op, mask);
-    meeting.argument[self_->lane] = &mine;
+    meeting.argument[self_->lane] = mine;
     if (!everyone_came(meeting)) return;
-    Argument* each[kWarp];
-    for (int lane = 0; lane < kWarp; ++lane)
-      each[lane] = (meeting.mask >> lane & 1) != 0 ? static_cast<Argument*>(meeting.argument[lane]) : nullptr;
-    execute(each);
+    execute(static_cast<void* const*>(meeting.argument));
     release(meeting);
   }
 
-  // ---- shared memory -------------------------------------------------------------------------------------------
+  // ---- shared memory ------------------------------------------------------------------------------------------------
   // Address of an array declared in a kernel, the same for each thread that passes; `key` identifies the declaration.
   uint32_t static_shared(const void* key, size_t bytes, size_t alignment);
   // Checks bounds, alignment and races; gives the bytes. `thread` is the one in whose name it happens.
@@ -106,6 +107,8 @@ class Block {
   char* shared_bytes(uint32_t address, uint32_t bytes, uint32_t alignment, const char* op);
 
   AsyncUnits& async() { return *async_; }
+  // nullptr where options().race_check is off
+  Races* races() { return options().race_check ? &races_ : nullptr; }
 
   Thread& thread(int id) { return *threads_[id]; }
   Thread& lane_of_warp(int lane) { return *threads_[self_->warp * kWarp + lane]; }
@@ -120,6 +123,7 @@ class Block {
   struct Barrier {
     int arrived = 0, count = 0;
     std::vector<int> waiting;
+    Channel channel;
   };
 
   static void thread_main();
@@ -137,7 +141,7 @@ class Block {
   uint3 index_{};
   dim3 grid_, shape_;
   int thread_count_ = 0, running_ = 0;
-  const std::function<void()>* kernel_ = nullptr;
+  Kernel kernel_{};
   std::vector<std::unique_ptr<Thread>> threads_;
   Thread* self_ = nullptr;
   Fiber scheduler_;
@@ -150,6 +154,7 @@ class Block {
   std::vector<Meeting> meetings_;  // kMeetings a warp
   Barrier barriers_[kBarriers];
   std::unique_ptr<AsyncUnits> async_;
+  Races races_{*this};
   std::vector<char> shared_;
   size_t shared_size_ = 0;
   std::unordered_map<const void*, uint32_t> statics_;
@@ -157,9 +162,5 @@ class Block {
 
 // The block that the calling OS thread runs.
 Block& block();
-
-// Runs `kernel` for each thread of the grid. Throws std::runtime_error with the first fault's report, which begins with
-// `op`; std::invalid_argument for a configuration that no GPU takes.
-void launch_grid(const char* op, dim3 grid, dim3 shape, size_t dynamic_shared, const std::function<void()>& kernel);
 
 }  // namespace llama_fast::emulator

@@ -5,8 +5,8 @@
 #include <cmath>
 #include <cstring>
 
-#include "block.h"
-#include "memory.h"
+#include "device.h"
+#include "pointer.h"
 #include "types.h"
 
 #define __global__
@@ -16,17 +16,14 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 
-#define threadIdx (::llama_fast::emulator::block().self().index)
-#define blockIdx (::llama_fast::emulator::block().index())
-#define blockDim (::llama_fast::emulator::block().shape())
-#define gridDim (::llama_fast::emulator::block().grid())
+#define threadIdx (::llama_fast::emulator::thread_index())
+#define blockIdx (::llama_fast::emulator::block_index())
+#define blockDim (::llama_fast::emulator::block_shape())
+#define gridDim (::llama_fast::emulator::grid_shape())
 
-inline void __syncthreads() { llama_fast::emulator::block().barrier(0, 0, true); }
+inline void __syncthreads() { llama_fast::emulator::barrier(0, 0, true); }
 
 namespace llama_fast::emulator {
-
-void syncwarp(uint32_t mask);
-uint32_t ballot(const char* op, uint32_t mask, bool predicate);
 
 // The value of lane source(lane); a lane that takes no part must not be asked.
 template <class T>
@@ -36,18 +33,18 @@ T shuffle(const char* op, uint32_t mask, T value, int source) {
     int source;
     T result;
   } mine{value, source, value};
-  block().collective(op, mask, mine, [op](Lane** lanes) {
+  collective(op, mask, &mine, [](void* const* lanes) {
     for (int i = 0; i < kWarp; ++i) {
-      if (lanes[i] == nullptr) continue;
-      const Lane* from = lanes[lanes[i]->source];
-      if (from == nullptr) block().fail("%s: lane %d asks lane %d, which takes no part", op, i, lanes[i]->source);
-      lanes[i]->result = from->value;
+      auto* to = static_cast<Lane*>(lanes[i]);
+      if (to == nullptr) continue;
+      const auto* from = static_cast<const Lane*>(lanes[to->source]);
+      if (from == nullptr) fail("shfl.sync: lane %d asks lane %d, which takes no part", i, to->source);
+      to->result = from->value;
     }
   });
   return mine.result;
 }
 
-inline int lane() { return block().self().lane; }
 // Lane `to` where it lies in the same group of `width` lanes as the caller, else the caller.
 inline int within(int to, int width) { return to >= 0 && to / width == lane() / width ? to : lane(); }
 

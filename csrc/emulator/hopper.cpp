@@ -3,10 +3,14 @@
 #include <algorithm>
 #include <cstring>
 
+#include "async.h"
+#include "memory.h"
+
 namespace llama_fast::emulator {
 namespace {
 
-constexpr int kGroup = 128;  // threads of a warpgroup
+constexpr int kGroup = 128;               // threads of a warpgroup
+constexpr uint32_t kPoison = 0xFFFFFFFF;  // a NaN
 constexpr int kTransactionLimit = (1 << 20) - 1;
 
 AsyncUnits& units() { return block().async(); }
@@ -28,21 +32,28 @@ void AsyncUnits::reset() {
   threads.assign(static_cast<size_t>(block_.thread_count()), PerThread{});
 }
 
-// ---- mbarrier
-// --------------------------------------------------------------------------------------------------------
+// ---- mbarrier -------------------------------------------------------------------------------------------------------
 void mbarrier_init(uint32_t address, int count) {
   Block& b = block();
   std::memset(b.shared_write(b.self(), address, 8, "mbarrier.init"), 0xFF, 8);
   if (count < 1 || count >= 1 << 20) b.fail("mbarrier.init: a count of %d", count);
   AsyncUnits::MBarrier m;
   m.count = m.pending = count;
+  m.owner = self().id;
+  if (Races* r = b.races()) {
+    m.agent = r->new_agents(1);
+    m.stamp = r->stamp(m.owner);
+  }
   units().mbarriers[address] = m;
 }
 
-AsyncUnits::MBarrier& AsyncUnits::mbarrier(uint32_t address, const char* op) {
+AsyncUnits::MBarrier& AsyncUnits::mbarrier(uint32_t address, const char* op, bool by_async_proxy) {
   const auto found = mbarriers.find(address);
   if (found == mbarriers.end()) block_.fail("%s: there is no mbarrier at shared address 0x%x", op, address);
-  return found->second;
+  MBarrier& m = found->second;
+  if (Races* r = block_.races())
+    r->check_object(block_.self().id, m.owner, m.stamp, address, by_async_proxy, m.fenced, op);
+  return m;
 }
 
 void AsyncUnits::settle(uint32_t address) {
@@ -53,6 +64,7 @@ void AsyncUnits::settle(uint32_t address) {
   if (m.pending != 0 || m.transactions != 0) return;
   ++m.phase;
   m.pending = m.count;
+  if (Races* r = block_.races()) m.behind = r->take(m.channel);
   for (int id : m.waiting) block_.make_ready(id);
   m.waiting.clear();
 }
@@ -61,6 +73,7 @@ void mbarrier_arrive(uint32_t address, int transaction_bytes) {
   AsyncUnits::MBarrier& m = units().mbarrier(address, "mbarrier.arrive");
   m.transactions += transaction_bytes;
   --m.pending;
+  if (Races* r = block().races()) r->release(self().id, m.channel);
   units().settle(address);
 }
 
@@ -72,20 +85,28 @@ void mbarrier_expect_tx(uint32_t address, int transaction_bytes) {
 void mbarrier_wait(uint32_t address, uint32_t parity) {
   AsyncUnits::MBarrier& m = units().mbarrier(address, "mbarrier.try_wait");
   if (parity > 1) block().fail("mbarrier.try_wait.parity: a parity of %u", parity);
-  if ((m.phase & 1) != parity) return;
-  const uint32_t phase = m.phase;
-  m.waiting.push_back(self().id);
-  block().wait("mbarrier.try_wait of shared address", address);
-  if (m.phase - phase > 1)
-    block().fail("mbarrier 0x%x: two phases ended while this thread waited for the first: on the device it could hang",
-                 address);
+  if ((m.phase & 1) == parity) {
+    const uint32_t phase = m.phase;
+    m.waiting.push_back(self().id);
+    block().wait("mbarrier.try_wait of shared address", address);
+    if (m.phase - phase > 1)
+      block().fail(
+          "mbarrier 0x%x: two phases ended while this thread waited for the first: on the device it could hang",
+          address);
+  }
+  if (Races* r = block().races()) r->acquire(self().id, m.behind);
 }
 
-void fence_mbarrier_init() {}
-void fence_proxy_async() {}
+void fence_mbarrier_init() {
+  for (auto& [address, m] : units().mbarriers)
+    if (m.owner == self().id) m.fenced = true;
+}
 
-// ---- copies
-// ----------------------------------------------------------------------------------------------------------
+void fence_proxy_async() {
+  if (Races* r = block().races()) r->fence_proxy(self().id);
+}
+
+// ---- copies ---------------------------------------------------------------------------------------------------------
 namespace {
 
 void check_map(Block& b, const char* op, const TensorMap& map, uint32_t shared) {
@@ -99,7 +120,7 @@ void tma_load(uint32_t destination, const TensorMap& map, uint32_t mbarrier, std
   Block& b = block();
   check_map(b, "TMA load", map, destination);
   const auto bytes = static_cast<uint32_t>(map.box_bytes());
-  units().mbarrier(mbarrier, "TMA load");
+  units().mbarrier(mbarrier, "TMA load", true);
   std::memset(b.shared_bytes(destination, bytes, 128, "TMA load"), 0xFF, bytes);  // readable once waited for
   AsyncUnits::Copy c;
   c.kind = AsyncUnits::Copy::load;
@@ -129,7 +150,7 @@ void tma_store(const TensorMap& map, uint32_t source, std::array<int, 5> coordin
 void bulk_load(uint32_t destination, GlobalAddress source, uint32_t bytes, uint32_t mbarrier) {
   Block& b = block();
   if (bytes % 16 != 0) b.fail("cp.async.bulk: %u bytes are not a multiple of 16", bytes);
-  units().mbarrier(mbarrier, "cp.async.bulk");
+  units().mbarrier(mbarrier, "cp.async.bulk", true);
   global_at(source.value, bytes, 16, "cp.async.bulk");
   std::memset(b.shared_bytes(destination, bytes, 16, "cp.async.bulk"), 0xFF, bytes);
   AsyncUnits::Copy c;
@@ -156,7 +177,19 @@ void bulk_store(GlobalAddress destination, uint32_t source, uint32_t bytes, bool
 
 void AsyncUnits::issue(Copy copy) {
   copy.thread = block_.self().id;
-  copy.group = threads[copy.thread].bulk_committed;
+  PerThread& t = threads[copy.thread];
+  copy.group = t.bulk_committed;
+  if (Races* r = block_.races()) {
+    copy.clock = r->tick();
+    if (copy.kind == Copy::load) {
+      r->agent_write(copy.thread, mbarriers[copy.mbarrier].agent, copy.clock, copy.shared, copy.bytes, copy.name());
+    } else {
+      if (t.bulk_agent < 0) t.bulk_agent = r->new_agents(1);
+      t.bulk_clocks.resize(static_cast<size_t>(copy.group) + 1);
+      t.bulk_clocks[copy.group] = copy.clock;
+      r->agent_read(&copy.thread, 1, t.bulk_agent, 1, copy.clock, copy.shared, copy.bytes, copy.name());
+    }
+  }
   copies.push_back(copy);
 }
 
@@ -187,7 +220,7 @@ void add_floats(char* to, const char* from, uint32_t bytes) {
 }  // namespace
 
 void AsyncUnits::perform(const Copy& copy) {
-  const char* op = copy.tensor ? "TMA copy" : "cp.async.bulk";
+  const char* op = copy.name();
   char* shared = block_.shared_bytes(0, 0, 1, op);
   if (!copy.tensor) {
     char* global = static_cast<char*>(global_at(copy.global, copy.bytes, 16, op));
@@ -216,7 +249,9 @@ void AsyncUnits::perform(const Copy& copy) {
     }
   }
   if (copy.kind == Copy::load) {
-    mbarriers[copy.mbarrier].transactions -= copy.bytes;
+    MBarrier& m = mbarriers[copy.mbarrier];
+    m.transactions -= copy.bytes;
+    if (Races* r = block_.races()) r->release_agent(m.agent, copy.clock, m.channel);
     settle(copy.mbarrier);
   }
 }
@@ -235,6 +270,9 @@ void bulk_wait_group(int pending, bool) {
     u.copies.erase(u.copies.begin() + static_cast<int64_t>(i));
     u.perform(copy);
   }
+  if (Races* r = block().races())
+    for (size_t group = 0; group < mine().bulk_clocks.size() && static_cast<int>(group) < through; ++group)
+      r->learn(id, mine().bulk_agent, mine().bulk_clocks[group]);
 }
 
 void AsyncUnits::thread_exits(const Thread& t) {
@@ -253,8 +291,7 @@ void AsyncUnits::block_ends() {
                 copies.front().mbarrier);
 }
 
-// ---- wgmma
-// -----------------------------------------------------------------------------------------------------------
+// ---- wgmma ----------------------------------------------------------------------------------------------------------
 void wgmma(Half type, int n, float* d, const uint32_t* a, uint64_t a_matrix, uint64_t b_matrix, bool accumulate,
            bool a_transposed, bool b_transposed) {
   AsyncUnits& u = units();
@@ -299,6 +336,14 @@ void AsyncUnits::issue(int g) {
   }
   ++block_.count_wgmma;
   Product product = first;
+  if (Races* r = block_.races()) {
+    if (group.agent < 0) group.agent = r->new_agents(kGroup / kWarp);
+    const Clock clock = r->tick();
+    group.clock_of_group.resize(static_cast<size_t>(product.group) + 1);
+    group.clock_of_group[product.group] = clock;
+    if (!product.a_from_registers) check_operand(g, clock, product.a_matrix, 64, product.a_transposed, "wgmma A");
+    check_operand(g, clock, product.b_matrix, product.n, product.b_transposed, "wgmma B");
+  }
   if (product.a_from_registers) {
     product.a.resize(4 * kGroup);
     for (int t = 0; t < kGroup; ++t) std::memcpy(&product.a[4 * t], group.calls[t]->a, 16);
@@ -307,6 +352,7 @@ void AsyncUnits::issue(int g) {
   for (const auto& [k, acc] : group.accumulators)
     if (acc.d[0] == group.calls[0]->d) key = k;
   const bool fresh = key == group.next_accumulator;
+  check_registers(g, fresh);
   Accumulator& acc = group.accumulators[key];
   if (fresh) {
     ++group.next_accumulator;
@@ -318,7 +364,7 @@ void AsyncUnits::issue(int g) {
         const auto [row, column] = wgmma_d(t, i);
         acc.values[row * product.n + column] = acc.d[t][i];
       }
-      std::memset(acc.d[t], 0xFF, static_cast<size_t>(product.n) * 2);  // NaN until waited for
+      std::memset(acc.d[t], 0xFF, static_cast<size_t>(product.n) * 2);  // kPoison until waited for
     }
   }
   for (int t = 0; t < kGroup; ++t)
@@ -328,6 +374,39 @@ void AsyncUnits::issue(int g) {
   acc.last_group = product.group;
   product.accumulator = key;
   group.products.push_back(std::move(product));
+}
+
+// wgmma.fence has to stand between the last touch of a register that wgmma uses and the wgmma. Touches are not seen:
+// those of an accumulator show in its values, those of A are taken to be later than the last wait.
+void AsyncUnits::check_registers(int g, bool fresh) {
+  for (int lane = 0; lane < kGroup; ++lane) {
+    const Call& call = *warpgroups[g].calls[lane];
+    const PerThread& t = threads[g * kGroup + lane];
+    const size_t bytes = static_cast<size_t>(call.product.n) * 2;
+    const auto known = t.registers.find(call.d);
+    bool good = t.wgmma_fenced || (!fresh && call.a == nullptr);
+    if (fresh && known != t.registers.end() && known->second.size() * sizeof(float) == bytes)
+      good = std::memcmp(known->second.data(), call.d, bytes) == 0 && (t.wgmma_fenced || call.a == nullptr);
+    if (!good)
+      block_.fail("wgmma: registers of thread %d were touched and no wgmma.fence stands between", g * kGroup + lane);
+  }
+}
+
+void AsyncUnits::check_operand(int g, Clock clock, uint64_t matrix, int size, bool mn_major, const char* op) {
+  const MatrixDescriptor d = decode(matrix);
+  // threads that know the same need not be asked twice, but for one that may be the writer itself
+  int ask[kGroup], count = 0;
+  Races& r = *block_.races();
+  for (int t = g * kGroup; t < (g + 1) * kGroup; ++t) {
+    const bool again = count >= 2 && r.knows_the_same(t, ask[count - 1]) && r.knows_the_same(t, ask[count - 2]);
+    if (!again) ask[count++] = t;
+  }
+  for (int mn = 0; mn < size; mn += mn_major ? 8 : 1)
+    for (int k = 0; k < 16; k += mn_major ? 1 : 8) {
+      const uint32_t address = chunk_address(d, mn, k, mn_major);
+      block_.shared_bytes(address, 16, 16, op);
+      r.agent_read(ask, count, warpgroups[g].agent, kGroup / kWarp, clock, address, 16, op);
+    }
 }
 
 void AsyncUnits::execute(Warpgroup& group, Product& p) {
@@ -357,23 +436,36 @@ void AsyncUnits::execute(Warpgroup& group, Product& p) {
   p.done = true;
 }
 
-void wgmma_fence() { mine().wgmma_fenced = true; }
+void wgmma_fence() {
+  mine().wgmma_fenced = true;
+  for (auto& [d, values] : mine().registers) std::memcpy(values.data(), d, values.size() * sizeof(float));
+}
 void wgmma_commit_group() { ++mine().wgmma_committed; }
 
 void wgmma_wait_group(int pending) {
   AsyncUnits& u = units();
   const int id = self().id, lane = id % kGroup, through = mine().wgmma_committed - pending;
   AsyncUnits::Warpgroup& group = u.warpgroups[id / kGroup];
+  mine().wgmma_fenced = false;
+  if (Races* r = block().races()) {
+    const int groups = std::min(through, static_cast<int>(group.clock_of_group.size()));
+    if (groups > 0) r->learn(id, group.agent + lane / kWarp, group.clock_of_group[groups - 1]);
+  }
   for (AsyncUnits::Product& p : group.products)
     if (!p.done && p.group < through) u.execute(group, p);
   while (!group.products.empty() && group.products.front().done) group.products.pop_front();
   for (auto it = group.accumulators.begin(); it != group.accumulators.end();) {
     AsyncUnits::Accumulator& acc = it->second;
     if (acc.last_group < through && !acc.has[lane]) {
+      float* d = acc.d[lane];
       for (int i = 0; i < acc.n / 2; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, &d[i], 4);
+        if (bits != kPoison) block().fail("register d[%d] of a wgmma was written while it was in flight", i);
         const auto [row, column] = wgmma_d(lane, i);
-        acc.d[lane][i] = acc.values[row * acc.n + column];
+        d[i] = acc.values[row * acc.n + column];
       }
+      mine().registers[d].assign(d, d + acc.n / 2);
       acc.has[lane] = true;
       if (++acc.collected == kGroup) {
         it = group.accumulators.erase(it);
@@ -391,8 +483,7 @@ void wgmma_use(const float* d) {
       block().fail("an accumulator is used before wgmma.wait_group");
 }
 
-// ---- the rest
-// --------------------------------------------------------------------------------------------------------
+// ---- the rest -------------------------------------------------------------------------------------------------------
 void set_max_registers(int count) {
   if (count % 8 != 0 || count < 24 || count > 256) block().fail("setmaxnreg: %d registers", count);
   AsyncUnits& u = units();
@@ -410,7 +501,8 @@ bool elect_sync(uint32_t mask) {
   struct Lane {
     bool elected;
   } me{false};
-  block().collective("elect.sync", mask, me, [mask](Lane** lanes) { lanes[__builtin_ctz(mask)]->elected = true; });
+  block().collective("elect.sync", mask, &me,
+                     [mask](void* const* lanes) { static_cast<Lane*>(lanes[__builtin_ctz(mask)])->elected = true; });
   return me.elected;
 }
 

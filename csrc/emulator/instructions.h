@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "memory.h"
+#include "pointer.h"
 #include "semantics.h"
 
 namespace llama_fast::emulator {

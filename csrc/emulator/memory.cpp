@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <vector>
 
+#include "block.h"
+
 namespace llama_fast::emulator {
 namespace {
 

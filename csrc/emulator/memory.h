@@ -1,27 +1,19 @@
-// What a pointer is in an emulated build: an address whose every use is checked. On the device `Global<T>` and
-// `Shared<T>` are T* (csrc/cuda/device.cuh); here they have a pointer's operators, and a reference that they give
-// converts to T and takes a T. So a kernel says `T v = p[i]`, not `auto v = p[i]`.
+// Global memory as kernels see it: tensors that have been made known to them.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <string>
-#include <type_traits>
+#include <utility>
 
-#include "block.h"
+#include "pointer.h"
 
 namespace llama_fast::emulator {
 
-// ---- global memory: tensors that have been made known
-// ---------------------------------------------------------------- Makes the bytes known to kernels. The result is the
-// same address with the tensor's number in its upper 16 bits: host code must not use it, kernels reach nothing else
-// with it than these bytes. `label` names the tensor in reports.
+// Makes the bytes known to kernels. The result is the same address with the tensor's number in its upper 16 bits: host
+// code must not use it, kernels reach nothing else with it than these bytes. `label` names the tensor in reports.
 void* map_global(const void* data, size_t bytes, std::string label);
 void unmap_global(const void* mapped);
-
-// Checks the access and gives the true address.
-void* global_at(uint64_t address, size_t bytes, size_t alignment, const char* op);
 
 // RAII of map_global.
 class Mapping {
@@ -40,108 +32,6 @@ class Mapping {
 
  private:
   void* mapped_ = nullptr;
-};
-
-// ---- pointers
-// --------------------------------------------------------------------------------------------------------
-struct GlobalSpace {
-  using Address = uint64_t;
-  template <class T>
-  static T load(Address a) {
-    T value;
-    std::memcpy(&value, global_at(a, sizeof(T), alignof(T), "ld.global"), sizeof(T));
-    return value;
-  }
-  template <class T>
-  static void store(Address a, const T& value) {
-    std::memcpy(global_at(a, sizeof(T), alignof(T), "st.global"), &value, sizeof(T));
-  }
-};
-
-struct SharedSpace {
-  using Address = uint32_t;
-  template <class T>
-  static T load(Address a) {
-    Block& b = block();
-    T value;
-    std::memcpy(&value, b.shared_read(b.self(), a, sizeof(T), "ld.shared"), sizeof(T));
-    return value;
-  }
-  template <class T>
-  static void store(Address a, const T& value) {
-    Block& b = block();
-    std::memcpy(b.shared_write(b.self(), a, sizeof(T), "st.shared"), &value, sizeof(T));
-  }
-};
-
-// An lvalue in one of the spaces.
-template <class Space, class T>
-class Reference {
- public:
-  explicit Reference(typename Space::Address address) : address_(address) {}
-  Reference(const Reference&) = default;
-  operator T() const { return Space::template load<T>(address_); }  // NOLINT: as a T& would
-  Reference& operator=(const T& value) {
-    Space::template store<T>(address_, value);
-    return *this;
-  }
-  Reference& operator=(const Reference& other) { return *this = static_cast<T>(other); }
-  Reference& operator+=(const T& value) { return *this = static_cast<T>(*this) + value; }
-  Reference& operator*=(const T& value) { return *this = static_cast<T>(*this) * value; }
-
- private:
-  typename Space::Address address_;
-};
-
-template <class Space, class T>
-class Pointer {
-  using Value = std::remove_const_t<T>;
-  using Address = typename Space::Address;
-
- public:
-  Pointer() = default;
-  Pointer(std::nullptr_t) {}                                                                  // NOLINT
-  Pointer(T* mapped) : address_(static_cast<Address>(reinterpret_cast<uintptr_t>(mapped))) {  // NOLINT
-    static_assert(std::is_same_v<Space, GlobalSpace>, "shared memory has no host pointers");
-  }
-  explicit Pointer(Address address, int) : address_(address) {}
-  operator Pointer<Space, const T>() const { return Pointer<Space, const T>(address_, 0); }  // NOLINT
-
-  auto operator[](int64_t i) const {
-    const Address a = address_ + static_cast<Address>(i * static_cast<int64_t>(sizeof(T)));
-    if constexpr (std::is_const_v<T>)
-      return Space::template load<Value>(a);
-    else
-      return Reference<Space, T>(a);
-  }
-  auto operator*() const { return (*this)[0]; }
-  Pointer operator+(int64_t i) const {
-    return Pointer(address_ + static_cast<Address>(i * static_cast<int64_t>(sizeof(T))), 0);
-  }
-  Pointer operator-(int64_t i) const { return *this + -i; }
-  Pointer& operator+=(int64_t i) { return *this = *this + i; }
-  int64_t operator-(Pointer other) const {
-    return static_cast<int64_t>(address_ - other.address_) / static_cast<int64_t>(sizeof(T));
-  }
-  bool operator==(Pointer other) const { return address_ == other.address_; }
-  bool operator!=(Pointer other) const { return address_ != other.address_; }
-  explicit operator bool() const { return address_ != 0; }
-  Address address() const { return address_; }
-
- private:
-  Address address_ = 0;
-};
-
-template <class T>
-using Global = Pointer<GlobalSpace, T>;
-template <class T>
-using Shared = Pointer<SharedSpace, T>;
-
-// Any Global<T>: the address operand of an instruction.
-struct GlobalAddress {
-  template <class T>
-  GlobalAddress(Global<T> p) : value(p.address()) {}  // NOLINT: as void* would
-  uint64_t value;
 };
 
 }  // namespace llama_fast::emulator

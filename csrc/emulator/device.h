@@ -1,0 +1,45 @@
+// What an emulated kernel calls: functions of the thread that calls them. No more of the emulator is compiled with a
+// kernel than this header and the instructions.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "types.h"
+
+namespace llama_fast::emulator {
+
+constexpr int kWarp = 32;
+
+uint3 thread_index();
+uint3 block_index();
+dim3 block_shape();
+dim3 grid_shape();
+int lane();
+
+// Ends the block with a report that names the thread. Does not return.
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+// bar.sync and bar.arrive. `count` threads take part; 0: every thread that has not exited.
+void barrier(int id, int count, bool wait_for_others);
+void syncwarp(uint32_t mask);
+uint32_t ballot(const char* op, uint32_t mask, bool predicate);
+
+// A rendezvous of the lanes of `mask` in the same instruction `op`; the last one to come runs `execute` for all of
+// them, on their `mine` by lane (nullptr for a lane that takes no part).
+void collective(const char* op, uint32_t mask, void* mine, void (*execute)(void* const* each));
+
+// Address of an array declared in a kernel, the same for each thread that passes; `key` identifies the declaration.
+uint32_t static_shared(const void* key, size_t bytes, size_t alignment);
+// Check bounds, alignment and races, and give the bytes.
+const void* shared_read(uint32_t address, uint32_t bytes, const char* op);
+void* shared_write(uint32_t address, uint32_t bytes, const char* op);
+// Checks bounds and alignment, and gives the true address.
+void* global_at(uint64_t address, size_t bytes, size_t alignment, const char* op);
+
+// Runs kernel(arguments) for each thread of the grid. Throws std::runtime_error with the first fault's report, which
+// begins with `op`; std::invalid_argument for a configuration that no GPU takes.
+void launch_grid(const char* op, dim3 grid, dim3 shape, size_t dynamic_shared, void (*kernel)(const void*),
+                 const void* arguments);
+
+}  // namespace llama_fast::emulator
