@@ -93,7 +93,7 @@ if reason is not None:
 setup(
     packages=[*find_packages(include=["llama_fast", "llama_fast.*"]), *FOLDERS],
     package_dir=FOLDERS,
-    package_data={"": ["*.toml", "*.json"]},
+    package_data={"": ["*.toml", "*.json", "*.css"]},
     ext_modules=[] if reason else [Extension("llama_fast._native", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -25,7 +25,7 @@ from llama_fast.ops.table import OPS
 from llama_fast.verify import BACKWARD_FACTOR, FORWARD_FACTOR, Case, judge
 
 from . import results
-from .providers import OURS, Provider, of, sizes
+from .providers import Provider, of, sizes
 from .results import COPY, Error, Limit, Line, Seconds
 
 PEER_SLACK = 4.0  # others did not promise our error budget; beyond this many times it they compute something else
@@ -255,6 +255,7 @@ def measure(
 ) -> list[Line]:
     """The lines of a benchmark, forward, and forward with backward, of every provider chosen; see `results.against`."""
     case, op, dtype = benchmark.case, OPS[benchmark.case.op], dtype_name(benchmark.dtype)
+    torch.compiler.reset()  # past a number of shapes torch.compile would run eager PyTorch and not say so
     work = Work.of(benchmark)
     refused: dict[str, tuple[str, str]] = {}  # provider -> status, reason
     errors: dict[str, Error] = {}
@@ -318,7 +319,7 @@ def _kept(work: Work, p: Provider) -> int:
 
 def ours_of(lines: Iterable[Line]) -> Line | None:
     """The measured line of ours that stands first, of one case and direction."""
-    return next((x for x in lines if x.provider.partition(":")[0] == OURS and x.seconds is not None), None)
+    return next((x for x in lines if results.is_ours(x.provider) and x.seconds is not None), None)
 
 
 def environment(allocator: str, **changes: Any) -> results.Environment:

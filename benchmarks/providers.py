@@ -24,7 +24,7 @@ from llama_fast.ops import dispatch, eager
 from llama_fast.ops.table import OPS, Backend
 from llama_fast.verify import Case
 
-OURS = "llama_fast"
+from .results import OURS, is_ours
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Provider:
 
     @property
     def ours(self) -> bool:
-        return self.name.partition(":")[0] == OURS
+        return is_ours(self.name)
 
     def objection(self, case: Case, dtype: torch.dtype, device: str) -> str | None:
         """Why it cannot run this case here, or None."""

@@ -37,6 +37,8 @@ DIRECTIONS = ("forward", "backward", "forward+backward", "step", "decode")
 COPY = "copy"  # the name of the limit in bytes a second
 PACKAGES = ("torch", "triton", "transformers", "xformers", "liger-kernel", "flash-attn", "numpy")
 
+OURS = "llama_fast"  # what the names of our own providers begin with
+
 Value = int | float | bool | str | None | list[int]  # of a size or an option
 
 
@@ -186,6 +188,11 @@ class Results:
     lines: tuple[Line, ...]
 
 
+def is_ours(provider: str) -> bool:
+    """Whether a provider of this name is this library."""
+    return provider.partition(":")[0] == OURS
+
+
 def sizes_text(case: Mapping[str, Value]) -> str:
     """A case as text: letters with their sizes, then options as name=value."""
     return " ".join(
@@ -228,6 +235,11 @@ def against(line: Line, limits: Sequence[Limit]) -> Line:
 def better(first: Iterable[Limit], second: Iterable[Limit]) -> tuple[Limit, ...]:
     """Of two measurements of the same limits the faster ones: a limit is what the machine did at best."""
     return tuple(max(pair, key=lambda x: x.rate) for pair in zip(first, second, strict=True))
+
+
+def geometric_mean(ratios: Sequence[float]) -> float:
+    """The mean of ratios."""
+    return statistics.geometric_mean(ratios)
 
 
 def summary(samples: Sequence[float]) -> Seconds:

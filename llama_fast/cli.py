@@ -187,6 +187,17 @@ def bench(
 
 
 @app.command()
+def report(
+    files: Annotated[list[Path], typer.Argument(help="Result files, as `llama-fast bench --json` writes them.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("report.html"),
+    png: Annotated[Path | None, typer.Option("--png", help="Folder for each plot as a picture.")] = None,
+) -> None:
+    """One HTML page of result files, with tables, plots and commands; it needs no network."""
+    written = _benchmarks("report").write(files, out, png)
+    print(f"{out}: {out.stat().st_size / 1e3:,.0f} kB" + (f", {len(written) - 1} pictures in {png}" if png else ""))
+
+
+@app.command()
 def plan(
     preset: Annotated[str, typer.Option(help="Model, see LlamaConfig.preset.")],
     device: Annotated[str, typer.Option(help="a100, h100, h200 or b200.")] = "h100",

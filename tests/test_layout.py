@@ -47,6 +47,8 @@ SHARED = {
         "model": "the model",
         "floors": "floors.toml",
         "providers": "who can compute an op",
+        "plots": "plots of a report",
+        "report": "result files as a page",
         "results": "the format of result files",
         "LOG": "what was tried, and what it gave",
     },

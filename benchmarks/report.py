@@ -1,0 +1,232 @@
+"""Result files as one HTML page that needs no network: tables and plots of each op, environments, commands.
+
+llama-fast report FILES... -o report.html [--png FOLDER]
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+from llama_fast import plan
+
+from . import plots, results
+from .plots import Plot, time_text
+from .results import Environment, Line, Results, is_ours
+
+_STYLE = Path(__file__).with_name("report.css")
+
+
+def write(paths: Sequence[Path], out: Path, png: Path | None = None) -> list[Path]:
+    """Writes the report of result files to `out`, and each plot as a PNG to the folder `png`.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: no file, or one that is no result file; matplotlib is missing.
+        OSError: a file cannot be read or written.
+    """
+    if not paths:
+        raise ValueError("report: no result file is given")
+    found = [(path.stem, results.read(path)) for path in paths]
+    page, drawn = build(found)
+    out.write_text(page)
+    written = [out]
+    if png is not None:
+        png.mkdir(parents=True, exist_ok=True)
+        for plot in drawn:
+            (png / f"{plot.name}.png").write_bytes(plot.png)
+            written.append(png / f"{plot.name}.png")
+    return written
+
+
+def build(files: Sequence[tuple[str, Results]]) -> tuple[str, list[Plot]]:
+    """(the page, its plots) of result files by name."""
+    ops = list(dict.fromkeys(x.op for _, r in files for x in r.lines))
+    drawn: list[Plot] = []
+    sections = []
+    for op in ops:
+        parts = []
+        for name, r in files:
+            lines = [x for x in r.lines if x.op == op]
+            if lines:
+                made = plots.all_plots(lines, f"{_slug(name)}_{op}")
+                drawn += made
+                parts.append(_device_part(name, r, lines, made))
+        sections.append(f'<section id="{op}"><h2>{escape(op)}</h2>{"".join(parts)}</section>')
+    links = "".join(f'<a href="#{op}">{escape(op)}</a>' for op in ops)
+    environments = "".join(_environment(name, r) for name, r in files)
+    body = (
+        "<header><h1>llama_fast: benchmark report</h1>"
+        f"<p>{_summary(files)}</p><nav>{links}<a href='#environment'>environment</a></nav></header>"
+        f"<main>{_overview(files)}{''.join(sections)}"
+        f'<section id="environment"><h2>environment</h2>{environments}</section></main>'
+    )
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta name="color-scheme" content="light dark"><title>llama_fast: benchmark report</title>'
+        f"<style>{_STYLE.read_text()}</style>"
+    )
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>{body}</body></html>\n', drawn
+
+
+def _summary(files: Sequence[tuple[str, Results]]) -> str:
+    lines = [x for _, r in files for x in r.lines]
+    count = {s: sum(x.status == s for x in lines) for s in results.STATUSES}
+    devices = ", ".join(dict.fromkeys(r.environment.device for _, r in files))
+    return (
+        f"{escape(devices)}. {count['measured']} lines measured, {count['wrong']} wrong, {count['not run']} not run. "
+        "Each time is the median of runs that took turns with those of the other providers; a provider whose results "
+        "miss the error budget against float64 shows no time. Limits were measured in the same run."
+    )
+
+
+def _overview(files: Sequence[tuple[str, Results]]) -> str:
+    """One row an op and device: geometric mean of our speed-up over eager PyTorch and over the fastest other one."""
+    rows = []
+    for name, r in files:
+        for op in dict.fromkeys(x.op for x in r.lines):
+            ratios: dict[str, list[float]] = {"eager": [], "best": []}
+            shares = []
+            for lines in plots.group(x for x in r.lines if x.op == op):
+                ours, others = lines[0], [x for x in lines[1:] if not is_ours(x.provider)]
+                if not is_ours(ours.provider) or ours.seconds is None:
+                    continue
+                shares.append(ours.share or 0.0)
+                times = {x.provider: x.seconds.median for x in others if x.seconds}
+                if "eager" in times:
+                    ratios["eager"].append(times["eager"] / ours.seconds.median)
+                if times:
+                    ratios["best"].append(min(times.values()) / ours.seconds.median)
+            means = [f"{results.geometric_mean(v):.2f}x" if v else "-" for v in ratios.values()]
+            share = f"{min(shares):.0%} to {max(shares):.0%}" if shares else "-"
+            cells = "".join(f"<td>{escape(c)}</td>" for c in (*means, share))
+            rows.append(f'<tr><th><a href="#{op}">{_breakable(op)}</a><small>{escape(name)}</small></th>{cells}</tr>')
+    return (
+        '<section id="overview"><h2>overview</h2><table class="overview"><thead><tr><th>op</th><th>over eager</th>'
+        f"<th>over the fastest other</th><th>of the limit</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        "<p class='note'>Speed-ups are geometric means over all cases, forward and backward.</p></section>"
+    )
+
+
+def _device_part(name: str, r: Results, lines: Sequence[Line], drawn: Iterable[Plot]) -> str:
+    pictures = "".join(
+        f"<figure id='{p.name}'>{p.svg}<figcaption>{escape(p.caption)}</figcaption></figure>" for p in drawn
+    )
+    groups: dict[tuple[str, ...], list[Line]] = {}
+    for x in lines:
+        groups.setdefault(x.key, []).append(x)
+    cards = "".join(_card(rows, r.environment) for rows in groups.values() if any(x.status != "not run" for x in rows))
+    absent: dict[tuple[str, str], int] = {}
+    for x in lines:
+        if x.status == "not run":
+            absent[x.provider, x.reason] = absent.get((x.provider, x.reason), 0) + 1
+    items = "".join(
+        f"<li><b>{escape(provider)}</b>: {escape(reason)} ({count} lines)</li>"
+        for (provider, reason), count in absent.items()
+    )
+    missing = f"<details><summary>not run: {len(absent)} reasons</summary><ul>{items}</ul></details>" if items else ""
+    return (
+        f"<h3>{escape(r.environment.device)} <small>{escape(name)}</small></h3>"
+        f'<div class="plots">{pictures}</div><div class="cards">{cards}</div>{missing}'
+    )
+
+
+def _card(rows: Sequence[Line], environment: Environment) -> str:
+    """A case, dtype and direction: a row a provider, and the command that measures it again."""
+    rows = sorted((x for x in rows if x.status != "not run"), key=lambda x: not is_ours(x.provider))
+    first = rows[0]
+    ours = next((x.seconds.median for x in rows if is_ours(x.provider) and x.seconds), None)
+    with_tokens = any(x.tokens for x in rows)
+    body = []
+    for x in rows:
+        kind = ' class="ours"' if is_ours(x.provider) else ""
+        if x.seconds is None:
+            body.append(
+                f'<tr{kind}><th>{_breakable(x.provider)}</th><td colspan="4" class="wrong">WRONG: {escape(x.reason)}'
+            )
+            body.append("</td></tr>")
+            continue
+        s = x.seconds
+        ratio = "" if ours is None or is_ours(x.provider) else f"{s.median / ours:.2f}x"
+        share = f"{x.share:.0%}" if x.share is not None else ""
+        if with_tokens and x.tokens:
+            share += f"<small>{x.tokens / s.median:,.0f} tok/s</small>{_mfu(x, environment)}"
+        memory = _bytes(x.kept_bytes)
+        if x.peak_bytes is not None:
+            memory += f"<small>peak {_bytes(x.peak_bytes)}</small>"
+        spread = plots.range_text(s.p20, s.p80)
+        body.append(
+            f"<tr{kind}><th>{_breakable(x.provider)}</th><td>{time_text(s.median)}<small>{spread}</small></td>"
+            f"<td>{share}</td><td>{memory}</td><td>{ratio}</td></tr>"
+        )
+    limit = next((x.limit for x in rows if x.limit), None)
+    work = f"{first.flops / 1e9:,.1f} Gflop, " if first.flops else ""
+    about = f"{work}{first.bytes / 1e6:,.1f} MB at least; limit: {limit or 'none'}"
+    head = "".join(f"<th>{name}</th>" for name in ("provider", "time", "of limit", "kept", "speed-up"))
+    title = f"{first.sizes} <b>{escape(plots.SHORT.get(first.dtype, first.dtype))}</b> {escape(first.direction)}"
+    return (
+        f'<article class="card"><h4>{title}</h4><p class="note">{escape(first.label)}{"; " if first.label else ""}'
+        f"{escape(about)}</p><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+        f"<code>{escape(first.command)}</code></article>"
+    )
+
+
+def device_of(environment: Environment) -> plan.Device | None:
+    """The published figures of this GPU, where plan.py knows them."""
+    words = re.findall(r"[a-z]+\d+", environment.device.lower())
+    return next((d for name, d in plan.DEVICES.items() if name in words), None)
+
+
+def _mfu(x: Line, environment: Environment) -> str:
+    device = device_of(environment)
+    if device is None or x.seconds is None or not x.flops or x.dtype not in ("bfloat16", "float16"):
+        return ""
+    return f"<small>{x.flops / x.seconds.median / device.flops:.1%} MFU</small>"
+
+
+def _breakable(name: str) -> str:
+    """A name that may be broken after its signs."""
+    return re.sub(r"([:_+-])", r"\1<wbr>", escape(name))
+
+
+def _bytes(count: int | None) -> str:
+    if count is None:
+        return ""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count} B"
+
+
+def _environment(name: str, r: Results) -> str:
+    e = r.environment
+    state = "no version control" if e.commit is None else e.commit + (" with changes" if e.dirty else "")
+    facts = {
+        "device": e.device,
+        "measured": e.time,
+        "command": e.command,
+        "commit": state,
+        "against": e.against or "",
+        "clocks": ", ".join(f"{k} {v:,.0f} MHz" for k, v in e.clocks.items()) or "not stated by the system",
+        "memory": _bytes(e.memory),
+        "system": " ".join(filter(None, (e.system, f"driver {e.driver}" if e.driver else ""))),
+        "versions": ", ".join([f"Python {e.python}", *(f"{k} {v}" for k, v in e.packages.items() if v)]),
+        "not installed": ", ".join(k for k, v in e.packages.items() if not v),
+        "instruction set": e.isa,
+        "threads": f"{e.threads}, pinned: {e.pinned}",
+        "allocator": e.allocator,
+        **e.notes,
+    }
+    for limit in r.limits:
+        unit = "GB/s" if limit.unit == "byte/s" else "Gflop/s"
+        facts[f"limit: {limit.name}"] = f"{limit.rate / 1e9:,.1f} {unit} ({limit.how})"
+    rows = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in facts.items() if v)
+    return f'<h3>{escape(name)}</h3><table class="facts"><tbody>{rows}</tbody></table>'
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
