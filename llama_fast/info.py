@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import llama_fast
-from llama_fast.ops import dispatch, native
+from llama_fast.ops import cuda, dispatch, native
 from llama_fast.ops.table import OPS, Backend, Op
 from llama_fast.verify import CASES
 
@@ -56,7 +56,7 @@ def machine() -> list[tuple[str, str]]:
         best, *others = native.isas()
         rest = f"; also {', '.join(others)}" if others else ""
         facts.append(("instruction sets", f"{best}{rest}"))
-    facts.append(("CUDA part", "not part of this version"))
+    facts.append(("CUDA library", _cuda()))
     facts.append(("GPU", _gpu()))
     return facts
 
@@ -92,6 +92,13 @@ def _native() -> str:
     missing = missing_tools()
     lacks = f"this machine lacks {' and '.join(missing)}" if missing else "its tools are here now"
     return f"not built: {lacks}; then install llama_fast again"
+
+
+def _cuda() -> str:
+    if not cuda.architectures():
+        return f"{cuda.unavailable()}"
+    reason = cuda.unavailable()
+    return f"built for {' '.join(cuda.architectures())}" + (f"; {reason}" if reason else "")
 
 
 def _gpu() -> str:

@@ -36,6 +36,7 @@ SHARED = {
         "eager": "yardstick",
         "linear": "which matrix product",
         "chunks": "linear_cross_entropy by chunks, for every backend",
+        "cuda": "launchers of the CUDA library",
         "proven": "which GPU kernels are chosen by default",
         "vendor": "PyTorch's own ops",
     },
@@ -64,6 +65,7 @@ CROSS_CUTTING = {
     "determinism",
     "benchmarks",
     "emulator",
+    "cuda",
     "triton",
     "sass",
     "gpu",
@@ -145,6 +147,21 @@ def test_launcher_parameters_are_the_schemas(primitive: str) -> None:
     found = re.findall(r"(\w+): ", signature[signature.index("(") : signature.rindex(")")])
     schema = OPS[name].schema(direction)
     assert found == [a.name for a in (*schema.args, *schema.results)]
+
+
+CUDA = [op for op in NATIVE if any(b.name == "cuda" for b in OPS[op].backends)]
+
+
+@pytest.mark.parametrize("primitive", [f"{op}_{direction}" for op in CUDA for direction in ("fwd", "bwd")])
+def test_cuda_launcher_parameters_are_the_schemas_and_a_stream(primitive: str) -> None:
+    """And before the stream, perhaps, scratch."""
+    name, direction = primitive.rsplit("_", 1)
+    text = (ROOT / "csrc" / "cuda" / "bindings.cpp").read_text()
+    call = re.search(rf'bind\(module, "{primitive}", &cuda::{primitive}, ([^;]*)\);', text)
+    assert call, f"{primitive} is not bound in csrc/cuda/bindings.cpp"
+    schema = OPS[name].schema(direction)
+    expected = [a.name for a in (*schema.args, *schema.results)]
+    assert re.findall(r'"(\w+)"', call[1])[: len(expected)] == expected
 
 
 TRITON = [op for op in OPS if any(b.name == "triton" for b in OPS[op].backends)]

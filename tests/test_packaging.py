@@ -1,6 +1,6 @@
 """Wheels and source distributions, with and without a compiler, without torch while building; what importing costs.
 
-A compiler wrapper that adds -O0 keeps the native builds of this file short.
+A compiler wrapper that adds -O0, and no CUDA, keep the native builds of this file short.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ 
 
 
 def _run(command: list[str], cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CXX", "LD_PRELOAD")} | env
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CXX", "LD_PRELOAD")}
+    environment |= {"CUDACXX": "none"} | env
     return subprocess.run(command, cwd=cwd, env=environment, text=True, capture_output=True, check=False)
 
 

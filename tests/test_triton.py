@@ -7,14 +7,13 @@ with the others.
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import subprocesses
 
 HERE = Path(__file__).parent
 FILES = sorted(HERE.glob("triton_*.py"))
@@ -27,19 +26,10 @@ GROUPS = {name: files for name, files in GROUPS.items() if files}
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-def start(files: list[Path]) -> subprocess.Popen[str]:
-    """pytest under the interpreter, on one thread: the kernels are NumPy calls on small arrays."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "LLAMA_FAST_BACKEND": ""}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *map(str, files)]
-    return subprocess.Popen(
-        command, cwd=HERE.parent, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-
-
 @pytest.fixture(scope="module")
 def processes() -> Iterator[dict[str, subprocess.Popen[str]]]:
     """The groups, at the same time."""
-    started = {name: start(files) for name, files in GROUPS.items()}
+    started = {name: subprocesses.start(files, TRITON_INTERPRET="1") for name, files in GROUPS.items()}
     yield started
     for process in started.values():
         process.kill()

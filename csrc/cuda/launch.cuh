@@ -16,6 +16,12 @@ struct Launch {
   cudaStream_t stream = nullptr;
 };
 
+// Whether each launch is waited for, so that a fault names its op. For finding faults: off unless asked for.
+inline bool& synchronous() {
+  static bool value = false;
+  return value;
+}
+
 #ifdef LLAMA_FAST_EMULATE
 
 // Runs the kernel to its end. Throws std::runtime_error with the fault's report.
@@ -30,12 +36,17 @@ void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&..
 #else
 
 inline void check(const char* op, cudaError_t status) {
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string(op) + ": " + cudaGetErrorName(status) + ": " + cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  std::string text = std::string(op) + ": " + cudaGetErrorName(status) + ": " + cudaGetErrorString(status);
+  if (status == cudaErrorIllegalAddress || status == cudaErrorLaunchFailure || status == cudaErrorMisalignedAddress ||
+      status == cudaErrorIllegalInstruction || status == cudaErrorAssert)
+    text += synchronous() ? " (in this op's kernel)"
+                          : " (in a kernel that was queued before, by any op; LLAMA_FAST_LOG=debug names the op)";
+  throw std::runtime_error(text);
 }
 
-// Starts the kernel on the stream. Throws std::runtime_error where the launch is refused; a fault in the kernel comes
-// up at the next synchronization of the stream.
+// Starts the kernel on the stream. Throws std::runtime_error where the launch is refused. A fault in the kernel comes
+// up at the next launch or synchronization, or, when synchronous, at once.
 template <class... Parameters, class... Arguments>
 void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
   constexpr size_t kSharedWithoutAsking = 48 << 10;
@@ -48,6 +59,7 @@ void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&..
   config.dynamicSmemBytes = how.dynamic_shared;
   config.stream = how.stream;
   check(how.op, cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+  if (synchronous()) check(how.op, cudaStreamSynchronize(how.stream));
 }
 
 #endif

@@ -256,6 +256,12 @@ _SINGLE = frozenset({F32, BF16, F16})
 _REFERENCE = Backend("reference", "llama_fast.ops.reference", None, FLOATS)
 # Triton's interpreter runs the kernels on a CPU's tensors, for tests: TRITON_INTERPRET=1 before the first import.
 _TRITON_DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+# Likewise the emulator runs the CUDA kernels (docs/emulator.md).
+_CUDA_DEVICE = "cpu" if os.environ.get("LLAMA_FAST_EMULATE") == "1" else "cuda"
+
+
+def _cuda(*limits: Limit, dtypes: frozenset[torch.dtype] = _SINGLE) -> Backend:
+    return Backend("cuda", "llama_fast.ops.cuda", _CUDA_DEVICE, dtypes, limits, needs_proof=True)
 
 
 def _triton(stem: str, *limits: Limit) -> Backend:
@@ -277,7 +283,7 @@ RMS_NORM = Op(
     shapes={"x": "R C", "weight": "C", "y": "R C", "rstd": "R"},
     public={"x": "... C", "weight": "C"},
     dtypes={"rstd": F32},
-    backends=(_cpu(), _torch(device="cuda"), _REFERENCE),
+    backends=(_cuda(), _cpu(), _torch(device="cuda"), _REFERENCE),
     traffic=lambda d, item: (2 * d["R"] * d["C"] * item, 3 * d["R"] * d["C"] * item),
 )
 
@@ -288,7 +294,7 @@ ADD_RMS_NORM = Op(
     shapes={"x": "R C", "residual": "R C", "weight": "C", "y": "R C", "sum": "R C", "rstd": "R"},
     public={"x": "... C", "residual": "... C", "weight": "C"},
     dtypes={"rstd": F32},
-    backends=(_cpu(), _REFERENCE),
+    backends=(_cuda(), _cpu(), _REFERENCE),
     traffic=lambda d, item: (4 * d["R"] * d["C"] * item, 4 * d["R"] * d["C"] * item),
 )
 
@@ -298,7 +304,7 @@ SWIGLU = Op(
     bwd=Schema.parse("(Tensor dy, Tensor gate, Tensor up) -> (Tensor dgate, Tensor dup)"),
     shapes={"gate": "R F", "up": "R F", "y": "R F"},
     public={"gate": "... F", "up": "... F"},
-    backends=(_triton("swiglu"), _cpu(), _REFERENCE),
+    backends=(_cuda(), _triton("swiglu"), _cpu(), _REFERENCE),
     traffic=lambda d, item: (3 * d["R"] * d["F"] * item, 5 * d["R"] * d["F"] * item),
 )
 
@@ -319,7 +325,7 @@ ROPE = Op(
     public={"q": "B T H D", "k": "B T G D", "cos": "T D/2 | N T D/2", "sin": "T D/2 | N T D/2"},
     dtypes={"cos": F32, "sin": F32},
     rules=(multiple_of("D", 2), lambda d: equal_or_one("N", "B")(d) if "N" in d else None),
-    backends=(_cpu(), _REFERENCE),
+    backends=(_cuda(), _cpu(), _REFERENCE),
     traffic=lambda d, item: (2 * d["B"] * d["T"] * (d["H"] + d["G"]) * d["D"] * item,) * 2,
 )
 
@@ -396,7 +402,7 @@ LINEAR_CROSS_ENTROPY = Op(
     shapes={"hidden": "R C", "weight": "V C", "targets": "R", "row_scale": "R", "loss": "R", "lse": "R"},
     public={"hidden": "... C", "weight": "V C", "targets": "..."},
     dtypes={"targets": torch.int64, "row_scale": F32, "loss": F32, "lse": F32},
-    backends=(_cpu(), _REFERENCE),
+    backends=(_cuda(), _cpu(), _REFERENCE),
     traffic=lambda d, item: (
         (2 * d["R"] * d["C"] + 2 * d["V"] * d["C"]) * item,
         (2 * d["R"] * d["C"] + 2 * d["V"] * d["C"]) * item,

@@ -1,0 +1,125 @@
+"""Launchers of the CUDA library: allocate the results, queue the kernels on torch's current stream.
+
+LLAMA_FAST_EMULATE=1, before the first import, takes the library in which the same kernels run in an emulator, on a
+CPU's tensors: for tests (docs/emulator.md).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama_fast.ops import chunks, table
+from llama_fast.ops.native import rows
+from llama_fast.ops.table import Op
+
+EMULATED = os.environ.get("LLAMA_FAST_EMULATE") == "1"
+
+_library: Any = None
+_import_error: str | None = None
+try:
+    if EMULATED:
+        from llama_fast import _native_cuda_emulated as _library  # type: ignore[attr-defined,no-redef]
+    else:
+        from llama_fast import _native_cuda as _library  # type: ignore[attr-defined,no-redef]
+except ImportError as error:
+    _import_error = str(error)
+
+
+if _library is not None and not EMULATED and os.environ.get("LLAMA_FAST_LOG") == "debug":
+    _library.set_synchronous(True)  # a fault in a kernel is then reported by its own op
+
+
+def architectures() -> list[str]:
+    """What the library was compiled for, as CMake names it: "80-real", "90a-real", "100". Empty without the library."""
+    return [] if _library is None else _library.architectures.split()
+
+
+def _runs_on(capability: tuple[int, int]) -> bool:
+    """Whether the library has code for a device: a cubin of its major version, or PTX of an older or equal one."""
+    version = 10 * capability[0] + capability[1]
+    for name in architectures():
+        number = int("".join(c for c in name if c.isdigit()))
+        cubin, ptx = not name.endswith("-virtual"), not name.endswith("-real")
+        if name.endswith("a-real"):  # instructions of this architecture alone
+            runs = number == version
+        else:
+            runs = number <= version and (ptx or (cubin and number // 10 == capability[0]))
+        if runs:
+            return True
+    return False
+
+
+def unavailable() -> str | None:
+    """Why the CUDA library cannot be used on this machine, or None."""
+    if _library is None:
+        return f"the CUDA library is not built ({_import_error}): install CUDA's nvcc, and llama_fast again"
+    if EMULATED:
+        return None
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device: no NVIDIA driver, no GPU, or a torch built without CUDA"
+    found = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    if not any(map(_runs_on, found)):
+        names = ", ".join(f"sm_{major}{minor}" for major, minor in found)
+        return f"the CUDA library was built for {' '.join(architectures())}, this machine has {names}"
+    return None
+
+
+def _stream(x: Tensor) -> tuple[int, int]:
+    """The current stream of the device of `x`, as the library takes it."""
+    if EMULATED:
+        return 0, 0
+    index = x.device.index
+    return index, torch._C._cuda_getCurrentRawStream(index)
+
+
+Scratch = Callable[[tuple[Any, ...]], Tensor]
+
+
+def _launcher(op: Op, direction: str, scratch: Scratch | None = None) -> Callable[..., tuple[Tensor, ...]]:
+    """The primitive of the library's function of its name; `scratch` gives a tensor that follows the results."""
+    name = f"{op.name}_{direction}"
+
+    def launch(*args: Any) -> tuple[Tensor, ...]:
+        args = tuple(rows(a) if isinstance(a, Tensor) and a.ndim > 0 else a for a in args)
+        results = op.allocate(direction, args)
+        temporary = () if scratch is None else (scratch(args),)
+        getattr(_library, name)(*args, *results, *temporary, _stream(args[0]))
+        return results
+
+    launch.__name__ = name
+    return launch
+
+
+@functools.lru_cache(maxsize=table.MOST_SHAPES)
+def _norm_parts(R: int, C: int, item: int, device: int) -> int:
+    return _library.norm_parts(R, C, item, device)
+
+
+def _norm_partial(args: tuple[Any, ...]) -> Tensor:
+    """[parts, C] float32 for dweight: each part sums some rows."""
+    dy = args[0]
+    R, C = dy.shape
+    return dy.new_empty(_norm_parts(R, C, dy.element_size(), dy.device.index or 0), C, dtype=torch.float32)
+
+
+rms_norm_fwd = _launcher(table.RMS_NORM, "fwd")
+rms_norm_bwd = _launcher(table.RMS_NORM, "bwd", _norm_partial)
+add_rms_norm_fwd = _launcher(table.ADD_RMS_NORM, "fwd")
+add_rms_norm_bwd = _launcher(table.ADD_RMS_NORM, "bwd", _norm_partial)
+swiglu_fwd = _launcher(table.SWIGLU, "fwd")
+swiglu_bwd = _launcher(table.SWIGLU, "bwd")
+rope_fwd = _launcher(table.ROPE, "fwd")
+rope_bwd = _launcher(table.ROPE, "bwd")
+
+
+def _cross_entropy_rows(logits: Tensor, *args: Any) -> None:
+    _library.cross_entropy_rows(logits, *args, _stream(logits))
+
+
+linear_cross_entropy_fwd, linear_cross_entropy_bwd = chunks.primitives(_cross_entropy_rows)
