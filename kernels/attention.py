@@ -1,0 +1,378 @@
+"""attention forward in Triton, and the launchers of both directions.
+
+    s = scale q k^T    lse = log sum_j exp s_j    out = sum_j exp(s_j - lse) v_j    over the keys that a query sees
+
+One program owns BLOCK_M rows of a unit: PACK query heads that share keys, rows ordered (token, head). It walks over the
+blocks of BLOCK_N keys that its rows see, with the running maximum and sum of each row in float32. Few rows and many
+keys: SPLIT programs share the keys of a tile, and a second kernel joins their results. A row without keys gives zeros
+and lse = -inf. No atomics. Derivation: docs/ops/attention_triton.md. Backward: attention_bwd.py.
+
+Source: Dao 2023, arXiv:2307.08691; Shah et al. 2024, arXiv:2407.08608 (the overlapped loop).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llama_fast.kernels.attention_bwd import attention_bwd
+from llama_fast.kernels.attention_tiles import (
+    LN2,
+    LOG2E,
+    Tiles,
+    aligned,
+    bits,
+    from_bits,
+    forward_tiles,
+    head_descriptor,
+    keys_seen,
+    load_tile,
+    precision,
+    sees,
+    sequence_of,
+    splits_of,
+    unit_of,
+    wave_of,
+)
+
+__all__ = ["attention_bwd", "attention_fwd", "forward"]
+
+
+@triton.jit
+def _hide(s, i, j, S, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    return tl.where(sees(i[:, None], j[None, :], S, window, CAUSAL, WINDOW), s, float("-inf"))
+
+
+@triton.jit
+def _distances(s, m, scale, MASKED: tl.constexpr, EXACT: tl.constexpr):
+    """(x, alpha, m): base-two logarithms of the weights relative to the new maximum, the rescaling of what came before.
+
+    m is the largest product, not yet times `scale`, so that x is one fused multiply-add.
+    """
+    m_new = tl.maximum(m, tl.max(s, 1))
+    base = m_new * scale
+    if MASKED:
+        base = tl.where(m_new == float("-inf"), 0.0, base)  # no key seen yet: weights are exp2(-inf), not NaN
+    x = s * scale - base[:, None]
+    log_alpha = m * scale - base
+    if EXACT:  # natural: log2(e) rounded into the scale would be an error that grows with the scores
+        x = x * LOG2E
+        log_alpha = log_alpha * LOG2E
+    return x, tl.math.exp2(log_alpha), m_new
+
+
+@triton.jit
+def _walk(
+    acc, l, m, q, k, v, b, g, low, high, i, S, k_stride_s, v_stride_s, scale, one, window,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    MASKED: tl.constexpr, TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr, SYNCHRONOUS: tl.constexpr,
+):
+    """The key blocks from low to high, one after the other."""
+    for n in tl.range(low, high, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
+        k_tile = load_tile(k, b, g, n, S, k_stride_s, D, BLOCK_N, BLOCK_D, TMA, MASKED)
+        s = tl.dot(q, k_tile.T, input_precision=PRECISION)
+        if MASKED:
+            s = _hide(s, i, n + tl.arange(0, BLOCK_N), S, window, CAUSAL, WINDOW)
+        x, alpha, m = _distances(s, m, scale, MASKED, EXACT)
+        p = tl.math.exp2(x)
+        l = l * alpha + tl.sum(p, 1)
+        acc = acc * alpha[:, None]
+        v_tile = load_tile(v, b, g, n, S, v_stride_s, D, BLOCK_N, BLOCK_D, TMA, MASKED)
+        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+        if SYNCHRONOUS:
+            acc = acc * one
+    return acc, l, m
+
+
+@triton.jit
+def _walk_overlapped(
+    acc, l, m, q, k, v, b, g, low, high, S, k_stride_s, v_stride_s, scale,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """Whole key blocks; the products q k^T of the next block run while this one's exponentials are computed.
+
+    The weights of a block meet its values one turn later: the wait for that product is also the wait for the scores in
+    flight. Between the two products nothing runs in the background, and there all that touches their results is done:
+    an instruction that reads or writes them in flight would make the assembler run all products one after the other.
+    """
+    if low < high:
+        k_tile = load_tile(k, b, g, low, S, k_stride_s, D, BLOCK_N, BLOCK_D, TMA, False)
+        s = tl.dot(q, k_tile.T, input_precision=PRECISION)
+        x, alpha, m = _distances(s, m, scale, False, EXACT)
+        acc = acc * alpha[:, None]
+        k_tile = load_tile(k, b, g, low + BLOCK_N, S, k_stride_s, D, BLOCK_N, BLOCK_D, TMA, True)
+        s = tl.dot(q, k_tile.T, input_precision=PRECISION)
+        p = tl.math.exp2(x)
+        l = l * alpha + tl.sum(p, 1)
+        p_bits = bits(p.to(q.dtype))
+        for n in tl.range(low + BLOCK_N, high, BLOCK_N):
+            v_tile = load_tile(v, b, g, n - BLOCK_N, S, v_stride_s, D, BLOCK_N, BLOCK_D, TMA, False)
+            acc = tl.dot(from_bits(p_bits, q.dtype), v_tile, acc, input_precision=PRECISION)
+            x, alpha, m = _distances(s, m, scale, False, EXACT)
+            acc = acc * alpha[:, None]
+            k_tile = load_tile(k, b, g, n + BLOCK_N, S, k_stride_s, D, BLOCK_N, BLOCK_D, TMA, True)
+            s = tl.dot(q, k_tile.T, input_precision=PRECISION)
+            p = tl.math.exp2(x)
+            l = l * alpha + tl.sum(p, 1)
+            p_bits = bits(p.to(q.dtype))
+        v_tile = load_tile(v, b, g, high - BLOCK_N, S, v_stride_s, D, BLOCK_N, BLOCK_D, TMA, False)
+        acc = tl.dot(from_bits(p_bits, q.dtype), v_tile, acc, input_precision=PRECISION)
+    return acc, l, m
+
+
+_RUNTIME_SIZES = ["T", "S", "H", "N", "slots", "wave", "units", "window"]
+
+
+@triton.jit(do_not_specialize=_RUNTIME_SIZES)
+def _attention_fwd_kernel(
+    q_ptr,  # [B, T, H, D]
+    k,  # [B, S, G, D], or its descriptor
+    v,  # [B, S, G, D], or its descriptor
+    out_ptr,  # [B, T, H, D]; SPLIT: [splits, B, T, H, D] f32
+    lse_ptr,  # [B, H, T] f32; SPLIT: [splits, B, H, T]
+    cu_ptr,  # [N + 1] i32; packed only
+    q_stride_b,
+    q_stride_t,
+    q_stride_h,
+    k_stride_b,
+    k_stride_s,
+    k_stride_g,
+    v_stride_b,
+    v_stride_s,
+    v_stride_g,
+    T,
+    S,
+    H,
+    N,
+    slots,  # tiles of a unit
+    units,  # B H / PACK
+    wave,
+    scale,
+    one,  # 1.0, which the compiler does not know
+    window,
+    D: tl.constexpr,
+    RATIO: tl.constexpr,  # H / G
+    PACK: tl.constexpr,  # 1 or RATIO
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PACKED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+):
+    unit, slot = unit_of(tl.program_id(0), units, slots, wave, CAUSAL)
+    heads = H // PACK
+    b = unit // heads
+    head = unit % heads * PACK
+    g = head // RATIO
+    tokens, keys, begin = T, S, 0
+    if PACKED:
+        begin, tokens, slot = sequence_of(cu_ptr, slot, T, N, PACK, BLOCK_M)
+        keys = tokens
+        if slot * BLOCK_M >= tokens * PACK:
+            return
+    row = slot * BLOCK_M + tl.arange(0, BLOCK_M)
+    t = row // PACK
+    h = head + row % PACK
+    inside = row < tokens * PACK
+    column = tl.arange(0, BLOCK_D)
+    whole = inside[:, None] & (column < D)[None, :]
+
+    # 64 bits: b q_stride_b and t q_stride_t pass 2^31 elements
+    q_stride_t = tl.multiple_of(q_stride_t, 8)
+    k_stride_s = tl.multiple_of(k_stride_s, 8)
+    v_stride_s = tl.multiple_of(v_stride_s, 8)
+    b64 = b.to(tl.int64)
+    q_rows = (begin + t).to(tl.int64) * q_stride_t + h.to(tl.int64) * tl.multiple_of(q_stride_h, 8)
+    q_head = q_ptr + b64 * tl.multiple_of(q_stride_b, 8)
+    q = tl.load(q_head + q_rows[:, None] + column[None, :], mask=whole, other=0.0)
+    if not TMA:
+        g64 = g.to(tl.int64)
+        first_key = tl.cast(begin, tl.int64)
+        k += b64 * tl.multiple_of(k_stride_b, 8) + g64 * tl.multiple_of(k_stride_g, 8) + first_key * k_stride_s
+        v += b64 * tl.multiple_of(v_stride_b, 8) + g64 * tl.multiple_of(v_stride_g, 8) + first_key * v_stride_s
+
+    i = t + (keys - tokens)
+    first = slot * BLOCK_M // PACK + (keys - tokens)
+    last = tl.minimum((slot * BLOCK_M + BLOCK_M - 1) // PACK, tokens - 1) + (keys - tokens)
+    low, full_low, full_high, high = keys_seen(first, last, keys, window, BLOCK_N, CAUSAL, WINDOW)
+    if SPLIT:
+        part = tl.program_id(1)
+        share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), BLOCK_N), tl.num_programs(1)) * BLOCK_N
+        low += part * share
+        high = tl.minimum(high, low + share)
+        full_low = tl.minimum(tl.maximum(full_low, low), high)
+        full_high = tl.maximum(tl.minimum(full_high, high // BLOCK_N * BLOCK_N), full_low)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    l = tl.zeros((BLOCK_M,), tl.float32)
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    if WINDOW:
+        acc, l, m = _walk(
+            acc, l, m, q, k, v, b, g, low, full_low, i, keys, k_stride_s, v_stride_s, scale, one, window,
+            D, BLOCK_N, BLOCK_D, CAUSAL, WINDOW, True, TMA, False, PRECISION, EXACT, OVERLAP,
+        )
+    if OVERLAP:
+        acc, l, m = _walk_overlapped(
+            acc, l, m, q, k, v, b, g, full_low, full_high, keys, k_stride_s, v_stride_s, scale,
+            D, BLOCK_N, BLOCK_D, TMA, PRECISION, EXACT,
+        )
+    else:
+        acc, l, m = _walk(
+            acc, l, m, q, k, v, b, g, full_low, full_high, i, keys, k_stride_s, v_stride_s, scale, one, window,
+            D, BLOCK_N, BLOCK_D, CAUSAL, WINDOW, False, TMA, WARP_SPECIALIZE, PRECISION, EXACT, False,
+        )
+    acc, l, m = _walk(
+        acc, l, m, q, k, v, b, g, full_high, high, i, keys, k_stride_s, v_stride_s, scale, one, window,
+        D, BLOCK_N, BLOCK_D, CAUSAL, WINDOW, True, TMA, False, PRECISION, EXACT, OVERLAP,
+    )
+
+    none = l == 0.0
+    out = acc / tl.where(none, 1.0, l)[:, None]
+    natural = m * scale if EXACT else m * scale * LN2
+    lse = tl.where(none, float("-inf"), natural + tl.math.log2(l) * LN2)
+    out_rows = ((b64 * T + begin + t) * H + h) * D
+    lse_rows = (b64 * H + h) * T + begin + t
+    if SPLIT:
+        rows = (units // heads).to(tl.int64) * T * H * part
+        out_rows += rows * D
+        lse_rows += rows
+    tl.store(out_ptr + out_rows[:, None] + column[None, :], out.to(out_ptr.dtype.element_ty), mask=whole)
+    tl.store(lse_ptr + lse_rows, lse, mask=inside)
+
+
+@triton.jit(do_not_specialize=["T", "H"])
+def _attention_join_kernel(
+    parts_ptr,  # [splits, B, T, H, D] f32
+    part_lse_ptr,  # [splits, B, H, T] f32
+    out_ptr,  # [B, T, H, D]
+    lse_ptr,  # [B, H, T] f32
+    T,
+    H,
+    rows,  # B T H
+    SPLITS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)  # (b, t, h)
+    h = row % H
+    t = row // H % T
+    b = row // H // T
+    part = tl.arange(0, BLOCK_SPLITS)
+    at = (b * H + h) * T + t
+    lse = tl.load(part_lse_ptr + part.to(tl.int64) * rows + at, mask=part < SPLITS, other=float("-inf"))
+    highest = tl.max(lse, 0)
+    base = tl.where(highest == float("-inf"), 0.0, highest)
+    weight = tl.math.exp2((lse - base) * LOG2E)
+    total = tl.sum(weight, 0)
+    weight = weight / tl.where(total == 0.0, 1.0, total)
+    column = tl.arange(0, BLOCK_D)
+    pointers = parts_ptr + (part.to(tl.int64) * rows + row)[:, None] * D + column[None, :]
+    parts = tl.load(pointers, mask=(part < SPLITS)[:, None] & (column < D)[None, :], other=0.0)
+    out = tl.sum(parts * weight[:, None], 0)
+    tl.store(out_ptr + row * D + column, out.to(out_ptr.dtype.element_ty), mask=column < D)
+    joined = tl.where(total == 0.0, float("-inf"), base + tl.math.log2(total) * LN2)
+    tl.store(lse_ptr + at, joined)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+    tiles: Tiles,
+    pack: int = 1,
+    splits: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """`attention_fwd` with given launch parameters: `pack` heads in a tile's rows (1 or H/G), `splits` shares of the keys."""
+    (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
+    out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
+    lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+    N = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
+    if out.numel() == 0 or (cu_seqlens is not None and N < 1):
+        return out, lse
+    if S == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    if scale < 0.0:  # exact, and the kernel may take the largest product for the largest score
+        q, scale = -q, -scale
+    q, k, v = aligned(q), aligned(k), aligned(v)
+    BLOCK_D = max(16, triton.next_power_of_2(D))
+    exact = q.dtype == torch.float32
+    factor = max(scale if exact else scale * LOG2E.value, 1e-30)  # a scale of 0 leaves -inf * scale = -inf for hidden keys
+    units = B * H // pack
+    slots = triton.cdiv(T * pack, tiles.block_m) if cu_seqlens is None else T * pack // tiles.block_m + N
+    tma = tiles.tma and cu_seqlens is None
+    if splits > 1:
+        parts = torch.empty((splits, B, T, H, D), dtype=torch.float32, device=q.device)
+        part_lse = torch.empty((splits, B, H, T), dtype=torch.float32, device=q.device)
+    _attention_fwd_kernel[(units * slots, splits)](
+        q,
+        head_descriptor(k, tiles.block_n, BLOCK_D) if tma else k,
+        head_descriptor(v, tiles.block_n, BLOCK_D) if tma else v,
+        parts if splits > 1 else out,
+        part_lse if splits > 1 else lse,
+        cu_seqlens,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        T,
+        S,
+        H,
+        N,
+        slots,
+        units,
+        wave_of(units, S, 2 * D * q.element_size()),
+        factor,
+        1.0,
+        window,
+        D=D,
+        RATIO=H // G,
+        PACK=pack,
+        CAUSAL=causal or window > 0,
+        WINDOW=window > 0,
+        PACKED=cu_seqlens is not None,
+        SPLIT=splits > 1,
+        EXACT=exact,
+        PRECISION=precision(q.dtype),
+        BLOCK_D=BLOCK_D,
+        **{**tiles.options(), "TMA": tma},
+    )
+    if splits > 1:
+        _attention_join_kernel[(B * T * H,)](
+            parts,
+            part_lse,
+            out,
+            lse,
+            T,
+            H,
+            B * T * H,
+            SPLITS=splits,
+            D=D,
+            BLOCK_D=BLOCK_D,
+            BLOCK_SPLITS=triton.next_power_of_2(splits),
+        )
+    return out, lse
+
+
+def attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float, causal: bool, window: int
+) -> tuple[Tensor, Tensor]:
+    """q [B,T,H,D], k and v [B,S,G,D] -> out [B,T,H,D], lse [B,H,T] float32."""
+    T, ratio, D = q.shape[1], q.shape[2] // k.shape[2], q.shape[3]
+    tiles = forward_tiles(T * ratio, D, q.dtype)
+    pack = ratio if T * ratio <= 64 else 1
+    return forward(q, k, v, cu_seqlens, scale, causal, window, tiles, pack)

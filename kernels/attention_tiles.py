@@ -1,0 +1,232 @@
+"""What the attention kernels share: which keys a tile of queries sees, how a tile is loaded, and the launch parameters.
+
+Letters: B batch, T queries, S keys, H query heads, G key/value heads, D head dim. Query t stands at key position
+t + S - T. Derivations and the reasons of the numbers: docs/ops/attention_triton.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Launch parameters of one attention kernel.
+
+    Args:
+        block_m, block_n: queries and keys of a tile.
+        num_warps, num_stages: of the program; stages of the loads that run ahead.
+        tma: tiles of the inner loop come through tensor descriptors (sm_90 and newer, not packed sequences).
+        overlap: the next block's products run while this one's exponentials are computed.
+        warp_specialize: asks Triton to give loads and products warps of their own.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+    overlap: bool = False
+    warp_specialize: bool = False
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of a launch that say this."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "TMA": self.tma,
+            "OVERLAP": self.overlap,
+            "WARP_SPECIALIZE": self.warp_specialize,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+# ---- device helpers --------------------------------------------------------------------------------------------------
+@triton.jit
+def sequence_of(
+    cu_ptr,  # [N + 1] i32
+    slot,
+    rows,
+    N,
+    PACK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The packed sequence that owns a slot of BLOCK rows: (first token, tokens, slot within the sequence).
+
+    Sequence n has the slots from cu[n] PACK // BLOCK + n on, which is room enough for each, found without knowing all
+    lengths; a slot may be left over, and is then beyond the sequence's last row.
+    """
+    low = 0
+    high = N
+    while high - low > 1:
+        middle = (low + high) // 2
+        owned = tl.load(cu_ptr + middle) * PACK // BLOCK + middle <= slot
+        low = tl.where(owned, middle, low)
+        high = tl.where(owned, high, middle)
+    # clamped: under torch.compile nobody has checked the values
+    begin = tl.minimum(tl.maximum(tl.load(cu_ptr + low), 0), rows)
+    end = tl.minimum(tl.maximum(tl.load(cu_ptr + low + 1), begin), rows)
+    return begin, end - begin, slot - (begin * PACK // BLOCK + low)
+
+
+@triton.jit
+def unit_of(pid, units, slots, wave, REVERSED: tl.constexpr):
+    """(unit, slot) of a program: `wave` heads side by side, whose keys stay in the second cache; longest tiles first."""
+    first = pid // (wave * slots) * wave
+    size = tl.minimum(wave, units - first)
+    within = pid - first * slots
+    slot = within // size
+    if REVERSED:
+        slot = slots - 1 - slot
+    return first + within % size, slot
+
+
+@triton.jit
+def keys_seen(
+    first, last, S, window, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
+):
+    """Keys that queries at positions first..last see: (low, full_low, full_high, high).
+
+    Blocks from full_low to full_high are seen whole by each query; those in low..full_low and full_high..high are
+    crossed by an edge of the mask or by the end of the keys. A range that is not empty starts at a multiple of BLOCK_N.
+    """
+    low = 0
+    full_low = 0
+    high = S
+    full_high = S
+    if CAUSAL:
+        high = tl.maximum(tl.minimum(S, last + 1), 0)
+        full_high = tl.maximum(tl.minimum(S, first + 1), 0)
+    if WINDOW:
+        low = tl.maximum(first - window + 1, 0) // BLOCK_N * BLOCK_N
+        full_low = tl.cdiv(tl.maximum(last - window + 1, 0), BLOCK_N) * BLOCK_N
+    full_low = tl.minimum(full_low, high)
+    return low, full_low, tl.maximum(full_high // BLOCK_N * BLOCK_N, full_low), high
+
+
+@triton.jit
+def queries_seeing(
+    first, last, shift, T, window, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
+):
+    """Queries that see keys first..last, query t at position t + shift: (low, full_low, full_high, high) as above."""
+    low = 0
+    full_low = 0
+    high = T
+    full_high = T
+    if CAUSAL:
+        low = tl.maximum(first - shift, 0) // BLOCK_M * BLOCK_M
+        full_low = tl.cdiv(tl.maximum(last - shift, 0), BLOCK_M) * BLOCK_M
+    if WINDOW:
+        high = tl.maximum(tl.minimum(T, last + window - shift), 0)
+        full_high = tl.maximum(tl.minimum(T, first + window - shift), 0) // BLOCK_M * BLOCK_M
+    full_low = tl.minimum(full_low, high)
+    return low, full_low, tl.maximum(full_high, full_low), high
+
+
+@triton.jit
+def sees(i, j, S, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Whether the query at position i sees key j, broadcast."""
+    seen = j < S
+    if CAUSAL:
+        seen = seen & (j <= i)
+    if WINDOW:
+        seen = seen & (j > i - window)
+    return seen
+
+
+@triton.jit
+def load_tile(
+    x,  # pointer to row 0 of the head, or a descriptor [B, heads, rows, D]
+    b,
+    head,
+    row,
+    rows,
+    stride,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr,
+    CHECKED: tl.constexpr,  # rows beyond `rows` are zeros; else the caller knows that there are none
+):
+    """[BLOCK, BLOCK_D]: rows from `row` on of a head, columns beyond D zero."""
+    if TMA:
+        tile = x.load([b, head, row, 0]).reshape(BLOCK, BLOCK_D)
+    else:
+        at_row = tl.arange(0, BLOCK)
+        at_column = tl.arange(0, BLOCK_D)
+        pointers = x + tl.cast(row, tl.int64) * stride + (at_row.to(tl.int64) * stride)[:, None] + at_column[None, :]
+        if CHECKED:
+            if BLOCK_D == D:
+                tile = tl.load(pointers, mask=(row + at_row < rows)[:, None], other=0.0)
+            else:
+                tile = tl.load(
+                    pointers, mask=(row + at_row < rows)[:, None] & (at_column < D)[None, :], other=0.0
+                )
+        elif BLOCK_D == D:
+            tile = tl.load(pointers)
+        else:
+            tile = tl.load(pointers, mask=(at_column < D)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def bits(x):
+    """`x` as integers of its width. A loop that carries these hands a product its operand in registers; what it carries
+    as floats, Triton takes for loaded data and sends through shared memory."""
+    return x.to(tl.int32, bitcast=True) if x.dtype == tl.float32 else x.to(tl.int16, bitcast=True)
+
+
+@triton.jit
+def from_bits(x, dtype: tl.constexpr):
+    return x.to(dtype, bitcast=True)
+
+
+# ---- host helpers ----------------------------------------------------------------------------------------------------
+def aligned(x: Tensor) -> Tensor:
+    """`x` with 16-byte rows, as vector loads and tensor descriptors want them; copied only if it has none."""
+    step = 16 // x.element_size()
+    strides = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    whole = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % step == 0 for stride in strides)
+    return x if whole else x.clone(memory_format=torch.contiguous_format)
+
+
+def head_descriptor(x: Tensor, block: int, block_d: int) -> TensorDescriptor:
+    """x [B, rows, heads, D] as a descriptor [B, heads, rows, D] of tiles [block, block_d] of a head."""
+    B, rows, heads, D = x.shape
+    step = 16 // x.element_size()
+    strides = [s if n > 1 else step * D for n, s in zip((B, heads, rows), (x.stride(0), x.stride(2), x.stride(1)))]
+    return TensorDescriptor(x, [B, heads, rows, D], [*strides, 1], [1, 1, block, block_d])
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How Triton multiplies: in float32 as three tf32 products, whose error is near float32's."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def wave_of(heads: int, keys: int, head_bytes: int) -> int:
+    """How many heads run side by side: those whose keys and values fit half the second cache of an H100."""
+    return max(1, min(heads, (25 << 20) // max(1, keys * head_bytes)))
+
+
+def forward_tiles(rows: int, D: int, dtype: torch.dtype) -> Tiles:
+    block_d = max(16, triton.next_power_of_2(D))
+    return Tiles(128 if rows > 64 else 16, 64, 8, 2)
+
+
+def splits_of(programs: int, keys: int, block_n: int) -> int:
+    return 1
+
+
+def backward_tiles(D: int, dtype: torch.dtype) -> tuple[Tiles, Tiles]:
+    return Tiles(64, 128, 8, 2), Tiles(128, 64, 8, 2)
