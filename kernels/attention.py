@@ -12,32 +12,39 @@ Source: Dao 2023, arXiv:2307.08691; Shah et al. 2024, arXiv:2407.08608 (the over
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama_fast.kernels.attention_bwd import attention_bwd
+from llama_fast.kernels.attention_bwd import gradient_of_keys, gradient_of_queries, rowsum
 from llama_fast.kernels.attention_tiles import (
     LN2,
     LOG2E,
+    PACKED_ROWS,
+    RUNTIME_SIZES,
     Tiles,
     aligned,
     bits,
-    from_bits,
+    dkdv_tiles,
+    dq_tiles,
     forward_tiles,
+    from_bits,
     head_descriptor,
     keys_seen,
     load_tile,
-    precision,
+    power_of_two,
     sees,
     sequence_of,
     splits_of,
     unit_of,
     wave_of,
 )
+from llama_fast.kernels.launch import choose, on_device_of, unavailable
 
-__all__ = ["attention_bwd", "attention_fwd", "forward"]
+__all__ = ["attention_bwd", "attention_fwd", "forward", "unavailable"]
 
 
 @triton.jit
@@ -46,29 +53,53 @@ def _hide(s, i, j, S, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _distances(s, m, scale, MASKED: tl.constexpr, EXACT: tl.constexpr):
-    """(x, alpha, m): base-two logarithms of the weights relative to the new maximum, the rescaling of what came before.
+def _distances(s, peak, scale, MASKED: tl.constexpr, EXACT: tl.constexpr):
+    """(x, alpha, peak): base-two logarithms of the weights relative to the new maximum; the factor of what came before.
 
-    m is the largest product, not yet times `scale`, so that x is one fused multiply-add.
+    peak is the largest product, not yet times `scale`, so that x is one fused multiply-add.
     """
-    m_new = tl.maximum(m, tl.max(s, 1))
-    base = m_new * scale
+    peak_new = tl.maximum(peak, tl.max(s, 1))
+    base = peak_new * scale
     if MASKED:
-        base = tl.where(m_new == float("-inf"), 0.0, base)  # no key seen yet: weights are exp2(-inf), not NaN
+        base = tl.where(peak_new == float("-inf"), 0.0, base)  # no key seen yet: weights are exp2(-inf), not NaN
     x = s * scale - base[:, None]
-    log_alpha = m * scale - base
+    log_alpha = peak * scale - base
     if EXACT:  # natural: log2(e) rounded into the scale would be an error that grows with the scores
         x = x * LOG2E
         log_alpha = log_alpha * LOG2E
-    return x, tl.math.exp2(log_alpha), m_new
+    return x, tl.math.exp2(log_alpha), peak_new
 
 
 @triton.jit
 def _walk(
-    acc, l, m, q, k, v, b, g, low, high, i, S, k_stride_s, v_stride_s, scale, one, window,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    MASKED: tl.constexpr, TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, PRECISION: tl.constexpr,
-    EXACT: tl.constexpr, SYNCHRONOUS: tl.constexpr,
+    acc,
+    total,
+    peak,
+    q,
+    k,
+    v,
+    b,
+    g,
+    low,
+    high,
+    i,
+    S,
+    k_stride_s,
+    v_stride_s,
+    scale,
+    one,
+    window,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MASKED: tl.constexpr,
+    TMA: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+    SYNCHRONOUS: tl.constexpr,
 ):
     """The key blocks from low to high, one after the other."""
     for n in tl.range(low, high, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
@@ -76,20 +107,20 @@ def _walk(
         s = tl.dot(q, k_tile.T, input_precision=PRECISION)
         if MASKED:
             s = _hide(s, i, n + tl.arange(0, BLOCK_N), S, window, CAUSAL, WINDOW)
-        x, alpha, m = _distances(s, m, scale, MASKED, EXACT)
+        x, alpha, peak = _distances(s, peak, scale, MASKED, EXACT)
         p = tl.math.exp2(x)
-        l = l * alpha + tl.sum(p, 1)
+        total = total * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
         v_tile = load_tile(v, b, g, n, S, v_stride_s, D, BLOCK_N, BLOCK_D, TMA, MASKED)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
         if SYNCHRONOUS:
             acc = acc * one
-    return acc, l, m
+    return acc, total, peak
 
 
 @triton.jit
 def _walk_overlapped(
-    acc, l, m, q, k, v, b, g, low, high, S, k_stride_s, v_stride_s, scale,
+    acc, total, peak, q, k, v, b, g, low, high, S, k_stride_s, v_stride_s, scale,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -102,32 +133,29 @@ def _walk_overlapped(
     if low < high:
         k_tile = load_tile(k, b, g, low, S, k_stride_s, D, BLOCK_N, BLOCK_D, TMA, False)
         s = tl.dot(q, k_tile.T, input_precision=PRECISION)
-        x, alpha, m = _distances(s, m, scale, False, EXACT)
+        x, alpha, peak = _distances(s, peak, scale, False, EXACT)
         acc = acc * alpha[:, None]
         k_tile = load_tile(k, b, g, low + BLOCK_N, S, k_stride_s, D, BLOCK_N, BLOCK_D, TMA, True)
         s = tl.dot(q, k_tile.T, input_precision=PRECISION)
         p = tl.math.exp2(x)
-        l = l * alpha + tl.sum(p, 1)
+        total = total * alpha + tl.sum(p, 1)
         p_bits = bits(p.to(q.dtype))
         for n in tl.range(low + BLOCK_N, high, BLOCK_N):
             v_tile = load_tile(v, b, g, n - BLOCK_N, S, v_stride_s, D, BLOCK_N, BLOCK_D, TMA, False)
             acc = tl.dot(from_bits(p_bits, q.dtype), v_tile, acc, input_precision=PRECISION)
-            x, alpha, m = _distances(s, m, scale, False, EXACT)
+            x, alpha, peak = _distances(s, peak, scale, False, EXACT)
             acc = acc * alpha[:, None]
             k_tile = load_tile(k, b, g, n + BLOCK_N, S, k_stride_s, D, BLOCK_N, BLOCK_D, TMA, True)
             s = tl.dot(q, k_tile.T, input_precision=PRECISION)
             p = tl.math.exp2(x)
-            l = l * alpha + tl.sum(p, 1)
+            total = total * alpha + tl.sum(p, 1)
             p_bits = bits(p.to(q.dtype))
         v_tile = load_tile(v, b, g, high - BLOCK_N, S, v_stride_s, D, BLOCK_N, BLOCK_D, TMA, False)
         acc = tl.dot(from_bits(p_bits, q.dtype), v_tile, acc, input_precision=PRECISION)
-    return acc, l, m
+    return acc, total, peak
 
 
-_RUNTIME_SIZES = ["T", "S", "H", "N", "slots", "wave", "units", "window"]
-
-
-@triton.jit(do_not_specialize=_RUNTIME_SIZES)
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
 def _attention_fwd_kernel(
     q_ptr,  # [B, T, H, D]
     k,  # [B, S, G, D], or its descriptor
@@ -215,32 +243,128 @@ def _attention_fwd_kernel(
         full_high = tl.maximum(tl.minimum(full_high, high // BLOCK_N * BLOCK_N), full_low)
 
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    l = tl.zeros((BLOCK_M,), tl.float32)
-    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     if WINDOW:
-        acc, l, m = _walk(
-            acc, l, m, q, k, v, b, g, low, full_low, i, keys, k_stride_s, v_stride_s, scale, one, window,
-            D, BLOCK_N, BLOCK_D, CAUSAL, WINDOW, True, TMA, False, PRECISION, EXACT, OVERLAP,
+        acc, total, peak = _walk(
+            acc,
+            total,
+            peak,
+            q,
+            k,
+            v,
+            b,
+            g,
+            low,
+            full_low,
+            i,
+            keys,
+            k_stride_s,
+            v_stride_s,
+            scale,
+            one,
+            window,
+            D,
+            BLOCK_N,
+            BLOCK_D,
+            CAUSAL,
+            WINDOW,
+            True,
+            TMA,
+            False,
+            PRECISION,
+            EXACT,
+            OVERLAP,
         )
     if OVERLAP:
-        acc, l, m = _walk_overlapped(
-            acc, l, m, q, k, v, b, g, full_low, full_high, keys, k_stride_s, v_stride_s, scale,
-            D, BLOCK_N, BLOCK_D, TMA, PRECISION, EXACT,
+        acc, total, peak = _walk_overlapped(
+            acc,
+            total,
+            peak,
+            q,
+            k,
+            v,
+            b,
+            g,
+            full_low,
+            full_high,
+            keys,
+            k_stride_s,
+            v_stride_s,
+            scale,
+            D,
+            BLOCK_N,
+            BLOCK_D,
+            TMA,
+            PRECISION,
+            EXACT,
         )
     else:
-        acc, l, m = _walk(
-            acc, l, m, q, k, v, b, g, full_low, full_high, i, keys, k_stride_s, v_stride_s, scale, one, window,
-            D, BLOCK_N, BLOCK_D, CAUSAL, WINDOW, False, TMA, WARP_SPECIALIZE, PRECISION, EXACT, False,
+        acc, total, peak = _walk(
+            acc,
+            total,
+            peak,
+            q,
+            k,
+            v,
+            b,
+            g,
+            full_low,
+            full_high,
+            i,
+            keys,
+            k_stride_s,
+            v_stride_s,
+            scale,
+            one,
+            window,
+            D,
+            BLOCK_N,
+            BLOCK_D,
+            CAUSAL,
+            WINDOW,
+            False,
+            TMA,
+            WARP_SPECIALIZE,
+            PRECISION,
+            EXACT,
+            False,
         )
-    acc, l, m = _walk(
-        acc, l, m, q, k, v, b, g, full_high, high, i, keys, k_stride_s, v_stride_s, scale, one, window,
-        D, BLOCK_N, BLOCK_D, CAUSAL, WINDOW, True, TMA, False, PRECISION, EXACT, OVERLAP,
+    acc, total, peak = _walk(
+        acc,
+        total,
+        peak,
+        q,
+        k,
+        v,
+        b,
+        g,
+        full_high,
+        high,
+        i,
+        keys,
+        k_stride_s,
+        v_stride_s,
+        scale,
+        one,
+        window,
+        D,
+        BLOCK_N,
+        BLOCK_D,
+        CAUSAL,
+        WINDOW,
+        True,
+        TMA,
+        False,
+        PRECISION,
+        EXACT,
+        OVERLAP,
     )
 
-    none = l == 0.0
-    out = acc / tl.where(none, 1.0, l)[:, None]
-    natural = m * scale if EXACT else m * scale * LN2
-    lse = tl.where(none, float("-inf"), natural + tl.math.log2(l) * LN2)
+    none = total == 0.0
+    out = acc / tl.where(none, 1.0, total)[:, None]
+    natural = peak * scale if EXACT else peak * scale * LN2
+    lse = tl.where(none, float("-inf"), natural + tl.math.log2(total) * LN2)
     out_rows = ((b64 * T + begin + t) * H + h) * D
     lse_rows = (b64 * H + h) * T + begin + t
     if SPLIT:
@@ -298,7 +422,7 @@ def forward(
     pack: int = 1,
     splits: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """`attention_fwd` with given launch parameters: `pack` heads in a tile's rows (1 or H/G), `splits` shares of the keys."""
+    """`attention_fwd` with given launch parameters: `pack` heads in a tile (1 or H/G), `splits` shares of the keys."""
     (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
     out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
@@ -310,9 +434,9 @@ def forward(
     if scale < 0.0:  # exact, and the kernel may take the largest product for the largest score
         q, scale = -q, -scale
     q, k, v = aligned(q), aligned(k), aligned(v)
-    BLOCK_D = max(16, triton.next_power_of_2(D))
+    block_d = power_of_two(D)
     exact = q.dtype == torch.float32
-    factor = max(scale if exact else scale * LOG2E.value, 1e-30)  # a scale of 0 leaves -inf * scale = -inf for hidden keys
+    factor = max(scale if exact else scale * LOG2E.value, 1e-30)  # not 0: hidden keys stay at -inf
     units = B * H // pack
     slots = triton.cdiv(T * pack, tiles.block_m) if cu_seqlens is None else T * pack // tiles.block_m + N
     tma = tiles.tma and cu_seqlens is None
@@ -321,8 +445,8 @@ def forward(
         part_lse = torch.empty((splits, B, H, T), dtype=torch.float32, device=q.device)
     _attention_fwd_kernel[(units * slots, splits)](
         q,
-        head_descriptor(k, tiles.block_n, BLOCK_D) if tma else k,
-        head_descriptor(v, tiles.block_n, BLOCK_D) if tma else v,
+        head_descriptor(k, tiles.block_n, block_d) if tma else k,
+        head_descriptor(v, tiles.block_n, block_d) if tma else v,
         parts if splits > 1 else out,
         part_lse if splits > 1 else lse,
         cu_seqlens,
@@ -347,9 +471,8 @@ def forward(
         PACKED=cu_seqlens is not None,
         SPLIT=splits > 1,
         EXACT=exact,
-        PRECISION=precision(q.dtype),
-        BLOCK_D=BLOCK_D,
-        **{**tiles.options(), "TMA": tma},
+        BLOCK_D=block_d,
+        **replace(tiles, tma=tma).options(),
     )
     if splits > 1:
         _attention_join_kernel[(B * T * H,)](
@@ -362,7 +485,7 @@ def forward(
             B * T * H,
             SPLITS=splits,
             D=D,
-            BLOCK_D=BLOCK_D,
+            BLOCK_D=block_d,
             BLOCK_SPLITS=triton.next_power_of_2(splits),
         )
     return out, lse
@@ -372,7 +495,49 @@ def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float, causal: bool, window: int
 ) -> tuple[Tensor, Tensor]:
     """q [B,T,H,D], k and v [B,S,G,D] -> out [B,T,H,D], lse [B,H,T] float32."""
-    T, ratio, D = q.shape[1], q.shape[2] // k.shape[2], q.shape[3]
-    tiles = forward_tiles(T * ratio, D, q.dtype)
-    pack = ratio if T * ratio <= 64 else 1
-    return forward(q, k, v, cu_seqlens, scale, causal, window, tiles, pack)
+    (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
+    ratio = H // G
+    sequences = max(1, B if cu_seqlens is None else cu_seqlens.numel() - 1)
+    rows = B * T * ratio // sequences  # of a key/value head, in a sequence of mean length
+    pack = ratio if rows <= PACKED_ROWS else 1
+
+    def run(tiles: Tiles) -> tuple[Tensor, Tensor]:
+        programs = B * H // pack * triton.cdiv(T * pack, tiles.block_m)
+        splits = splits_of(programs, S, q.device) if cu_seqlens is None else 1
+        return forward(q, k, v, cu_seqlens, scale, causal, window, tiles, pack, splits)
+
+    with on_device_of(q):
+        heuristic = forward_tiles(rows if pack > 1 else T, D, q.dtype, q.device)
+        return run(choose("attention_fwd", (D, q.dtype, rows > PACKED_ROWS), q.device, heuristic, (), run))
+
+
+def attention_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dout, q [B,T,H,D], k, v [B,S,G,D], out, lse [B,H,T] of the forward -> dq, dk, dv."""
+    if q.numel() == 0 or k.numel() == 0 or (cu_seqlens is not None and cu_seqlens.numel() < 2):
+        return tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dout, q, k, v = aligned(dout), aligned(q), aligned(k), aligned(v)
+    D, device, rest = q.shape[3], q.device, (cu_seqlens, scale, causal, window)
+    with on_device_of(q):
+        delta = rowsum(dout, out, lse)
+
+        def keys(tiles: Tiles) -> tuple[Tensor, Tensor]:
+            return gradient_of_keys(dout, q, k, v, lse, delta, *rest, tiles)
+
+        def queries(tiles: Tiles) -> Tensor:
+            return gradient_of_queries(dout, q, k, v, lse, delta, *rest, tiles)
+
+        sizes = (D, q.dtype)
+        dk, dv = keys(choose("attention_dkdv", sizes, device, dkdv_tiles(D, q.dtype, device), (), keys))
+        dq = queries(choose("attention_dq", sizes, device, dq_tiles(D, q.dtype, device), (), queries))
+    return dq, dk, dv

@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from llama_fast.kernels.launch import multiprocessors
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -29,6 +31,7 @@ class Tiles:
         tma: tiles of the inner loop come through tensor descriptors (sm_90 and newer, not packed sequences).
         overlap: the next block's products run while this one's exponentials are computed.
         warp_specialize: asks Triton to give loads and products warps of their own.
+        precision: how float32 is multiplied: "ieee", "tf32x3", "bf16x6"; of no effect in half precision.
     """
 
     block_m: int
@@ -38,6 +41,7 @@ class Tiles:
     tma: bool = False
     overlap: bool = False
     warp_specialize: bool = False
+    precision: str = "tf32"
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of a launch that say this."""
@@ -47,6 +51,7 @@ class Tiles:
             "TMA": self.tma,
             "OVERLAP": self.overlap,
             "WARP_SPECIALIZE": self.warp_specialize,
+            "PRECISION": self.precision,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
         }
@@ -82,7 +87,7 @@ def sequence_of(
 
 @triton.jit
 def unit_of(pid, units, slots, wave, REVERSED: tl.constexpr):
-    """(unit, slot) of a program: `wave` heads side by side, whose keys stay in the second cache; longest tiles first."""
+    """(unit, slot) of a program: `wave` heads side by side, whose keys stay in the second cache; longest tile first."""
     first = pid // (wave * slots) * wave
     size = tl.minimum(wave, units - first)
     within = pid - first * slots
@@ -93,9 +98,7 @@ def unit_of(pid, units, slots, wave, REVERSED: tl.constexpr):
 
 
 @triton.jit
-def keys_seen(
-    first, last, S, window, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
-):
+def keys_seen(first, last, S, window, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     """Keys that queries at positions first..last see: (low, full_low, full_high, high).
 
     Blocks from full_low to full_high are seen whole by each query; those in low..full_low and full_high..high are
@@ -116,9 +119,7 @@ def keys_seen(
 
 
 @triton.jit
-def queries_seeing(
-    first, last, shift, T, window, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
-):
+def queries_seeing(first, last, shift, T, window, BLOCK_M: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     """Queries that see keys first..last, query t at position t + shift: (low, full_low, full_high, high) as above."""
     low = 0
     full_low = 0
@@ -170,9 +171,7 @@ def load_tile(
             if BLOCK_D == D:
                 tile = tl.load(pointers, mask=(row + at_row < rows)[:, None], other=0.0)
             else:
-                tile = tl.load(
-                    pointers, mask=(row + at_row < rows)[:, None] & (at_column < D)[None, :], other=0.0
-                )
+                tile = tl.load(pointers, mask=(row + at_row < rows)[:, None] & (at_column < D)[None, :], other=0.0)
         elif BLOCK_D == D:
             tile = tl.load(pointers)
         else:
@@ -192,6 +191,24 @@ def from_bits(x, dtype: tl.constexpr):
     return x.to(dtype, bitcast=True)
 
 
+@triton.jit
+def weights(s, lse, scale, EXACT: tl.constexpr):
+    """exp(scale s - lse): `scale` and `lse` are of base two, or natural where EXACT."""
+    if EXACT:
+        return tl.math.exp2((s * scale - lse) * LOG2E)
+    return tl.math.exp2(s * scale - lse)
+
+
+@triton.jit
+def row_statistics(lse_ptr, delta_ptr, t, T, EXACT: tl.constexpr):
+    """(lse, delta) of rows t: lse is inf, so that every weight is 0, beyond T and where a query sees no key."""
+    lse = tl.load(lse_ptr + t, mask=t < T, other=float("inf"))
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    if not EXACT:
+        lse = lse * LOG2E
+    return lse, tl.load(delta_ptr + t, mask=t < T, other=0.0)
+
+
 # ---- host helpers ----------------------------------------------------------------------------------------------------
 def aligned(x: Tensor) -> Tensor:
     """`x` with 16-byte rows, as vector loads and tensor descriptors want them; copied only if it has none."""
@@ -205,13 +222,17 @@ def head_descriptor(x: Tensor, block: int, block_d: int) -> TensorDescriptor:
     """x [B, rows, heads, D] as a descriptor [B, heads, rows, D] of tiles [block, block_d] of a head."""
     B, rows, heads, D = x.shape
     step = 16 // x.element_size()
-    strides = [s if n > 1 else step * D for n, s in zip((B, heads, rows), (x.stride(0), x.stride(2), x.stride(1)))]
+    strides = [s if n > 1 else step * D for n, s in ((B, x.stride(0)), (heads, x.stride(2)), (rows, x.stride(1)))]
     return TensorDescriptor(x, [B, heads, rows, D], [*strides, 1], [1, 1, block, block_d])
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How Triton multiplies: in float32 as three tf32 products, whose error is near float32's."""
-    return "tf32x3" if dtype == torch.float32 else "tf32"
+# Sizes that a kernel is not compiled for anew: neither for 1 nor for multiples of 16.
+RUNTIME_SIZES = ["T", "S", "H", "N", "slots", "wave", "units", "window"]
+
+
+def power_of_two(D: int) -> int:
+    """BLOCK_D: a tile's columns, at least 16 for a product."""
+    return max(16, triton.next_power_of_2(D))
 
 
 def wave_of(heads: int, keys: int, head_bytes: int) -> int:
@@ -219,14 +240,24 @@ def wave_of(heads: int, keys: int, head_bytes: int) -> int:
     return max(1, min(heads, (25 << 20) // max(1, keys * head_bytes)))
 
 
-def forward_tiles(rows: int, D: int, dtype: torch.dtype) -> Tiles:
-    block_d = max(16, triton.next_power_of_2(D))
-    return Tiles(128 if rows > 64 else 16, 64, 8, 2)
+PACKED_ROWS = 64  # up to so many rows of a key/value head, its query heads share a tile: keys are read once
 
 
-def splits_of(programs: int, keys: int, block_n: int) -> int:
-    return 1
+def splits_of(programs: int, keys: int, device: torch.device) -> int:
+    """Shares of the keys for each tile: where tiles are fewer than multiprocessors, enough for two programs on each."""
+    processors = multiprocessors(device)
+    if 2 * programs > processors:
+        return 1
+    return max(1, min(2 * processors // max(programs, 1), keys // 256, 32))
 
 
-def backward_tiles(D: int, dtype: torch.dtype) -> tuple[Tiles, Tiles]:
-    return Tiles(64, 128, 8, 2), Tiles(128, 64, 8, 2)
+def forward_tiles(rows: int, D: int, dtype: torch.dtype, device: torch.device) -> Tiles:
+    return Tiles(128 if rows > 64 else 16, 64, 8, 2, precision="tf32x3" if dtype == torch.float32 else "tf32")
+
+
+def dkdv_tiles(D: int, dtype: torch.dtype, device: torch.device) -> Tiles:
+    return Tiles(64, 128, 8, 2, precision="tf32x3" if dtype == torch.float32 else "tf32")
+
+
+def dq_tiles(D: int, dtype: torch.dtype, device: torch.device) -> Tiles:
+    return Tiles(128, 64, 8, 2, precision="tf32x3" if dtype == torch.float32 else "tf32")

@@ -366,6 +366,7 @@ ATTENTION = Op(
     dtypes={"lse": F32, "cu_seqlens": torch.int32},
     rules=(divides("G", "H"),),
     backends=(
+        _triton("attention", multiple_of("D", 8), between("D", 16, 256)),
         _cpu(multiple_of("D", 8), between("D", 16, 256)),
         _torch(multiple_of("D", 8), between("D", 8, 256)),
         _REFERENCE,

@@ -1,0 +1,212 @@
+"""attention backward in Triton, dk and dv: a program owns BLOCK_N keys of a key/value head.
+
+It walks over the queries of each head of the group that see its keys, sums in float32 and rounds once. Scores stand
+transposed, [BLOCK_N, BLOCK_M], so that p and ds go from registers into the next product. What is computed: attention_bwd.py.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from llama_fast.kernels.attention_tiles import (
+    LOG2E,
+    RUNTIME_SIZES,
+    load_tile,
+    queries_seeing,
+    row_statistics,
+    sees,
+    sequence_of,
+    unit_of,
+    weights,
+)
+
+
+@triton.jit
+def _head(
+    q, dout, lse_ptr, delta_ptr, h, b64, begin64, q_stride_b, q_stride_t, q_stride_h, dout_stride_b, dout_stride_t,
+    dout_stride_h, T, H, TMA: tl.constexpr,
+):  # fmt: skip
+    """Where a query head starts: (q, dout, lse, delta, h); descriptors stay as they are."""
+    h64 = tl.cast(h, tl.int64)
+    if not TMA:
+        q += b64 * tl.multiple_of(q_stride_b, 8) + h64 * tl.multiple_of(q_stride_h, 8) + begin64 * q_stride_t
+        dout += (
+            b64 * tl.multiple_of(dout_stride_b, 8) + h64 * tl.multiple_of(dout_stride_h, 8) + begin64 * dout_stride_t
+        )
+    statistics = (b64 * H + h64) * T + begin64
+    return q, dout, lse_ptr + statistics, delta_ptr + statistics, h
+
+
+@triton.jit
+def _dkdv_walk(
+    dk, dv, k, v, q, dout, lse_ptr, delta_ptr, b, h, low, high, shift, j, T, S, q_stride_t, dout_stride_t, scale, one,
+    window, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr, SYNCHRONOUS: tl.constexpr,
+):  # fmt: skip
+    """The blocks of queries from low to high of one head. Scores stand transposed, [BLOCK_N, BLOCK_M]."""
+    for m in tl.range(low, high, BLOCK_M, warp_specialize=WARP_SPECIALIZE):
+        t = m + tl.arange(0, BLOCK_M)
+        q_tile = load_tile(q, b, h, m, T, q_stride_t, D, BLOCK_M, BLOCK_D, TMA, True)
+        s = tl.dot(k, q_tile.T, input_precision=PRECISION)
+        dout_tile = load_tile(dout, b, h, m, T, dout_stride_t, D, BLOCK_M, BLOCK_D, TMA, True)
+        dp = tl.dot(v, dout_tile.T, input_precision=PRECISION)
+        lse, delta = row_statistics(lse_ptr, delta_ptr, t, T, EXACT)
+        p = weights(s, lse[None, :], scale, EXACT)
+        if MASKED:
+            p = tl.where(sees((t + shift)[None, :], j[:, None], S, window, CAUSAL, WINDOW), p, 0.0)
+        dv = tl.dot(p.to(k.dtype), dout_tile, dv, input_precision=PRECISION)
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(k.dtype), q_tile, dk, input_precision=PRECISION)
+        if SYNCHRONOUS:
+            dv = dv * one
+            dk = dk * one
+    return dk, dv
+
+
+@triton.jit
+def _dkdv_walk_overlapped(
+    dk, dv, k, v, q, dout, lse_ptr, delta_ptr, b, h, low, high, T, q_stride_t, dout_stride_t, scale,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """Blocks whose queries all see the keys; v dout^T of the next block runs while this one's exponentials do."""
+    if low < high:
+        dout_tile = load_tile(dout, b, h, low, T, dout_stride_t, D, BLOCK_M, BLOCK_D, TMA, True)
+        dp = tl.dot(v, dout_tile.T, input_precision=PRECISION)
+        for m in tl.range(low, high, BLOCK_M):
+            q_tile = load_tile(q, b, h, m, T, q_stride_t, D, BLOCK_M, BLOCK_D, TMA, True)
+            s = tl.dot(k, q_tile.T, input_precision=PRECISION)
+            lse, delta = row_statistics(lse_ptr, delta_ptr, m + tl.arange(0, BLOCK_M), T, EXACT)
+            above = s * scale - lse[None, :]
+            deviation = dp - delta[None, :]
+            dout_next = load_tile(dout, b, h, m + BLOCK_M, T, dout_stride_t, D, BLOCK_M, BLOCK_D, TMA, True)
+            dp = tl.dot(v, dout_next.T, input_precision=PRECISION)
+            p = tl.math.exp2(above * LOG2E) if EXACT else tl.math.exp2(above)
+            dout_tile = load_tile(dout, b, h, m, T, dout_stride_t, D, BLOCK_M, BLOCK_D, TMA, True)
+            dv = tl.dot(p.to(k.dtype), dout_tile, dv, input_precision=PRECISION)
+            dk = tl.dot((p * deviation).to(k.dtype), q_tile, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
+def _attention_dkdv_kernel(
+    q,  # [B, T, H, D], or its descriptor
+    k_ptr,  # [B, S, G, D]
+    v_ptr,  # [B, S, G, D]
+    dout,  # [B, T, H, D], or its descriptor
+    lse_ptr,  # [B, H, T] f32
+    delta_ptr,  # [B, H, T] f32
+    dk_ptr,  # [B, S, G, D] contiguous
+    dv_ptr,  # [B, S, G, D] contiguous
+    cu_ptr,  # [N + 1] i32; packed only
+    q_stride_b,
+    q_stride_t,
+    q_stride_h,
+    k_stride_b,
+    k_stride_s,
+    k_stride_g,
+    v_stride_b,
+    v_stride_s,
+    v_stride_g,
+    dout_stride_b,
+    dout_stride_t,
+    dout_stride_h,
+    T,
+    S,
+    H,
+    N,
+    slots,  # tiles of a key/value head
+    units,  # B G
+    wave,
+    scale,  # of the scores, in base two or natural (EXACT)
+    gradient_scale,
+    one,  # 1.0, which the compiler does not know
+    window,
+    D: tl.constexpr,
+    RATIO: tl.constexpr,  # H / G
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PACKED: tl.constexpr,
+    EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+):
+    unit, slot = unit_of(tl.program_id(0), units, slots, wave, False)
+    G = H // RATIO
+    b = unit // G
+    g = unit % G
+    tokens, keys, begin = T, S, 0
+    if PACKED:
+        begin, keys, slot = sequence_of(cu_ptr, slot, S, N, 1, BLOCK_N)
+        tokens = keys
+        if slot * BLOCK_N >= keys:
+            return
+    n = slot * BLOCK_N
+    j = n + tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_D)
+    shift = keys - tokens
+    b64 = b.to(tl.int64)
+    g64 = g.to(tl.int64)
+    begin64 = tl.cast(begin, tl.int64)
+    q_stride_t = tl.multiple_of(q_stride_t, 8)
+    dout_stride_t = tl.multiple_of(dout_stride_t, 8)
+    k_stride_s = tl.multiple_of(k_stride_s, 8)
+    v_stride_s = tl.multiple_of(v_stride_s, 8)
+    k_head = k_ptr + b64 * tl.multiple_of(k_stride_b, 8) + g64 * tl.multiple_of(k_stride_g, 8) + begin64 * k_stride_s
+    v_head = v_ptr + b64 * tl.multiple_of(v_stride_b, 8) + g64 * tl.multiple_of(v_stride_g, 8) + begin64 * v_stride_s
+    k = load_tile(k_head, b, g, n, keys, k_stride_s, D, BLOCK_N, BLOCK_D, False, True)
+    v = load_tile(v_head, b, g, n, keys, v_stride_s, D, BLOCK_N, BLOCK_D, False, True)
+
+    low, full_low, full_high, high = queries_seeing(
+        n, tl.minimum(n + BLOCK_N, keys) - 1, shift, tokens, window, BLOCK_M, CAUSAL, WINDOW
+    )
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    # The whole blocks of all heads first: a loop that leaves products in flight at its end and comes after one that may
+    # have no turn makes the assembler run all products one after the other.
+    for member in range(RATIO):
+        q_head, dout_head, lse, delta, h = _head(
+            q, dout, lse_ptr, delta_ptr, g * RATIO + member, b64, begin64, q_stride_b, q_stride_t, q_stride_h,
+            dout_stride_b, dout_stride_t, dout_stride_h, T, H, TMA,
+        )  # fmt: skip
+        if OVERLAP:
+            dk, dv = _dkdv_walk_overlapped(
+                dk, dv, k, v, q_head, dout_head, lse, delta, b, h, full_low, full_high, tokens, q_stride_t,
+                dout_stride_t, scale, D, BLOCK_M, BLOCK_D, TMA, PRECISION, EXACT,
+            )  # fmt: skip
+        else:
+            dk, dv = _dkdv_walk(
+                dk, dv, k, v, q_head, dout_head, lse, delta, b, h, full_low, full_high, shift, j, tokens, keys,
+                q_stride_t, dout_stride_t, scale, one, window, D, BLOCK_M, BLOCK_D, CAUSAL, WINDOW, False, TMA,
+                WARP_SPECIALIZE, PRECISION, EXACT, False,
+            )  # fmt: skip
+    if CAUSAL:
+        for member in range(RATIO):
+            q_head, dout_head, lse, delta, h = _head(
+                q, dout, lse_ptr, delta_ptr, g * RATIO + member, b64, begin64, q_stride_b, q_stride_t, q_stride_h,
+                dout_stride_b, dout_stride_t, dout_stride_h, T, H, TMA,
+            )  # fmt: skip
+            dk, dv = _dkdv_walk(
+                dk, dv, k, v, q_head, dout_head, lse, delta, b, h, low, full_low, shift, j, tokens, keys, q_stride_t,
+                dout_stride_t, scale, one, window, D, BLOCK_M, BLOCK_D, CAUSAL, WINDOW, True, TMA, False, PRECISION,
+                EXACT, OVERLAP,
+            )  # fmt: skip
+            if WINDOW:
+                dk, dv = _dkdv_walk(
+                    dk, dv, k, v, q_head, dout_head, lse, delta, b, h, full_high, high, shift, j, tokens, keys,
+                    q_stride_t, dout_stride_t, scale, one, window, D, BLOCK_M, BLOCK_D, CAUSAL, WINDOW, True, TMA,
+                    False, PRECISION, EXACT, OVERLAP,
+                )  # fmt: skip
+
+    rows = ((b64 * S + begin64 + j) * G + g64) * D
+    pointers = rows[:, None] + column[None, :]
+    mask = (j < keys)[:, None] & (column < D)[None, :]
+    tl.store(dk_ptr + pointers, (dk * gradient_scale).to(dk_ptr.dtype.element_ty), mask=mask)
+    tl.store(dv_ptr + pointers, dv.to(dv_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,194 @@
+"""attention backward in Triton, dq: a program owns BLOCK_M queries of a head and walks over the keys that they see.
+
+What is computed: attention_bwd.py.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from llama_fast.kernels.attention_tiles import (
+    LOG2E,
+    RUNTIME_SIZES,
+    bits,
+    from_bits,
+    keys_seen,
+    load_tile,
+    row_statistics,
+    sees,
+    sequence_of,
+    unit_of,
+    weights,
+)
+
+
+@triton.jit
+def _dq_walk(
+    dq, q, dout, lse, delta, k, v, b, g, low, high, i, S, k_stride_s, v_stride_s, scale, one, window,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    MASKED: tl.constexpr, TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr, SYNCHRONOUS: tl.constexpr,
+):  # fmt: skip
+    """The key blocks from low to high."""
+    for n in tl.range(low, high, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
+        k_tile = load_tile(k, b, g, n, S, k_stride_s, D, BLOCK_N, BLOCK_D, TMA, MASKED)
+        s = tl.dot(q, k_tile.T, input_precision=PRECISION)
+        v_tile = load_tile(v, b, g, n, S, v_stride_s, D, BLOCK_N, BLOCK_D, TMA, MASKED)
+        dp = tl.dot(dout, v_tile.T, input_precision=PRECISION)
+        p = weights(s, lse[:, None], scale, EXACT)
+        if MASKED:
+            j = n + tl.arange(0, BLOCK_N)
+            p = tl.where(sees(i[:, None], j[None, :], S, window, CAUSAL, WINDOW), p, 0.0)
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
+        if SYNCHRONOUS:
+            dq = dq * one
+    return dq
+
+
+@triton.jit
+def _dq_walk_overlapped(
+    dq, q, dout, lse, delta, k, v, b, g, low, high, S, k_stride_s, v_stride_s, scale, one,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
+):  # fmt: skip
+    """Whole key blocks; the next block's two products run while this one's ds is computed.
+
+    ds of a block meets its keys one turn later: the wait for that product is also the wait for the two in flight.
+    """
+    if low < high:
+        k_tile = load_tile(k, b, g, low, S, k_stride_s, D, BLOCK_N, BLOCK_D, TMA, False)
+        v_tile = load_tile(v, b, g, low, S, v_stride_s, D, BLOCK_N, BLOCK_D, TMA, False)
+        s = tl.dot(q, k_tile.T, input_precision=PRECISION)
+        dp = tl.dot(dout, v_tile.T, input_precision=PRECISION)
+        ds = bits((weights(s, lse[:, None], scale, EXACT) * (dp - delta[:, None])).to(q.dtype))
+        k_tile = load_tile(k, b, g, low + BLOCK_N, S, k_stride_s, D, BLOCK_N, BLOCK_D, TMA, True)
+        v_tile = load_tile(v, b, g, low + BLOCK_N, S, v_stride_s, D, BLOCK_N, BLOCK_D, TMA, True)
+        s = tl.dot(q, k_tile.T, input_precision=PRECISION)
+        dp = tl.dot(dout, v_tile.T, input_precision=PRECISION)
+        for n in tl.range(low + BLOCK_N, high, BLOCK_N):
+            k_tile = load_tile(k, b, g, n - BLOCK_N, S, k_stride_s, D, BLOCK_N, BLOCK_D, TMA, False)
+            dq = tl.dot(from_bits(ds, q.dtype), k_tile, dq, input_precision=PRECISION) * one
+            above = s * scale - lse[:, None]
+            deviation = dp - delta[:, None]
+            k_tile = load_tile(k, b, g, n + BLOCK_N, S, k_stride_s, D, BLOCK_N, BLOCK_D, TMA, True)
+            s = tl.dot(q, k_tile.T, input_precision=PRECISION)
+            v_tile = load_tile(v, b, g, n + BLOCK_N, S, v_stride_s, D, BLOCK_N, BLOCK_D, TMA, True)
+            dp = tl.dot(dout, v_tile.T, input_precision=PRECISION)
+            p = tl.math.exp2(above * LOG2E) if EXACT else tl.math.exp2(above)
+            ds = bits((p * deviation).to(q.dtype))
+        k_tile = load_tile(k, b, g, high - BLOCK_N, S, k_stride_s, D, BLOCK_N, BLOCK_D, TMA, False)
+        dq = tl.dot(from_bits(ds, q.dtype), k_tile, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
+def _attention_dq_kernel(
+    q_ptr,  # [B, T, H, D]
+    k,  # [B, S, G, D], or its descriptor
+    v,  # [B, S, G, D], or its descriptor
+    dout_ptr,  # [B, T, H, D]
+    lse_ptr,  # [B, H, T] f32
+    delta_ptr,  # [B, H, T] f32
+    dq_ptr,  # [B, T, H, D] contiguous
+    cu_ptr,  # [N + 1] i32; packed only
+    q_stride_b,
+    q_stride_t,
+    q_stride_h,
+    k_stride_b,
+    k_stride_s,
+    k_stride_g,
+    v_stride_b,
+    v_stride_s,
+    v_stride_g,
+    dout_stride_b,
+    dout_stride_t,
+    dout_stride_h,
+    T,
+    S,
+    H,
+    N,
+    slots,  # tiles of a head
+    units,  # B H
+    wave,
+    scale,  # of the scores, in base two or natural (EXACT)
+    gradient_scale,
+    one,  # 1.0, which the compiler does not know
+    window,
+    D: tl.constexpr,
+    RATIO: tl.constexpr,  # H / G
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PACKED: tl.constexpr,
+    EXACT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TMA: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+):
+    unit, slot = unit_of(tl.program_id(0), units, slots, wave, CAUSAL)
+    b = unit // H
+    h = unit % H
+    g = h // RATIO
+    tokens, keys, begin = T, S, 0
+    if PACKED:
+        begin, tokens, slot = sequence_of(cu_ptr, slot, T, N, 1, BLOCK_M)
+        keys = tokens
+        if slot * BLOCK_M >= tokens:
+            return
+    t = slot * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_D)
+    b64 = b.to(tl.int64)
+    h64 = tl.cast(h, tl.int64)
+    g64 = g.to(tl.int64)
+    begin64 = tl.cast(begin, tl.int64)
+    q_stride_t = tl.multiple_of(q_stride_t, 8)
+    dout_stride_t = tl.multiple_of(dout_stride_t, 8)
+    k_stride_s = tl.multiple_of(k_stride_s, 8)
+    v_stride_s = tl.multiple_of(v_stride_s, 8)
+    q_head = q_ptr + b64 * tl.multiple_of(q_stride_b, 8) + h64 * tl.multiple_of(q_stride_h, 8) + begin64 * q_stride_t
+    dout_head = (
+        dout_ptr
+        + b64 * tl.multiple_of(dout_stride_b, 8)
+        + h64 * tl.multiple_of(dout_stride_h, 8)
+        + begin64 * dout_stride_t
+    )
+    q = load_tile(q_head, b, h, slot * BLOCK_M, tokens, q_stride_t, D, BLOCK_M, BLOCK_D, False, True)
+    dout = load_tile(dout_head, b, h, slot * BLOCK_M, tokens, dout_stride_t, D, BLOCK_M, BLOCK_D, False, True)
+    statistics = (b64 * H + h64) * T + begin64
+    lse, delta = row_statistics(lse_ptr + statistics, delta_ptr + statistics, t, tokens, EXACT)
+    if not TMA:
+        k += b64 * tl.multiple_of(k_stride_b, 8) + g64 * tl.multiple_of(k_stride_g, 8) + begin64 * k_stride_s
+        v += b64 * tl.multiple_of(v_stride_b, 8) + g64 * tl.multiple_of(v_stride_g, 8) + begin64 * v_stride_s
+
+    i = t + (keys - tokens)
+    first = slot * BLOCK_M + (keys - tokens)
+    last = tl.minimum(slot * BLOCK_M + BLOCK_M, tokens) - 1 + (keys - tokens)
+    low, full_low, full_high, high = keys_seen(first, last, keys, window, BLOCK_N, CAUSAL, WINDOW)
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if WINDOW:
+        dq = _dq_walk(
+            dq, q, dout, lse, delta, k, v, b, g, low, full_low, i, keys, k_stride_s, v_stride_s, scale, one, window,
+            D, BLOCK_N, BLOCK_D, CAUSAL, WINDOW, True, TMA, False, PRECISION, EXACT, OVERLAP,
+        )  # fmt: skip
+    if OVERLAP:
+        dq = _dq_walk_overlapped(
+            dq, q, dout, lse, delta, k, v, b, g, full_low, full_high, keys, k_stride_s, v_stride_s, scale, one,
+            D, BLOCK_N, BLOCK_D, TMA, PRECISION, EXACT,
+        )  # fmt: skip
+    else:
+        dq = _dq_walk(
+            dq, q, dout, lse, delta, k, v, b, g, full_low, full_high, i, keys, k_stride_s, v_stride_s, scale, one,
+            window, D, BLOCK_N, BLOCK_D, CAUSAL, WINDOW, False, TMA, WARP_SPECIALIZE, PRECISION, EXACT, False,
+        )  # fmt: skip
+    dq = _dq_walk(
+        dq, q, dout, lse, delta, k, v, b, g, full_high, high, i, keys, k_stride_s, v_stride_s, scale, one, window,
+        D, BLOCK_N, BLOCK_D, CAUSAL, WINDOW, True, TMA, False, PRECISION, EXACT, OVERLAP,
+    )  # fmt: skip
+    pointers = (((b64 * T + begin64 + t) * H + h64) * D)[:, None] + column[None, :]
+    mask = (t < tokens)[:, None] & (column < D)[None, :]
+    tl.store(dq_ptr + pointers, (dq * gradient_scale).to(dq_ptr.dtype.element_ty), mask=mask)
