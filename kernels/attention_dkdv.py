@@ -1,7 +1,7 @@
 """attention backward in Triton, dk and dv: a program owns BLOCK_N keys of a key/value head.
 
 It walks over the queries of each head of the group that see its keys, sums in float32 and rounds once. Scores stand
-transposed, [BLOCK_N, BLOCK_M], so that p and ds go from registers into the next product. What is computed: attention_bwd.py.
+transposed, [BLOCK_N, BLOCK_M]: p and ds go from registers into the next product. What is computed: attention_bwd.py.
 """
 
 from __future__ import annotations
