@@ -71,11 +71,14 @@ void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const T
 
 // y = x W^T for 1 to 4 rows;  x: [R, C], weight: [V, C], y: [R, V] T
 void gemv(const Tensor& x, const Tensor& weight, const Tensor& y);
+// ys[i] = x weights[i]^T for i in [0, count), in one loop over threads
+void gemv_group(const Tensor& x, const Tensor* weights, const Tensor* ys, int count);
 
 // One LLaMA block on R = B T rows, 1 to 4, of a decode: x, y [B, T, C] contiguous; wq [H D, C], wk and wv [G D, C],
 // wo [C, H D], wgate and wup [F, C], wdown [C, F]; cos, sin [1 or B, T, D/2] f32. The keys and values of these rows are
-// written to k_cache and v_cache [B, S_max, G, D] at `used`.
-void decode_block(const Tensor& x, const Tensor& norm1, const Tensor& wq, const Tensor& wk, const Tensor& wv,
+// written to k_cache and v_cache [B, S_max, G, D] at `used`. Gives false, with nothing written, where a tensor is of
+// another dtype than x (float32 or bfloat16; cos and sin float32), of another shape, or has gaps in its last dimension.
+bool decode_block(const Tensor& x, const Tensor& norm1, const Tensor& wq, const Tensor& wk, const Tensor& wv,
                   const Tensor& wo, const Tensor& norm2, const Tensor& wgate, const Tensor& wup, const Tensor& wdown,
                   const Tensor& cos, const Tensor& sin, const Tensor& k_cache, const Tensor& v_cache, int64_t used,
                   double eps, bool interleaved, int64_t window, const Tensor& y);

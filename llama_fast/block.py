@@ -273,6 +273,18 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
+def _may_decode(x: Tensor, options: BlockOptions) -> bool:
+    """Whether nothing but the tensors themselves can keep a block with a cache from being one native call."""
+    return (
+        x.ndim == 3
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and forced() in (None, "cpu")
+        and type(options.collectives) is Single
+    )
+
+
 def _check(x: Tensor, w: Weights, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None, options: BlockOptions) -> None:
     if x.ndim != 3:
         raise ValueError(f"block: x has shape {tuple(x.shape)}, expected [B, T, C]")
@@ -349,9 +361,13 @@ def transformer_block(
 
     Source: Touvron et al. 2023, arXiv:2302.13971.
     """
-    dtype = _compute_dtype(x)
     if cos.ndim == 2:
         cos, sin = cos.unsqueeze(0), sin.unsqueeze(0)
+    if isinstance(cache, Cache) and not return_keys and _may_decode(x, options):
+        y = native.decode_block(x, weights, cos, sin, *cache, options.eps, options.interleaved, options.window)
+        if y is not None:
+            return y
+    dtype = _compute_dtype(x)
     _check(x, weights, cos, sin, cu_seqlens, options)
     if dtype == x.dtype:
         for name, p in weights._asdict().items():
@@ -365,13 +381,6 @@ def transformer_block(
         if isinstance(cache, Cache):
             _check_cache(cache, x.shape, weights.wk_GDxC.shape[0] // options.head_dim, options.head_dim, dtype)
         w = Weights(*(p.to(dtype) for p in weights))
-        if (
-            isinstance(cache, Cache)
-            and forced() in (None, "cpu")
-            and type(options.collectives) is Single
-            and native.decodes(x := x.to(dtype), (*w, cos, sin, cache.k_BSGD, cache.v_BSGD))
-        ):
-            return native.decode_block(x, w, cos, sin, *cache, options.eps, options.interleaved, options.window)
         with torch.autocast(x.device.type, enabled=False):
             return _forward(x.to(dtype), w, cos, sin, cu_seqlens, options, forced(), cache)[0]
     with torch.autocast(x.device.type, enabled=False):

@@ -1,6 +1,6 @@
 // The matrix-vector product of a decode, y = x W^T for one to four rows of x: W is read once, at the rate of memory.
 // Sums are float32 and rounded once. One thread does an output: bitwise equal for every number of threads, and each row
-// bitwise equal to that row alone.
+// bitwise equal to that row alone. Several products of one x are one loop: a thread goes on to the next matrix at once.
 #ifndef LF_ISA
 
 #include "parallel.h"
@@ -11,7 +11,11 @@
 
 namespace llama_fast::cpu {
 
-void gemv(const Tensor& x, const Tensor& weight, const Tensor& y) { LF_DISPATCH(gemv, x, weight, y); }
+void gemv_group(const Tensor& x, const Tensor* weights, const Tensor* ys, int count) {
+  LF_DISPATCH(gemv_group, x, weights, ys, count);
+}
+
+void gemv(const Tensor& x, const Tensor& weight, const Tensor& y) { gemv_group(x, &weight, &y, 1); }
 
 }  // namespace llama_fast::cpu
 
@@ -58,28 +62,38 @@ void gemv_row(const T* x, int64_t x_stride, const T* w, T* y, int64_t y_stride, 
   for (int r = 0; r < kRows; ++r) y[r * y_stride] = from_float<T>(sum(acc[r][0] + acc[r][1]));
 }
 
+// Outputs of all the products, one after the other, are the loop's items.
 template <int kRows, class T>
-void gemv_rows(const Tensor& x, const Tensor& weight, const Tensor& y) {
-  const int64_t N = weight.size[0], K = weight.size[1];
-  parallel_for(N, std::max<int64_t>(1, kGrainElements / std::max<int64_t>(K, 1)), [&](int64_t begin, int64_t end) {
-    for (int64_t o = begin; o < end; ++o)
-      gemv_row<kRows, T>(x.ptr<T>(), x.stride[0], weight.ptr<T>() + o * weight.stride[0], y.ptr<T>() + o, y.stride[0],
-                         K);
-  });
+void gemv_rows(const Tensor& x, const Tensor* weights, const Tensor* ys, int count) {
+  const int64_t K = x.size[1];
+  int64_t outputs = 0;
+  for (int i = 0; i < count; ++i) outputs += weights[i].size[0];
+  parallel_for(outputs, std::max<int64_t>(1, kGrainElements / std::max<int64_t>(K, 1)),
+               [&](int64_t begin, int64_t end) {
+                 for (int i = 0; i < count && end > 0; ++i) {
+                   const Tensor &weight = weights[i], &y = ys[i];
+                   const int64_t N = weight.size[0];
+                   for (int64_t o = std::max<int64_t>(begin, 0); o < std::min(end, N); ++o)
+                     gemv_row<kRows, T>(x.ptr<T>(), x.stride[0], weight.ptr<T>() + o * weight.stride[0], y.ptr<T>() + o,
+                                        y.stride[0], K);
+                   begin -= N;
+                   end -= N;
+                 }
+               });
 }
 
-void gemv(const Tensor& x, const Tensor& weight, const Tensor& y) {
+void gemv_group(const Tensor& x, const Tensor* weights, const Tensor* ys, int count) {
   with_dtype(x.dtype, [&](auto tag) {
     using T = decltype(tag);
     switch (x.size[0]) {
       case 1:
-        return gemv_rows<1, T>(x, weight, y);
+        return gemv_rows<1, T>(x, weights, ys, count);
       case 2:
-        return gemv_rows<2, T>(x, weight, y);
+        return gemv_rows<2, T>(x, weights, ys, count);
       case 3:
-        return gemv_rows<3, T>(x, weight, y);
+        return gemv_rows<3, T>(x, weights, ys, count);
       case 4:
-        return gemv_rows<4, T>(x, weight, y);
+        return gemv_rows<4, T>(x, weights, ys, count);
       default:
         throw std::invalid_argument("x: gemv takes 1 to 4 rows");
     }

@@ -81,15 +81,6 @@ attention_bwd = _launcher(table.ATTENTION, "bwd")
 DECODE_ROWS = 4  # gemv's
 
 
-def decodes(x: Tensor, others: Sequence[Tensor]) -> bool:
-    """Whether `decode_block` takes the rows `x` [B, T, C] of a decode; `others`: all its other tensors."""
-    if _native is None or not 1 <= x.shape[0] * x.shape[1] <= DECODE_ROWS or x.dtype not in (table.F32, table.BF16):
-        return False
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    return all(type(p) in (Tensor, torch.nn.Parameter) and p.stride(-1) == 1 for p in others)
-
-
 def decode_block(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -101,12 +92,28 @@ def decode_block(
     eps: float,
     interleaved: bool,
     window: int,
-) -> Tensor:
-    """The block on 1 to 4 rows x [B, T, C], whose keys and values are written to the caches at `used`; gives y."""
+) -> Tensor | None:
+    """The block on 1 to 4 rows x [B, T, C], whose keys and values are written to the caches at `used`; gives y.
+
+    None, with nothing written, where the native call does not take these tensors: too many rows, another dtype or
+    device, or shapes that do not fit. The ops one by one then compute it, or name what is wrong.
+    """
+    if (
+        _native is None
+        or not 1 <= x.shape[0] * x.shape[1] <= DECODE_ROWS
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return None
+    for tensor in (x, *weights, cos, sin, k_cache, v_cache):
+        if type(tensor) not in _PLAIN or not tensor.is_cpu:
+            return None
     x = x.contiguous()
     y = torch.empty_like(x)
-    _native.cpu.decode_block(x, *weights, cos, sin, k_cache, v_cache, used, eps, interleaved, window, y)
-    return y
+    done = _native.cpu.decode_block(x, *weights, cos, sin, k_cache, v_cache, used, eps, interleaved, window, y)
+    return y if done else None
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 # ---- linear_cross_entropy --------------------------------------------------------------------------------------------
