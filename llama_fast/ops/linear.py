@@ -30,8 +30,8 @@ from torch.autograd.function import once_differentiable
 FORMS = ("nt", "nn", "tn")
 
 _SLICE_BYTES = 4 << 20  # of a product that cannot be written in place: stays in a core's share of the last cache
-# Terms that oneDNN may add to one float32 sum: in one chain of 2048 its error is 2.3 times MKL's; in parts of 192, which
-# are MKL's own, the same; of 384 1.37 times. The budget is 1.0 times eager's error forward, 1.5 times backward.
+# Terms that oneDNN may add to one float32 sum: in one chain of 2048 its error is 2.3 times MKL's; in parts of 192,
+# which are MKL's own, the same; of 384 1.37 times. The budget is 1.0 times eager's error forward, 1.5 times backward.
 _TERMS = {"nt": 192, "nn": 384, "tn": 384}
 _ZEN5 = 26  # AMD's family number: the first of its processors with 512-bit multiply-adds at full rate
 _ALL = 1 << 62
