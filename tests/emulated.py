@@ -7,7 +7,10 @@ import functools
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
 KERNELS = Path(__file__).parent / "kernels"
@@ -32,8 +35,13 @@ def _compile(*arguments: str | Path) -> None:
 
 @functools.cache
 def _emulator() -> Path:
-    target = _folder() / "libemulator.so"
-    _compile("-O2", "-shared", *sorted((ROOT / "csrc" / "emulator").glob("*.cpp")), "-o", target)
+    def compiled(source: Path) -> Path:
+        _compile("-O2", "-c", source, "-o", target := _folder() / f"{source.stem}.o")
+        return target
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, sorted((ROOT / "csrc" / "emulator").glob("*.cpp"))))
+    _compile("-shared", *objects, "-o", target := _folder() / "libemulator.so")
     return target
 
 
@@ -61,9 +69,10 @@ def run(library: ctypes.CDLL, function: str, *arguments: object) -> str:
     return f(*[ctypes.c_void_p(a.data_ptr()) if hasattr(a, "data_ptr") else a for a in arguments]).decode()
 
 
-def configure(seed: int = 0, race_check: bool = True, workers: int = 2) -> None:
-    """What the launches from here on run under: the schedule's seed, the race checker, OS threads."""
-    ctypes.CDLL(str(_emulator())).llama_fast_emulator_configure(ctypes.c_uint64(seed), race_check, workers)
+def configure(seed: int = 0, race_check: bool = True, workers: int = 2, mbarrier_fence: bool = True) -> None:
+    """What the launches from here on run under: `Options` of csrc/emulator/block.h."""
+    f = ctypes.CDLL(str(_emulator())).llama_fast_emulator_configure
+    f(ctypes.c_uint64(seed), race_check, workers, mbarrier_fence)
 
 
 def counters() -> dict[str, int]:
@@ -73,3 +82,37 @@ def counters() -> dict[str, int]:
     return dict(
         zip(("launches", "blocks", "switches", "mma", "wgmma", "ldmatrix", "bank_conflicts"), values, strict=True)
     )
+
+
+class Device:
+    """Tensors as the emulated device knows them, and the PTX interpreter."""
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL(str(_emulator()))
+        self._library.llama_fast_emulator_map.restype = ctypes.c_void_p
+        self._library.llama_fast_emulator_run_ptx.restype = ctypes.c_char_p
+
+    def pointer(self, x: Tensor, label: str) -> int:
+        """The address of `x` as a kernel's argument; `x` has to outlive its use."""
+        bytes_ = x.untyped_storage().nbytes()
+        return self._library.llama_fast_emulator_map(
+            ctypes.c_void_p(x.data_ptr()), ctypes.c_size_t(bytes_), label.encode()
+        )
+
+    def tensor_map(self, x: Tensor, box: tuple[int, ...], label: str) -> bytes:
+        """A TMA map of `x`, fastest dimension first, with the 128-byte swizzle."""
+        out, size = ctypes.create_string_buffer(128), x.element_size()
+        sizes = (ctypes.c_int64 * x.ndim)(*reversed(x.shape))
+        strides = (ctypes.c_int64 * x.ndim)(*(s * size for s in reversed(x.stride())))
+        base = ctypes.c_void_p(self.pointer(x, label))
+        self._library.llama_fast_emulator_tensor_map(
+            out, base, x.ndim, size, sizes, strides, (ctypes.c_int * x.ndim)(*box)
+        )
+        return out.raw
+
+    def run_ptx(self, text: str, entry: str, grid: tuple[int, ...], block: int, shared: int, parameters: bytes) -> str:
+        """Runs an entry of a PTX module; "" or what went wrong."""
+        shapes = [(ctypes.c_uint * 3)(*g, *[1] * (3 - len(g))) for g in (grid, (block,))]
+        shared_size, size = ctypes.c_size_t(shared), ctypes.c_size_t(len(parameters))
+        run = self._library.llama_fast_emulator_run_ptx
+        return run(text.encode(), entry.encode(), *shapes, shared_size, parameters, size).decode()

@@ -27,10 +27,14 @@ inline bool& synchronous() {
 // Runs the kernel to its end. Throws std::runtime_error with the fault's report.
 template <class... Parameters, class... Arguments>
 void launch(const Launch& how, void (*kernel)(Parameters...), const Arguments&... arguments) {
-  const auto run = [&] { kernel(arguments...); };
-  emulator::launch_grid(
-      how.op, how.grid, how.block, how.dynamic_shared, [](const void* f) { (*static_cast<decltype(&run)>(f))(); },
-      &run);
+  [&](const Parameters&... values) {
+    const auto call = [&] { kernel(values...); };
+    const emulator::Parameter parameters[] = {{&values, sizeof(Parameters), alignof(Parameters)}...};
+    emulator::launch_grid(
+        how.op, how.grid, how.block, how.dynamic_shared,
+        {reinterpret_cast<const void*>(kernel), [](const void* f) { (*static_cast<decltype(&call)>(f))(); }, &call,
+         parameters, static_cast<int>(sizeof...(Parameters))});
+  }(Parameters(arguments)...);
 }
 
 #else

@@ -55,12 +55,15 @@ class AsyncUnits {
     std::vector<uint32_t> a;  // [128][4]
     size_t accumulator;
     bool done;
+    bool at_once;
   };
   struct Accumulator {
     float* d[128] = {};
     int n = 0, last_group = 0, collected = 0;
     bool has[128] = {};         // by thread, whether it has got its part back
     std::vector<float> values;  // [64][n]
+    void gather();              // from every thread's registers
+    void scatter(int thread) const;
   };
   struct Call {
     Product product;
@@ -88,7 +91,8 @@ class AsyncUnits {
   // Checks that it is there, and that its initialization lies behind the thread.
   MBarrier& mbarrier(uint32_t address, const char* op, bool by_async_proxy = false);
   void settle(uint32_t address);  // completes the phase if nothing is pending
-  void execute(Warpgroup& group, Product& product);
+  void execute(Accumulator& accumulator, Product& product);
+  void finish_at_once(Warpgroup& group, Product& product);
   void perform(const Copy& copy);
   void issue(Copy copy);
   void issue(int warpgroup);

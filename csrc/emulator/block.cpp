@@ -11,6 +11,7 @@
 #include <thread>
 
 #include "async.h"
+#include "ptx_run.h"
 
 namespace llama_fast::emulator {
 namespace {
@@ -58,7 +59,7 @@ Block::Block(int threads_at_most) {
 Block::~Block() = default;
 
 // ---- schedule -------------------------------------------------------------------------------------------------------
-bool Block::run(uint3 index, dim3 grid, dim3 shape, size_t dynamic_shared, Kernel kernel, uint64_t seed) {
+bool Block::run(uint3 index, dim3 grid, dim3 shape, size_t dynamic_shared, const KernelCall& kernel, uint64_t seed) {
   index_ = index;
   grid_ = grid;
   shape_ = shape;
@@ -98,7 +99,7 @@ bool Block::run(uint3 index, dim3 grid, dim3 shape, size_t dynamic_shared, Kerne
 void Block::thread_main() {
   for (;;) {
     Block& b = block();
-    b.kernel_.run(b.kernel_.arguments);
+    b.kernel_.run(b.kernel_.call);
     b.thread_exits();
   }
 }
@@ -329,8 +330,29 @@ void* shared_write(uint32_t address, uint32_t bytes, const char* op) {
 }
 
 // ---- grid -----------------------------------------------------------------------------------------------------------
-void launch_grid(const char* op, dim3 grid, dim3 shape, size_t dynamic_shared, void (*kernel)(const void*),
-                 const void* arguments) {
+namespace {
+
+// The arguments as PTX lays out a kernel's parameters.
+std::vector<char> laid_out(const char* op, const KernelCall& kernel, const PtxProgram& program) {
+  std::vector<char> bytes(program.parameter_bytes + 128);
+  size_t at = 0;
+  for (int i = 0; i < kernel.count; ++i) {
+    const Parameter& p = kernel.parameters[i];
+    at = (at + p.alignment - 1) / p.alignment * p.alignment;
+    if (at + p.size > program.parameter_bytes) break;
+    std::memcpy(bytes.data() + at, p.value, p.size);
+    at += p.size;
+  }
+  if (at != program.parameter_bytes)
+    throw std::invalid_argument(std::string(op) + ": the PTX entry " + program.name + " has " +
+                                std::to_string(program.parameter_bytes) + " bytes of parameters, not " +
+                                std::to_string(at));
+  return bytes;
+}
+
+}  // namespace
+
+void launch_grid(const char* op, dim3 grid, dim3 shape, size_t dynamic_shared, const KernelCall& kernel) {
   const auto refuse = [op](const std::string& why) { throw std::invalid_argument(std::string(op) + ": " + why); };
   const int64_t threads = int64_t{shape.x} * shape.y * shape.z;
   if (threads < 1 || threads > kMaxThreads || shape.z > 64)
@@ -340,6 +362,20 @@ void launch_grid(const char* op, dim3 grid, dim3 shape, size_t dynamic_shared, v
     refuse("a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z) +
            " blocks");
   if (dynamic_shared > kMaxShared) refuse(std::to_string(dynamic_shared) + " bytes of shared memory");
+
+  KernelCall call = kernel;
+  struct {
+    const PtxProgram* program;
+    std::vector<char> parameters;
+  } replaced{replacement_of(kernel.kernel), {}};
+  if (replaced.program != nullptr) {
+    replaced.parameters = laid_out(op, kernel, *replaced.program);
+    call.run = [](const void* r) {
+      const auto* with = static_cast<const decltype(replaced)*>(r);
+      run_ptx_thread(*with->program, with->parameters.data());
+    };
+    call.call = &replaced;
+  }
 
   const int64_t total = int64_t{grid.x} * grid.y * grid.z;
   const Options how = options();
@@ -359,7 +395,7 @@ void launch_grid(const char* op, dim3 grid, dim3 shape, size_t dynamic_shared, v
     for (int64_t i; (i = next++) < total; ++done) {
       const uint3 index{static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
                         static_cast<unsigned>(i / (int64_t{grid.x} * grid.y))};
-      if (!b.run(index, grid, shape, dynamic_shared, {kernel, arguments}, how.seed + static_cast<uint64_t>(i))) {
+      if (!b.run(index, grid, shape, dynamic_shared, call, how.seed + static_cast<uint64_t>(i))) {
         next = total;
         const std::lock_guard<std::mutex> lock(mutex);
         if (report.empty()) report = b.error();
@@ -385,14 +421,3 @@ void launch_grid(const char* op, dim3 grid, dim3 shape, size_t dynamic_shared, v
 }
 
 }  // namespace llama_fast::emulator
-
-// For ctypes.
-extern "C" void llama_fast_emulator_configure(uint64_t seed, bool race_check, int workers) {
-  llama_fast::emulator::options() = {seed, race_check, workers};
-}
-// Gives the counters in the order of their declaration, and sets them to 0.
-extern "C" void llama_fast_emulator_counters(int64_t* values) {
-  const llama_fast::emulator::Counters c = llama_fast::emulator::counters();
-  std::memcpy(values, &c, sizeof c);
-  llama_fast::emulator::reset_counters();
-}

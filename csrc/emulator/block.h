@@ -25,6 +25,8 @@ struct Options {
   uint64_t seed = 0;       // 0: threads run in order; else: a permutation of the schedule for each
   bool race_check = true;  // of shared memory
   int workers = 2;         // OS threads, each with a block of its own at a time
+  bool mbarrier_fence =
+      true;  // TMA wants a fence.mbarrier_init or fence.proxy.async behind an mbarrier's initialization
 };
 Options& options();
 
@@ -61,11 +63,7 @@ class Block {
   ~Block();
 
   // Runs the block to its end. Gives false after fail().
-  struct Kernel {
-    void (*run)(const void*);
-    const void* arguments;
-  };
-  bool run(uint3 index, dim3 grid, dim3 shape, size_t dynamic_shared, Kernel kernel, uint64_t seed);
+  bool run(uint3 index, dim3 grid, dim3 shape, size_t dynamic_shared, const KernelCall& kernel, uint64_t seed);
   std::string error() const { return error_; }
 
   // ---- of the thread that runs --------------------------------------------------------------------------------------
@@ -141,7 +139,7 @@ class Block {
   uint3 index_{};
   dim3 grid_, shape_;
   int thread_count_ = 0, running_ = 0;
-  Kernel kernel_{};
+  KernelCall kernel_{};
   std::vector<std::unique_ptr<Thread>> threads_;
   Thread* self_ = nullptr;
   Fiber scheduler_;

@@ -37,9 +37,21 @@ void* shared_write(uint32_t address, uint32_t bytes, const char* op);
 // Checks bounds and alignment, and gives the true address.
 void* global_at(uint64_t address, size_t bytes, size_t alignment, const char* op);
 
-// Runs kernel(arguments) for each thread of the grid. Throws std::runtime_error with the first fault's report, which
-// begins with `op`; std::invalid_argument for a configuration that no GPU takes.
-void launch_grid(const char* op, dim3 grid, dim3 shape, size_t dynamic_shared, void (*kernel)(const void*),
-                 const void* arguments);
+// A kernel's arguments, one after the other as they are laid out for the device.
+struct Parameter {
+  const void* value;
+  size_t size, alignment;
+};
+struct KernelCall {
+  const void* kernel;             // the function
+  void (*run)(const void* call);  // calls it, with `call`
+  const void* call;
+  const Parameter* parameters;
+  int count;
+};
+
+// Runs the kernel for each thread of the grid. Throws std::runtime_error with the first fault's report, which begins
+// with `op`; std::invalid_argument for a configuration that no GPU takes.
+void launch_grid(const char* op, dim3 grid, dim3 shape, size_t dynamic_shared, const KernelCall& kernel);
 
 }  // namespace llama_fast::emulator

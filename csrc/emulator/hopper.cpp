@@ -52,7 +52,8 @@ AsyncUnits::MBarrier& AsyncUnits::mbarrier(uint32_t address, const char* op, boo
   if (found == mbarriers.end()) block_.fail("%s: there is no mbarrier at shared address 0x%x", op, address);
   MBarrier& m = found->second;
   if (Races* r = block_.races())
-    r->check_object(block_.self().id, m.owner, m.stamp, address, by_async_proxy, m.fenced, op);
+    r->check_object(block_.self().id, m.owner, m.stamp, address, by_async_proxy && options().mbarrier_fence, m.fenced,
+                    op);
   return m;
 }
 
@@ -292,25 +293,13 @@ void AsyncUnits::block_ends() {
 }
 
 // ---- wgmma ----------------------------------------------------------------------------------------------------------
-void wgmma(Half type, int n, float* d, const uint32_t* a, uint64_t a_matrix, uint64_t b_matrix, bool accumulate,
-           bool a_transposed, bool b_transposed) {
+namespace {
+
+void meet_in_wgmma(AsyncUnits::Call& call) {
   AsyncUnits& u = units();
   const int id = self().id, g = id / kGroup, lane = id % kGroup;
   AsyncUnits::Warpgroup& group = u.warpgroups[g];
-  AsyncUnits::Call call{{type,
-                         n,
-                         a != nullptr,
-                         accumulate,
-                         a_transposed,
-                         b_transposed,
-                         a_matrix,
-                         b_matrix,
-                         mine().wgmma_committed,
-                         {},
-                         0,
-                         false},
-                        d,
-                        a};
+  call.product.group = mine().wgmma_committed;
   group.calls[lane] = &call;
   if (++group.arrived < kGroup) {
     block().wait("wgmma.mma_async");
@@ -320,6 +309,24 @@ void wgmma(Half type, int n, float* d, const uint32_t* a, uint64_t a_matrix, uin
   u.issue(g);
   for (int i = 0; i < kGroup; ++i)
     if (i != lane) block().make_ready(g * kGroup + i);
+}
+
+}  // namespace
+
+void wgmma(Half type, int n, float* d, const uint32_t* a, uint64_t a_matrix, uint64_t b_matrix, bool accumulate,
+           bool a_transposed, bool b_transposed) {
+  AsyncUnits::Call call{
+      {type, n, a != nullptr, accumulate, a_transposed, b_transposed, a_matrix, b_matrix, 0, {}, 0, false, false},
+      d,
+      a};
+  meet_in_wgmma(call);
+}
+
+void wgmma_at_once(Half type, int n, float* d, const uint32_t* a, uint64_t a_matrix, uint64_t b_matrix, bool accumulate,
+                   bool a_transposed, bool b_transposed) {
+  AsyncUnits::Call call{
+      {type, n, a != nullptr, accumulate, a_transposed, b_transposed, a_matrix, b_matrix, 0, {}, 0, false, true}, d, a};
+  meet_in_wgmma(call);
 }
 
 // All 128 threads have come to the same wgmma.mma_async.
@@ -348,6 +355,10 @@ void AsyncUnits::issue(int g) {
     product.a.resize(4 * kGroup);
     for (int t = 0; t < kGroup; ++t) std::memcpy(&product.a[4 * t], group.calls[t]->a, 16);
   }
+  if (product.at_once) {
+    finish_at_once(group, product);
+    return;
+  }
   size_t key = group.next_accumulator;
   for (const auto& [k, acc] : group.accumulators)
     if (acc.d[0] == group.calls[0]->d) key = k;
@@ -357,15 +368,10 @@ void AsyncUnits::issue(int g) {
   if (fresh) {
     ++group.next_accumulator;
     acc.n = product.n;
-    acc.values.resize(static_cast<size_t>(64 * product.n));
-    for (int t = 0; t < kGroup; ++t) {
-      acc.d[t] = group.calls[t]->d;
-      for (int i = 0; i < product.n / 2; ++i) {
-        const auto [row, column] = wgmma_d(t, i);
-        acc.values[row * product.n + column] = acc.d[t][i];
-      }
-      std::memset(acc.d[t], 0xFF, static_cast<size_t>(product.n) * 2);  // kPoison until waited for
-    }
+    for (int t = 0; t < kGroup; ++t) acc.d[t] = group.calls[t]->d;
+    acc.gather();
+    for (int t = 0; t < kGroup; ++t)  // kPoison until waited for
+      std::memset(acc.d[t], 0xFF, static_cast<size_t>(product.n) * 2);
   }
   for (int t = 0; t < kGroup; ++t)
     if (acc.d[t] != group.calls[t]->d || acc.n != product.n || acc.has[t])
@@ -374,6 +380,31 @@ void AsyncUnits::issue(int g) {
   acc.last_group = product.group;
   product.accumulator = key;
   group.products.push_back(std::move(product));
+}
+
+void AsyncUnits::Accumulator::gather() {
+  values.resize(static_cast<size_t>(64 * n));
+  for (int t = 0; t < kGroup; ++t)
+    for (int i = 0; i < n / 2; ++i) {
+      const auto [row, column] = wgmma_d(t, i);
+      values[static_cast<size_t>(row * n + column)] = d[t][i];
+    }
+}
+
+void AsyncUnits::Accumulator::scatter(int t) const {
+  for (int i = 0; i < n / 2; ++i) {
+    const auto [row, column] = wgmma_d(t, i);
+    d[t][i] = values[static_cast<size_t>(row * n + column)];
+  }
+}
+
+void AsyncUnits::finish_at_once(Warpgroup& group, Product& product) {
+  Accumulator acc;
+  acc.n = product.n;
+  for (int t = 0; t < kGroup; ++t) acc.d[t] = group.calls[t]->d;
+  acc.gather();
+  execute(acc, product);
+  for (int t = 0; t < kGroup; ++t) acc.scatter(t);
 }
 
 // wgmma.fence has to stand between the last touch of a register that wgmma uses and the wgmma. Touches are not seen:
@@ -409,7 +440,7 @@ void AsyncUnits::check_operand(int g, Clock clock, uint64_t matrix, int size, bo
     }
 }
 
-void AsyncUnits::execute(Warpgroup& group, Product& p) {
+void AsyncUnits::execute(Accumulator& accumulator, Product& p) {
   float a[64 * 16], b[256 * 16];
   const auto gather = [&](uint64_t descriptor, int size, bool mn_major, const char* op, auto&& put) {
     const MatrixDescriptor d = decode(descriptor);
@@ -432,7 +463,7 @@ void AsyncUnits::execute(Warpgroup& group, Product& p) {
     gather(p.a_matrix, 64, p.a_transposed, "wgmma A", [&](int m, int k, float x) { a[m * 16 + k] = x; });
   }
   gather(p.b_matrix, p.n, p.b_transposed, "wgmma B", [&](int n, int k, float x) { b[k * p.n + n] = x; });
-  multiply_64xNx16(p.n, p.accumulate, a, b, group.accumulators[p.accumulator].values.data());
+  multiply_64xNx16(p.n, p.accumulate, a, b, accumulator.values.data());
   p.done = true;
 }
 
@@ -452,7 +483,7 @@ void wgmma_wait_group(int pending) {
     if (groups > 0) r->learn(id, group.agent + lane / kWarp, group.clock_of_group[groups - 1]);
   }
   for (AsyncUnits::Product& p : group.products)
-    if (!p.done && p.group < through) u.execute(group, p);
+    if (!p.done && p.group < through) u.execute(group.accumulators[p.accumulator], p);
   while (!group.products.empty() && group.products.front().done) group.products.pop_front();
   for (auto it = group.accumulators.begin(); it != group.accumulators.end();) {
     AsyncUnits::Accumulator& acc = it->second;
@@ -462,9 +493,8 @@ void wgmma_wait_group(int pending) {
         uint32_t bits;
         std::memcpy(&bits, &d[i], 4);
         if (bits != kPoison) block().fail("register d[%d] of a wgmma was written while it was in flight", i);
-        const auto [row, column] = wgmma_d(lane, i);
-        d[i] = acc.values[row * acc.n + column];
       }
+      acc.scatter(lane);
       mine().registers[d].assign(d, d + acc.n / 2);
       acc.has[lane] = true;
       if (++acc.collected == kGroup) {

@@ -10,9 +10,10 @@
 
 namespace llama_fast::emulator {
 
-// Stands for a CUtensorMap: a tensor of up to 5 dimensions in global memory, the first contiguous, and the box of it
-// that a copy moves. Elements past the tensor's end are read as zeros and not written.
-struct TensorMap {
+// Stands for a CUtensorMap, and has its size, so that parameters lie where the device has them. A tensor of up to 5
+// dimensions in global memory, the first contiguous, and the box of it that a copy moves. Elements past the tensor's
+// end are read as zeros and not written.
+struct alignas(128) TensorMap {
   uint64_t base = 0;  // a mapped address
   int rank = 0, element_bytes = 0;
   Swizzle swizzle = Swizzle::none;
@@ -20,6 +21,7 @@ struct TensorMap {
   int box[5] = {};                       // elements
   int box_bytes() const;
 };
+static_assert(sizeof(TensorMap) == 128);
 
 void mbarrier_init(uint32_t address, int count);
 void mbarrier_arrive(uint32_t address, int transaction_bytes);
@@ -38,6 +40,10 @@ void bulk_wait_group(int pending, bool read_only);
 // d [N / 2] of each thread; a: 4 registers, or nullptr where `a_matrix` describes A.
 void wgmma(Half type, int n, float* d, const uint32_t* a, uint64_t a_matrix, uint64_t b_matrix, bool accumulate,
            bool a_transposed, bool b_transposed);
+// The same, finished on return: for the PTX interpreter, whose registers have no addresses. The race checker still
+// takes the operands in shared memory for in use until the wait.
+void wgmma_at_once(Half type, int n, float* d, const uint32_t* a, uint64_t a_matrix, uint64_t b_matrix, bool accumulate,
+                   bool a_transposed, bool b_transposed);
 void wgmma_fence();
 void wgmma_commit_group();
 void wgmma_wait_group(int pending);
