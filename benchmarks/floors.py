@@ -90,13 +90,22 @@ def figures(case: str, memory: str, only: str | None = None) -> dict[str, float]
     scenario = next((s for s in model.scenarios() if s.name == case), None)
     found: dict[str, float] = {}
     if scenario is not None:
-        providers = scenario.build()
+        ours = f"{results.OURS}:{model.DEFAULT}"
+        sides = ("llama_fast", ours, "transformers", *(["torch.compile"] if scenario.op == "training_step" else []))
+        chosen = [n for n in sides if only is None or n == only or (n == ours and only == results.OURS)]
+        times: dict[str, float] = {}
+        kept: dict[str, int] = {}
+        for x in model.measure(scenario, seconds=4, choose=lambda n: n in chosen):
+            if x.seconds is None:
+                raise RuntimeError(f"{case}: {x.provider}: {x.status}: {x.reason}")
+            name = results.OURS if results.is_ours(x.provider) else x.provider
+            times[name], kept[name] = x.seconds.median, x.kept_bytes or 0
         if only is not None:
-            return {"seconds": harness.interleave({only: providers[only]}, seconds=4)[only].median}
-        timings = harness.interleave(providers, seconds=4)
-        for peer in providers.keys() - {"llama_fast"}:
-            found[f"time vs {peer}"] = timings[peer].median / timings["llama_fast"].median
-        found.update(scenario.memory() if scenario.memory is not None else {})
+            return {"seconds": times[only]}
+        for peer in times.keys() - {results.OURS}:
+            found[f"time vs {peer}"] = times[peer] / times[results.OURS]
+            if kept[peer]:
+                found[f"memory vs {peer}"] = kept[peer] / kept[results.OURS]
         return found
     benchmark = next(b for b in suite.collect(list(OPS)) if b.name == case)
     peers = ("eager", "transformers", "sdpa_repeated")
@@ -108,12 +117,12 @@ def figures(case: str, memory: str, only: str | None = None) -> dict[str, float]
     for x in lines:
         if x.status == "wrong":
             raise RuntimeError(f"{case}: {x.direction}: {x.provider}: {x.reason}")
-        ours = harness.ours_of(y for y in lines if y.key == x.key)
-        if ours is not None and ours.seconds is not None and x.seconds is not None:
-            if x is ours:
-                found[f"{x.direction} of limit"] = ours.share or 0.0
+        first = harness.ours_of(y for y in lines if y.key == x.key)
+        if first is not None and first.seconds is not None and x.seconds is not None:
+            if x is first:
+                found[f"{x.direction} of limit"] = first.share or 0.0
             else:
-                found[f"{x.direction} vs {x.provider}"] = x.seconds.median / ours.seconds.median
+                found[f"{x.direction} vs {x.provider}"] = x.seconds.median / first.seconds.median
     if benchmark.case.op == "linear_cross_entropy":
         from . import linear_cross_entropy
 

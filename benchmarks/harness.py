@@ -70,13 +70,25 @@ def pin_threads() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **settings})
 
 
-def interleave(runs: Mapping[str, Callable[[], Any]], seconds: float = 1.0, least: int = 5) -> dict[str, Seconds]:
-    """Times functions in turn, run by run, for about `seconds` each, after two runs to warm up."""
+def waiter(device: str) -> Callable[[], None]:
+    """A function that waits until the device has done what it was given."""
+    return torch.cuda.synchronize if device == "cuda" else lambda: None
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], Any]], seconds: float = 1.0, least: int = 5, wait: Callable[[], None] = lambda: None
+) -> dict[str, Seconds]:
+    """Times functions in turn, run by run, for about `seconds` each, after two runs to warm up.
+
+    `wait` is called after each run, see `waiter`.
+    """
     first = {}
     for name, run in runs.items():
         run()
+        wait()
         start = time.perf_counter()
         run()
+        wait()
         first[name] = time.perf_counter() - start
     count = max(least, min(200, math.ceil(seconds * len(first) / max(sum(first.values()), 1e-9))))
     samples: dict[str, list[float]] = {name: [] for name in runs}
@@ -84,40 +96,49 @@ def interleave(runs: Mapping[str, Callable[[], Any]], seconds: float = 1.0, leas
         for name, run in runs.items():
             start = time.perf_counter()
             run()
+            wait()
             samples[name].append(time.perf_counter() - start)
     return {name: results.summary(s) for name, s in samples.items()}
 
 
-def copy_bandwidth(megabytes: int = 256) -> Limit:
+def copy_bandwidth(device: str = "cpu") -> Limit:
     """Bytes a second that a copy reads and writes, by torch's own copy of a tensor too large for the caches."""
-    source = torch.rand(megabytes << 18, dtype=torch.float32)
+    megabytes = 256 if device == "cpu" else 2048
+    source = torch.rand(megabytes << 18, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    timing = interleave({"copy": lambda: target.copy_(source)}, seconds=0.3)["copy"]
+    timing = interleave({"copy": lambda: target.copy_(source)}, seconds=0.3, wait=waiter(device))["copy"]
     return Limit(COPY, "byte/s", 2 * source.nbytes / timing.median, f"Tensor.copy_ of {megabytes} MB")
 
 
-def matrix_rate(dtype: torch.dtype, n: int = 2048) -> Limit:
-    """FLOP/s of the fastest matrix product that torch offers in `dtype`."""
+def matrix_rate(dtype: torch.dtype, device: str = "cpu") -> Limit:
+    """FLOP/s of the fastest matrix product that torch offers in `dtype`, of random numbers: zeros draw less power."""
     from llama_fast.ops.linear import linear
 
-    x, w = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
-    timing = interleave({"matmul": lambda: linear(x, w)}, seconds=0.5)["matmul"]
-    return Limit(
-        f"matmul {dtype_name(dtype)}", "flop/s", 2 * n**3 / timing.median, f"{n} x {n} x {n}, the faster library"
-    )
+    n = 2048 if device == "cpu" else 8192
+    x, w = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    timing = interleave({"matmul": lambda: linear(x, w)}, seconds=0.5, wait=waiter(device))["matmul"]
+    how = f"{n} x {n} x {n}, the faster library" if device == "cpu" else f"{n} x {n} x {n}"
+    return Limit(f"matmul {dtype_name(dtype)}", "flop/s", 2 * n**3 / timing.median, how)
 
 
-def measure_limits(dtypes: Iterable[torch.dtype]) -> tuple[Limit, ...]:
+def measure_limits(dtypes: Iterable[torch.dtype], device: str = "cpu") -> tuple[Limit, ...]:
     """What the machine does at best, now: a copy, and the matrix product of each dtype."""
-    return (copy_bandwidth(), *(matrix_rate(d) for d in dtypes))
+    return (copy_bandwidth(device), *(matrix_rate(d, device) for d in dtypes))
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
-def allocations(run: Callable[[], Any]) -> tuple[int, int, Any]:
-    """(bytes at the peak, bytes held at the end, what `run` gave) of torch's CPU allocator, counted from zero.
+def allocations(run: Callable[[], Any], device: str = "cpu") -> tuple[int, int, Any]:
+    """(bytes at the peak, bytes held at the end, what `run` gave) of torch's allocator, counted from zero.
 
     Scratch that a kernel takes past torch's allocator is not seen.
     """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before, result
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
@@ -254,7 +275,7 @@ def measure(
     benchmark: Benchmark, seconds: float = 1.0, choose: Callable[[Provider], bool] = lambda provider: True
 ) -> list[Line]:
     """The lines of a benchmark, forward, and forward with backward, of every provider chosen; see `results.against`."""
-    case, op, dtype = benchmark.case, OPS[benchmark.case.op], dtype_name(benchmark.dtype)
+    case = benchmark.case
     torch.compiler.reset()  # past a number of shapes torch.compile would run eager PyTorch and not say so
     work = Work.of(benchmark)
     refused: dict[str, tuple[str, str]] = {}  # provider -> status, reason
@@ -278,39 +299,43 @@ def measure(
         else:
             runs[p.name] = p
     del judged
-    item = benchmark.dtype.itemsize
-    traffic, flops = op.traffic(sizes(case), item), op.flops(sizes(case), case.options) if op.flops else (0, 0)
     lines = []
-    for direction, make, moved, operations in (
-        ("forward", work.forward, traffic[0], flops[0]),
-        ("forward+backward", work.both, sum(traffic), sum(flops)),
-    ):
+    for direction, make in (("forward", work.forward), ("forward+backward", work.both)):
         timings = interleave({n: make(p.call) for n, p in runs.items()}, seconds) if runs else {}
         for p in providers:
-            line: dict[str, Any] = {
-                "op": case.op,
-                "label": benchmark.label,
-                "case": case_of(case),
-                "dtype": dtype,
-                "direction": direction,
-                "provider": p.name,
-                "bytes": moved,
-                "flops": operations,
-                "error": errors.get(p.name),
-                "tokens": None,
+            line = {**facts(benchmark, direction), "provider": p.name, "error": errors.get(p.name)}
+            line |= {
                 "limit": None,
                 "share": None,
-                "command": f"python -m benchmarks {case.op} --case '{benchmark.name}'",
+                "seconds": timings.get(p.name),
+                "peak_bytes": None,
+                "kept_bytes": None,
             }
+            line["status"], line["reason"] = refused.get(p.name, ("measured", ""))
             if p.name in timings:
-                line |= {"status": "measured", "reason": "", "seconds": timings[p.name]}
                 line["peak_bytes"] = allocations(make(p.call))[0]
                 line["kept_bytes"] = _kept(work, p) if direction != "forward" else None
-            else:
-                status, reason = refused[p.name]
-                line |= {"status": status, "reason": reason, "seconds": None, "peak_bytes": None, "kept_bytes": None}
             lines.append(Line(**line))
     return lines
+
+
+def facts(benchmark: Benchmark, direction: str) -> dict[str, Any]:
+    """The fields of a result line that are the same for all providers."""
+    case, op = benchmark.case, OPS[benchmark.case.op]
+    moved = op.traffic(sizes(case), benchmark.dtype.itemsize)
+    flops = op.flops(sizes(case), case.options) if op.flops else (0, 0)
+    parts = 1 if direction == "forward" else 2
+    return {
+        "op": case.op,
+        "label": benchmark.label,
+        "case": case_of(case),
+        "dtype": dtype_name(benchmark.dtype),
+        "direction": direction,
+        "bytes": sum(moved[:parts]),
+        "flops": sum(flops[:parts]),
+        "tokens": None,
+        "command": f"python -m benchmarks {case.op} --case '{benchmark.name}'",
+    }
 
 
 def _kept(work: Work, p: Provider) -> int:
@@ -322,11 +347,11 @@ def ours_of(lines: Iterable[Line]) -> Line | None:
     return next((x for x in lines if results.is_ours(x.provider) and x.seconds is not None), None)
 
 
-def environment(allocator: str, **changes: Any) -> results.Environment:
-    """The environment of CPU results in this process, see `results.environment`."""
+def environment(allocator: str, device: str = "cpu", **changes: Any) -> results.Environment:
+    """The environment of results in this process, see `results.environment`."""
     arguments: dict[str, Any] = {
         "root": Path(llama_fast.__file__).parents[1],
-        "kind": "cpu",
+        "kind": device,
         "device": results.cpu_name(),
         "memory": results.cpu_memory(),
         "clocks": results.cpu_clocks(),
@@ -334,4 +359,9 @@ def environment(allocator: str, **changes: Any) -> results.Environment:
         "allocator": allocator,
         "isa": native.isa() if native.unavailable() is None else "",
     }
+    if device == "cuda":
+        clocks, driver = results.gpu_state()
+        found = torch.cuda.get_device_properties(0)
+        arguments |= {"device": found.name, "memory": found.total_memory, "clocks": clocks, "driver": driver}
+        arguments["notes"] = {"host": results.cpu_name(), "CUDA": str(torch.version.cuda)}
     return results.environment(**arguments | changes)

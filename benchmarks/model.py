@@ -1,32 +1,62 @@
-"""The block, the training step and the decode beside transformers': the same weights, the same tokens, one process.
+"""The block, the training step and the decode, each in every way that people would run it: same weights, same tokens.
 
-Peers need the extra `bench` (transformers). Each scenario gives its providers as functions to time in turn.
+Providers: ours with each policy of the block; `eager`, the plain PyTorch of plain.py; transformers as it is, under
+torch.compile, with Liger's kernels, and with torch.utils.checkpoint around each layer. All share one set of weights and
+one optimizer, so that they fit beside each other and can take turns. Flops are model flops, 6 N and attention
+(`LlamaConfig.flops_per_token`; what a policy computes twice does not count), so a line's share of the matrix rate is
+its MFU against the measured peak. On a GPU the shapes are layers of published models; on a CPU they are small.
 
-Legend: B batch, T tokens, C width, F ffn width, H heads.
+Legend: B batch, T tokens, C width, F ffn width, H heads, L layers.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from llama_fast.block import POLICIES
 from llama_fast.config import LlamaConfig, rope_cos_sin
 from llama_fast.model import Llama
 from llama_fast.nn import TransformerBlock
+from llama_fast.plain import PlainLlama
 
-from .harness import kept_bytes
+from . import harness
+from .results import OURS, Line
 
 # hidden 768, ffn 2048, 6 layers, 12 heads, vocabulary 32000: 92 M parameters with both embeddings
 SMALL = LlamaConfig(768, 6, 12, 12, 2048, 32000, 2048)
-BATCH, SEQUENCE = 2, 1024
+WIDE = LlamaConfig(2048, 1, 16, 16, 5504, 32, 2048)  # a block of a model of 1.3 G parameters
 PROMPT, NEW_TOKENS = 16, 64
-BLOCK_C, BLOCK_H, BLOCK_F, BLOCK_T = 2048, 16, 5504, 1024
+DEFAULT = "recompute-cheap"
+# Relative root-mean-square difference from eager PyTorch in the same dtype. The error budget is the ops' own tests'.
+TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-3}
+
+
+@dataclass
+class Side:
+    """A provider of a scenario.
+
+    Args:
+        run: does the work once.
+        values: gives tensors that must agree with those of every other side.
+        kept: gives the bytes that one layer keeps between forward and backward; None where that is not measured.
+    """
+
+    run: Callable[[], Any]
+    values: Callable[[], list[Tensor]]
+    kept: Callable[[], int] | None = None
+
+
+Builder = Callable[["Scenario"], Iterator[tuple[str, Callable[[], Side] | str]]]
 
 
 @dataclass(frozen=True)
@@ -34,20 +64,121 @@ class Scenario:
     """Work that several providers do alike.
 
     Args:
-        name: as in floors.toml.
-        build: makes the providers: name -> a function that does the work once.
-        tokens: that one run handles.
-        flops: of one run, by `LlamaConfig.flops_per_token`; 0 where that is not the limit.
-        memory: "memory vs <peer>" -> how many times less memory ours needs; None where that is not measured.
+        op: "block", "training_step" or "decode".
+        config: the model, its `n_layers` those that are measured.
+        label: whose shape it is; "" for one of the small ones.
+        B, T: sequences and their tokens.
+        dtype: of weights and computation.
+        device: "cpu" or "cuda".
     """
 
-    name: str
-    build: Callable[[], dict[str, Callable[[], Any]]]
-    tokens: int
-    flops: int = 0
-    memory: Callable[[], dict[str, float]] | None = None
+    op: str
+    config: LlamaConfig
+    label: str
+    B: int
+    T: int
+    dtype: torch.dtype
+    device: str = "cpu"
+
+    @property
+    def name(self) -> str:
+        return " ".join(filter(None, (self.op, harness.dtype_name(self.dtype), self.label)))
+
+    @property
+    def tokens(self) -> int:
+        return NEW_TOKENS * self.B if self.op == "decode" else self.B * self.T
+
+    def sides(self) -> dict[str, Callable[[], Side] | str]:
+        """Provider -> what makes it, or why it cannot run here. Makers share weights; ours come first."""
+        return dict({"block": _block, "training_step": _training_step, "decode": _decode}[self.op](self))
+
+    def facts(self) -> dict[str, Any]:
+        """The fields of a result line that are the same for all providers."""
+        c = self.config
+        case = {
+            "B": self.B,
+            "T": self.T,
+            "C": c.dim,
+            "F": c.ffn_dim,
+            "H": c.n_heads,
+            "G": c.n_kv_heads,
+            "L": c.n_layers,
+        }
+        flops, moved = self.tokens * c.flops_per_token(self.T), 0
+        if self.op == "block":
+            flops -= self.tokens * 6 * c.vocab_size * c.dim
+        else:
+            case["V"] = c.vocab_size
+        if self.op == "decode":  # every step reads the weights once
+            moved, flops = NEW_TOKENS * c.n_matmul_params * self.dtype.itemsize, 2 * self.tokens * c.n_matmul_params
+        direction = {"block": "forward+backward", "training_step": "step", "decode": "decode"}[self.op]
+        place = "" if self.device == "cpu" else f" --device {self.device}"
+        return {
+            "op": self.op,
+            "label": self.label,
+            "case": case,
+            "dtype": harness.dtype_name(self.dtype),
+            "direction": direction,
+            "bytes": moved,
+            "flops": flops,
+            "tokens": self.tokens,
+            "command": f"python -m benchmarks {self.op} --case '{self.name}'{place}",
+        }
 
 
+def measure(scenario: Scenario, seconds: float = 4.0, choose: Callable[[str], bool] = lambda name: True) -> list[Line]:
+    """The lines of a scenario, of every provider chosen; see `results.against`."""
+    torch.compiler.reset()
+    sides: dict[str, Side] = {}
+    refused: dict[str, tuple[str, str]] = {}
+    made = {n: maker for n, maker in scenario.sides().items() if choose(n) or n == "eager"}
+    truth: list[Tensor] = []
+    for name in sorted(made, key=lambda n: n != "eager"):  # the others are compared with it
+        maker = made[name]
+        if isinstance(maker, str):
+            refused[name] = ("not run", maker)
+            continue
+        try:
+            side = maker()
+            found = side.values()
+        except Exception as error:  # another library's failure, whatever it is, must not end the run
+            refused[name] = ("not run", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
+            continue
+        truth = truth or found
+        gap = _gap(found, truth)
+        if gap <= TOLERANCE[scenario.dtype]:
+            sides[name] = side
+        else:
+            refused[name] = ("wrong", f"differs from eager PyTorch by {gap:.2g}, root-mean-square")
+    wanted = {n: s for n, s in sides.items() if choose(n)}
+    wait = harness.waiter(scenario.device)
+    timings = harness.interleave({n: s.run for n, s in wanted.items()}, seconds, wait=wait) if wanted else {}
+    lines = []
+    for name in (n for n in made if choose(n)):
+        fields = {**scenario.facts(), "provider": name, "status": "measured", "reason": "", "error": None}
+        fields |= {"seconds": timings.get(name), "peak_bytes": None, "kept_bytes": None, "limit": None, "share": None}
+        if name in refused:
+            fields["status"], fields["reason"] = refused[name]
+        else:
+            side = wanted[name]
+            if scenario.op != "decode":  # its weights and its cache are what it takes
+                fields["peak_bytes"] = harness.allocations(side.run, scenario.device)[0]
+            fields["kept_bytes"] = side.kept() if side.kept is not None else None
+        lines.append(Line(**fields))
+    return lines
+
+
+def _gap(found: list[Tensor], truth: list[Tensor]) -> float:
+    """Largest relative root-mean-square difference; infinity where something is not finite."""
+    worst = 0.0
+    for a, b in zip(found, truth, strict=True):
+        difference, size = (x.double().square().mean().sqrt().item() for x in (a - b, b))
+        gap = difference / max(size, 1e-30)
+        worst = max(worst, math.inf if math.isnan(gap) else gap)
+    return worst
+
+
+# ---- transformers ---------------------------------------------------------------------------------------------------
 def _transformers_config(c: LlamaConfig) -> Any:
     from transformers import LlamaConfig as TheirConfig
 
@@ -57,137 +188,239 @@ def _transformers_config(c: LlamaConfig) -> Any:
         num_hidden_layers=c.n_layers,
         num_attention_heads=c.n_heads,
         num_key_value_heads=c.n_kv_heads,
+        head_dim=c.head_dim,
         vocab_size=c.vocab_size,
         max_position_embeddings=c.max_seq_len,
         rms_norm_eps=c.norm_eps,
+        rope_theta=c.rope_theta,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
         attn_implementation="sdpa",
-        pad_token_id=0,
+        pad_token_id=None,  # with one, its embedding gets no gradient
     )
 
 
-def _transformers_model(c: LlamaConfig, ours: Llama) -> Any:
+def _transformers_model(c: LlamaConfig, ours: nn.Module, liger: bool = False) -> Any:
+    """transformers' model with our parameters themselves."""
     from transformers import LlamaForCausalLM
 
-    theirs = LlamaForCausalLM(_transformers_config(c)).to(ours.lm_head.weight.dtype)
-    renamed = {n if n.startswith("lm_head") else f"model.{n}": p for n, p in ours.state_dict().items()}
-    theirs.load_state_dict(renamed)
+    with torch.device("meta"):
+        theirs = LlamaForCausalLM(_transformers_config(c))
+    renamed = {n if n.startswith("lm_head") else f"model.{n}": p for n, p in ours.state_dict(keep_vars=True).items()}
+    theirs.load_state_dict(renamed, assign=True)
+    with next(ours.parameters()).device:  # its tables are no parameters
+        theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config)
+    if liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama(model=theirs)
     return theirs
 
 
-def _both_passes(
-    layer: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor, parameters: list[Tensor]
-) -> Callable[[], None]:
-    def call() -> None:
-        torch.autograd.grad(layer(x), [x, *parameters], dy)
-
-    return call
-
-
-# a layer, its parameters, and its rotary tables, which all layers of a model share
-_Layer = tuple[Callable[[Tensor], Tensor], list[Tensor], tuple[Tensor, ...]]
+def _missing(device: str, *modules: tuple[str, str]) -> str | None:
+    for module, package in modules:
+        if find_spec(module) is None:
+            return f"not installed: pip install {package}"
+    if any(module == "liger_kernel" for module, _ in modules) and device != "cuda":
+        return "runs on cuda only"
+    return None
 
 
-def _block_layers(dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, _Layer]]:
-    """x, dy and the layers."""
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-
-    config = LlamaConfig(BLOCK_C, 1, BLOCK_H, BLOCK_H, BLOCK_F, 32, BLOCK_T)
-    ours = TransformerBlock(BLOCK_C, BLOCK_H, BLOCK_F, dtype=dtype)
-    theirs = LlamaDecoderLayer(_transformers_config(config), layer_idx=0).to(dtype)
-    theirs.load_state_dict(ours.state_dict())
-    cos, sin = rope_cos_sin(config, BLOCK_T)
-    doubled = tuple(torch.cat((t, t), dim=-1).unsqueeze(0).to(dtype) for t in (cos, sin))
-    x = torch.randn(1, BLOCK_T, BLOCK_C).to(dtype).requires_grad_()
-    dy = torch.randn(1, BLOCK_T, BLOCK_C).to(dtype)
-
-    def their_forward(x: Tensor) -> Tensor:
-        y = theirs(x, attention_mask=None, position_embeddings=doubled)
-        return y[0] if isinstance(y, tuple) else y
-
-    layers: dict[str, _Layer] = {
-        "llama_fast": (lambda x: ours(x, cos, sin), list(ours.parameters()), (cos, sin)),
-        "transformers": (their_forward, list(theirs.parameters()), doubled),
-    }
-    return x, dy, layers
+_THEIRS, _LIGER = ("transformers", "transformers"), ("liger_kernel", "liger-kernel")
+_WAYS = {  # provider -> what it needs
+    "transformers": (_THEIRS,),
+    "transformers+checkpoint": (_THEIRS,),
+    "torch.compile": (_THEIRS,),
+    "transformers+liger": (_LIGER, _THEIRS),
+}
 
 
-def block(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
-    """One block, forward and backward, beside transformers' LlamaDecoderLayer."""
-    x, dy, layers = _block_layers(dtype)
-    return {name: _both_passes(layer, x, dy, parameters) for name, (layer, parameters, _) in layers.items()}
+# ---- the block ------------------------------------------------------------------------------------------------------
+def _held_by_a_layer(layer: Callable[[Tensor], Tensor], x: Tensor) -> int:
+    """Bytes that one layer of several keeps between forward and backward, its input among them: two less one."""
+    device = x.device.type
+    held = [harness.allocations(run, device)[1] for run in (lambda: layer(x), lambda: layer(layer(x)))]
+    return held[1] - held[0]
 
 
-def block_memory(dtype: torch.dtype) -> dict[str, float]:
-    """How many times fewer bytes one block keeps between forward and backward."""
-    x, _, layers = _block_layers(dtype)
-    kept = {name: kept_bytes(partial(layer, x), [*own, *shared]) for name, (layer, own, shared) in layers.items()}
-    return {"memory vs transformers": kept["transformers"] / kept["llama_fast"]}
+def _block(s: Scenario) -> Iterator[tuple[str, Callable[[], Side] | str]]:
+    """One block, forward and backward, its gradients of input and weights."""
+    c = s.config
+    like: dict[str, Any] = {"device": s.device, "dtype": s.dtype}
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(s.B, s.T, c.dim, generator=generator).to(**like) for _ in range(2))
+    x.requires_grad_()
+    cos, sin = rope_cos_sin(c, s.T, s.device)
+    plain = PlainLlama(dataclasses.replace(c, n_layers=1), **like).layers[0]
+    shared = plain.state_dict(keep_vars=True)
+    parameters = list(plain.parameters())
+
+    def side(layer: Callable[[Tensor], Tensor]) -> Side:
+        def run() -> tuple[Tensor, ...]:
+            return torch.autograd.grad(layer(x), [x, *parameters], dy)
+
+        def values() -> list[Tensor]:
+            y = layer(x)
+            return [y.detach(), *torch.autograd.grad(y, [x, *parameters], dy)]
+
+        return Side(run, values, partial(_held_by_a_layer, layer, x))
+
+    def ours(policy: str) -> Side:
+        block = TransformerBlock(
+            c.dim, c.n_heads, c.ffn_dim, c.n_kv_heads, c.head_dim, c.norm_eps, policy, device="meta"
+        )
+        block.load_state_dict(shared, assign=True)
+        return side(lambda x: block(x, cos, sin))
+
+    def theirs(way: str) -> Side:
+        from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+        if way == "transformers+liger":
+            from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+            small = dataclasses.replace(c, n_layers=1, vocab_size=32)
+            whole = _transformers_model(small, PlainLlama(small, **like))
+            apply_liger_kernel_to_llama(model=whole)
+            layer = whole.model.layers[0]
+        else:
+            with torch.device("meta"):
+                layer = LlamaDecoderLayer(_transformers_config(c), layer_idx=0)
+        layer.load_state_dict(shared, assign=True)
+        doubled = tuple(torch.cat((t, t), dim=-1).unsqueeze(0).to(s.dtype) for t in (cos, sin))
+
+        def forward(x: Tensor) -> Tensor:
+            y = layer(x, attention_mask=None, position_embeddings=doubled)
+            return y[0] if isinstance(y, tuple) else y
+
+        if way == "torch.compile":
+            return side(torch.compile(forward))
+        if way == "transformers+checkpoint":
+            return side(lambda x: checkpoint(forward, x, use_reentrant=False))  # type: ignore[return-value]
+        return side(forward)
+
+    for policy in (DEFAULT, *(p for p in POLICIES if p != DEFAULT)):
+        yield f"{OURS}:{policy}", partial(ours, policy)
+    yield "eager", lambda: side(lambda x: plain(x, cos.to(s.dtype), sin.to(s.dtype)))
+    for way, needs in _WAYS.items():
+        yield way, _missing(s.device, *needs) or partial(theirs, way)
 
 
-def _step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-
-    def step() -> None:
-        loss().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def training_step(dtype: torch.dtype, compiled: bool = False) -> dict[str, Callable[[], Any]]:
-    """Loss, backward and AdamW of the 92 M model on 2 x 1024 tokens, beside transformers' (and its torch.compile)."""
-    ours = Llama(SMALL, dtype=dtype)
-    theirs = _transformers_model(SMALL, ours)
-    tokens = torch.randint(SMALL.vocab_size, (BATCH, SEQUENCE + 1))
+# ---- the training step ----------------------------------------------------------------------------------------------
+def _training_step(s: Scenario) -> Iterator[tuple[str, Callable[[], Side] | str]]:
+    """Loss, backward and AdamW."""
+    c = s.config
+    model = Llama(c, device=s.device, dtype=s.dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    tokens = torch.randint(c.vocab_size, (s.B, s.T + 1), generator=torch.Generator().manual_seed(0)).to(s.device)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
-    def their_step(model: Any) -> Callable[[], None]:
-        return _step(model, lambda: model(input_ids=inputs, labels=inputs, shift_labels=targets, use_cache=False).loss)
+    def side(loss: Callable[[], Tensor]) -> Side:
+        def run() -> None:
+            loss().backward()
+            optimizer.step()
+            optimizer.zero_grad()
 
-    providers = {"llama_fast": _step(ours, lambda: ours.loss(inputs, targets))}
-    if compiled:
-        providers["torch.compile"] = their_step(torch.compile(copy.deepcopy(theirs)))
-    providers["transformers"] = their_step(theirs)
-    return providers
+        def values() -> list[Tensor]:
+            found = loss()
+            found.backward()
+            norms = [p.grad.float().norm() for p in model.parameters() if p.grad is not None]
+            optimizer.zero_grad()
+            return [found.detach(), torch.stack(norms)]
+
+        return Side(run, values)
+
+    def ours(policy: str) -> Side:
+        def loss() -> Tensor:
+            model.set_policy(policy)
+            return model.loss(inputs, targets)
+
+        return side(loss)
+
+    def eager() -> Side:
+        with torch.device("meta"):
+            plain = PlainLlama(c)
+        plain.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+        return side(lambda: plain.loss(inputs, targets))
+
+    def theirs(way: str) -> Side:
+        their = _transformers_model(c, model, liger=way == "transformers+liger")
+        if way == "transformers+checkpoint":
+            their.gradient_checkpointing_enable({"use_reentrant": False})
+            their.train()
+        call = torch.compile(their) if way == "torch.compile" else their
+        return side(lambda: call(input_ids=inputs, labels=inputs, shift_labels=targets, use_cache=False).loss)
+
+    for policy in (DEFAULT, *(p for p in POLICIES if p != DEFAULT)):
+        yield f"{OURS}:{policy}", partial(ours, policy)
+    yield "eager", eager
+    for way, needs in _WAYS.items():
+        yield way, _missing(s.device, *needs) or partial(theirs, way)
 
 
-def decode(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
-    """64 greedy tokens after a prompt of 16, batch 1, beside transformers' generate."""
-    ours = Llama(SMALL, dtype=dtype).requires_grad_(False)
-    theirs = _transformers_model(SMALL, ours)
-    prompt = torch.randint(1, SMALL.vocab_size, (1, PROMPT))
-    arguments = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
-    return {
-        "llama_fast": lambda: ours.generate(prompt, max_new_tokens=NEW_TOKENS),
-        "transformers": lambda: theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **arguments),
-    }
+# ---- the decode -----------------------------------------------------------------------------------------------------
+def _decode(s: Scenario) -> Iterator[tuple[str, Callable[[], Side] | str]]:
+    """NEW_TOKENS greedy tokens after a prompt; all sides must give the logits of eager PyTorch after the prompt."""
+    c = s.config
+    model = Llama(c, device=s.device, dtype=s.dtype).requires_grad_(False)
+    prompt = torch.randint(1, c.vocab_size, (s.B, PROMPT), generator=torch.Generator().manual_seed(0)).to(s.device)
+
+    def no_grad(logits: Callable[[Tensor], Tensor]) -> Callable[[], list[Tensor]]:
+        def values() -> list[Tensor]:
+            with torch.no_grad():
+                return [logits(prompt)[:, -1].float()]
+
+        return values
+
+    def eager() -> Side:
+        with torch.device("meta"):
+            plain = PlainLlama(c)
+        plain.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+
+        @torch.no_grad()
+        def run() -> None:  # without a cache of keys and values: what plain PyTorch costs
+            tokens = prompt
+            for _ in range(NEW_TOKENS):
+                tokens = torch.cat((tokens, plain(tokens)[:, -1:].argmax(-1)), dim=1)
+
+        return Side(run, no_grad(plain))
+
+    def theirs() -> Side:
+        their = _transformers_model(c, model)
+        length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+        arguments = {**length, "do_sample": False, "pad_token_id": 0}
+        mask = torch.ones_like(prompt)
+        run = lambda: their.generate(prompt, attention_mask=mask, **arguments)  # noqa: E731
+        return Side(run, no_grad(lambda p: their(p).logits))
+
+    yield OURS, lambda: Side(lambda: model.generate(prompt, max_new_tokens=NEW_TOKENS), no_grad(model))
+    yield "eager", eager
+    yield "transformers", _missing(s.device, _THEIRS) or theirs
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def scenarios() -> list[Scenario]:
-    """All of them, in float32 and bfloat16."""
-    block_flops = BLOCK_T * LlamaConfig(BLOCK_C, 1, BLOCK_H, BLOCK_H, BLOCK_F, 1, BLOCK_T).flops_per_token(BLOCK_T)
-    step_tokens = BATCH * SEQUENCE
-    found = []
-    for dtype in (torch.bfloat16, torch.float32):
-        found += [
-            Scenario(
-                f"block {_name(dtype)}",
-                lambda d=dtype: block(d),  # type: ignore[misc]
-                BLOCK_T,
-                block_flops,
-                lambda d=dtype: block_memory(d),  # type: ignore[misc]
-            ),
-            Scenario(
-                f"training_step {_name(dtype)}",
-                lambda d=dtype: training_step(d, compiled=True),  # type: ignore[misc]
-                step_tokens,
-                step_tokens * SMALL.flops_per_token(SEQUENCE),
-            ),
-            Scenario(f"decode {_name(dtype)}", lambda d=dtype: decode(d), NEW_TOKENS),  # type: ignore[misc]
+# ---- which ones -----------------------------------------------------------------------------------------------------
+def scenarios(device: str = "cpu") -> list[Scenario]:
+    """All of a device's; on a CPU those of floors.toml, in bfloat16 and float32."""
+    if device == "cpu":
+        return [
+            Scenario(op, config, "", B, T, dtype)
+            for dtype in (torch.bfloat16, torch.float32)
+            for op, config, B, T in (
+                ("block", WIDE, 1, 1024),
+                ("training_step", SMALL, 2, 1024),
+                ("decode", SMALL, 1, PROMPT + NEW_TOKENS),
+            )
         ]
+    found = []
+    for op, preset, layers, B, T in (
+        ("block", "llama-7b", 1, 4, 2048),
+        ("block", "llama-13b", 1, 4, 2048),
+        ("block", "llama-65b", 1, 4, 2048),
+        ("block", "llama-3-8b", 1, 2, 4096),
+        ("block", "llama-3-70b", 1, 2, 4096),
+        ("training_step", "llama-7b", 8, 4, 2048),
+        ("training_step", "llama-65b", 3, 4, 2048),
+        ("training_step", "llama-3-8b", 8, 2, 4096),
+        ("decode", "llama-7b", 32, 1, PROMPT + NEW_TOKENS),
+    ):
+        config = dataclasses.replace(LlamaConfig.preset(preset), n_layers=layers)
+        found.append(Scenario(op, config, preset, B, T, torch.bfloat16, device))
     return found

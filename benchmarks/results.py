@@ -455,6 +455,17 @@ def cpu_clocks() -> dict[str, float]:
     return found
 
 
+def gpu_state() -> tuple[dict[str, float], str]:
+    """(clocks of the first GPU in MHz: "now", "most" and "memory"; its driver's version), as nvidia-smi states them."""
+    fields = ("clocks.sm", "clocks.max.sm", "clocks.mem", "driver_version")
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        values = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().split(", ")
+        return dict(zip(("now", "most", "memory"), map(float, values[:3]), strict=True)), values[3]
+    except (OSError, ValueError, subprocess.CalledProcessError):
+        return {}, ""
+
+
 def cpu_name() -> str:
     """The processor's own name."""
     try:

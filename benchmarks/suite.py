@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import pkgutil
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 import llama_fast
 from llama_fast.ops.table import OPS
 
-from . import harness, results
+from . import compare, harness, model, results
 from .harness import Benchmark
 from .providers import Provider
-from .results import Limit, Line, Results
+from .results import Environment, Limit, Line, Results, is_ours
 
 
 def collect(ops: Sequence[str], quick: bool = False) -> list[Benchmark]:
@@ -32,6 +35,11 @@ def collect(ops: Sequence[str], quick: bool = False) -> list[Benchmark]:
             found += getattr(module, "BENCHMARKS", ())
     chosen = [b for b in found if b.case.op in ops and (b.quick or not quick)]
     return sorted(chosen, key=lambda b: list(ops).index(b.case.op))
+
+
+def names(device: str = "cpu") -> list[str]:
+    """What can be measured: the ops on a CPU, and the block, the training step and the decode on either."""
+    return [*(OPS if device == "cpu" else ()), *dict.fromkeys(s.op for s in model.scenarios(device))]
 
 
 def table_of(lines: Iterable[Line]) -> Table:
@@ -89,96 +97,142 @@ def print_lines(lines: Sequence[Line], console: Console) -> None:
 def run(
     ops: Sequence[str],
     *,
+    device: str = "cpu",
     quick: bool = False,
     cases: Sequence[str] = (),
     providers: Sequence[str] = (),
     seconds: float | None = None,
+    versus: str | None = None,
     json_path: Path | None = None,
     commit: str | None = None,
     console: Console | None = None,
 ) -> Results:
-    """Measures the cases of `ops` and prints them; `json_path` gets the results too.
+    """Measures cases and prints them; `json_path` gets the results too.
 
     Host memory is kept for all providers alike (`llama_fast.keep_host_memory`), so that a ratio is the kernels' alone.
 
     Args:
-        ops: rows of the op table.
+        ops: among `names`.
+        device: "cpu" or "cuda".
         quick: one or two cases an op, without the providers that take long to start.
         cases: only those whose name contains one of these.
         providers: only these, and ours.
         seconds: for each provider and direction, about.
+        versus: an older revision that takes turns with this tree, in place of the other providers.
         json_path: a result file to write.
         commit: of the tree, where it is under no version control.
         console: where to print.
 
     Raises:
-        ValueError: there is no such case.
+        ValueError: there is no such case or revision.
         OSError: `json_path` cannot be written; found out before anything is measured.
     """
     console = console or Console()
-    benchmarks = [b for b in collect(ops, quick) if not cases or any(part in b.name for part in cases)]
-    if not benchmarks:
+    benchmarks = [b for b in collect([op for op in ops if op in OPS], quick) if _wanted(b.name, cases)]
+    scenarios = [s for s in model.scenarios(device) if s.op in ops and _wanted(s.name, cases)]
+    if not benchmarks and not scenarios:
         wanted = f" whose name contains {' or '.join(map(repr, cases))}" if cases else ""
-        raise ValueError(f"ops {', '.join(ops)}: no benchmark has a case of them{wanted}")
+        raise ValueError(f"{', '.join(ops)}: no benchmark has a case of them{wanted}")
     if json_path is not None:
         json_path.touch()
-
-    def choose(p: Provider) -> bool:
-        if providers:
-            return p.ours or p.name in providers
-        return not (quick and p.slow)
-
     allocator = str(llama_fast.keep_host_memory())
-    facts = harness.environment(allocator, commit=commit)
+    dtypes = dict.fromkeys(b.dtype for b in benchmarks if OPS[b.case.op].flops is not None)
+    dtypes |= dict.fromkeys(s.dtype for s in scenarios)
+    facts = harness.environment(allocator, device, commit=commit)
     console.print(
         f"{facts.device}, {facts.threads} threads (pinned: {facts.pinned}), {facts.isa or 'no native library'}, "
         f"torch {facts.packages['torch']}; {allocator}",
         highlight=False,
     )
-    dtypes = dict.fromkeys(b.dtype for b in benchmarks if OPS[b.case.op].flops is not None)
-    limits = harness.measure_limits(dtypes)
-    lines: list[Line] = []
-    with console.status("") as status:
-        for b in benchmarks:
-            status.update(b.name)
-            lines += harness.measure(b, seconds or (0.3 if quick else 1.0), choose)
-    limits = results.better(limits, harness.measure_limits(dtypes))  # a machine that others use gets slower and faster
-    lines = [results.against(x, limits) for x in lines]
+    if versus is not None:
+        facts, limits, lines = _compare(benchmarks, scenarios, versus, list(dtypes), facts, console)
+    else:
+        limits = harness.measure_limits(dtypes, device)
+        lines = []
+        with console.status("") as status:
+            for b in benchmarks:
+                status.update(b.name)
+                lines += harness.measure(b, seconds or (0.3 if quick else 1.0), _chooser(providers, quick))
+            for s in scenarios:
+                status.update(s.name)
+                lines += model.measure(s, seconds or 4.0, lambda n: not providers or is_ours(n) or n in providers)
+        again = harness.measure_limits(dtypes, device)
+        limits = results.better(limits, again)  # a machine that others use gets slower and faster
+        lines = [results.against(x, limits) for x in lines]
+        print_lines(lines, console)
     print_limits(limits, console)
-    print_lines(lines, console)
     found = Results(results.FORMAT, facts, limits, tuple(lines))
     if json_path is not None:
         results.write(found, json_path)
     return found
 
 
+def _wanted(name: str, cases: Sequence[str]) -> bool:
+    return not cases or any(part in name for part in cases)
+
+
+def _chooser(providers: Sequence[str], quick: bool) -> Callable[[Provider], bool]:
+    if providers:
+        return lambda p: p.ours or p.name in providers
+    return lambda p: not (quick and p.slow)
+
+
+def _compare(
+    benchmarks: Sequence[Benchmark],
+    scenarios: Sequence[model.Scenario],
+    revision: str,
+    dtypes: Sequence[torch.dtype],
+    facts: Environment,
+    console: Console,
+) -> tuple[Environment, tuple[Limit, ...], list[Line]]:
+    known = {b.name: b for b in benchmarks}
+    others = {s.name: s for s in scenarios}
+
+    def describe(name: str, direction: str) -> dict[str, Any]:
+        return harness.facts(known[name], direction) if name in known else others[name].facts()
+
+    pairs = [(n, d) for n in known for d in ("forward", "forward+backward")]
+    pairs += [(n, s.facts()["direction"]) for n, s in others.items()]
+    wanted = [harness.dtype_name(d) for d in dtypes]
+    lines, limits, commit, _ = compare.compare(pairs, revision, describe, wanted, console)
+    return dataclasses.replace(facts, against=commit), limits, lines
+
+
 def main(arguments: Sequence[str]) -> int:
     """The command line of `python -m benchmarks`; 1 where a result is wrong, 2 after bad input."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("ops", nargs="*", metavar="OP", help=f"among {', '.join(OPS)}; default: all")
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"among {', '.join(names())}; default: all ops")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: block, training_step and decode"
+    )
     parser.add_argument("--quick", action="store_true", help="one or two cases an op, about a minute")
     parser.add_argument("--case", action="append", default=[], help="only cases whose name contains this; repeatable")
     parser.add_argument("--provider", action="append", default=[], help="only this one and ours; repeatable")
     parser.add_argument("--seconds", type=float, help="for each provider and direction, about")
+    parser.add_argument("--vs", metavar="REVISION", help="take turns with this older revision, built for it")
     parser.add_argument("--json", type=Path, help="write a result file")
     parser.add_argument("--commit", help="of the tree, where it is under no version control")
     parser.add_argument("--list", action="store_true", help="the names of the cases")
     a = parser.parse_args(arguments)
+    known = names(a.device)
     for name in a.ops:
-        if name not in OPS:
-            parser.error(f"OP {name}: expected one of {', '.join(OPS)}")
-    ops = [name for name in OPS if not a.ops or name in a.ops]
+        if name not in known:
+            parser.error(f"OP {name}: expected one of {', '.join(known)}")
+    ops = [name for name in known if name in a.ops or (not a.ops and (name in OPS or a.device == "cuda"))]
     if a.list:
-        print("\n".join(b.name for b in collect(ops)))
+        scenarios = [s.name for s in model.scenarios(a.device) if s.op in ops]
+        print("\n".join([*(b.name for b in collect([op for op in ops if op in OPS])), *scenarios]))
         return 0
     console = Console(width=None if sys.stdout.isatty() else 170)
     try:
         found = run(
             ops,
+            device=a.device,
             quick=a.quick,
             cases=a.case,
             providers=a.provider,
             seconds=a.seconds,
+            versus=a.vs,
             json_path=a.json,
             commit=a.commit,
             console=console,

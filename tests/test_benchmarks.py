@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import subprocess
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +15,24 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import floors, harness, providers, results, suite
+from benchmarks import compare, floors, harness, model, providers, results, suite
 from benchmarks.providers import Provider
 from benchmarks.results import Limit, Results
-from llama_fast.config import PRESETS
+from llama_fast import plan
+from llama_fast.config import PRESETS, LlamaConfig
 from llama_fast.ops import eager
 from llama_fast.ops.table import OPS
 from llama_fast.verify import Case
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The work here is tiny; threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 RMS_NORM = "rms_norm bfloat16 ...(4096,) C4096"
 
@@ -223,6 +238,75 @@ def test_what_runs_here_is_right_on_a_small_case(op: str, dims: dict[str, Any]) 
     assert {x.provider for x in lines if x.seconds} >= {"llama_fast:cpu", "eager"}
 
 
+# ---- the model level ------------------------------------------------------------------------------------------------
+TINY = LlamaConfig(64, 2, 4, 2, 176, 96, 128)
+
+
+def _scenario(op: str, dtype: torch.dtype = torch.float32) -> model.Scenario:
+    return model.Scenario(op, TINY, "tiny", 2, 32, dtype)
+
+
+@pytest.mark.parametrize("op", ["block", "training_step", "decode"])
+def test_every_way_to_run_a_model_gives_a_line(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "NEW_TOKENS", 4)
+    s = _scenario(op)
+    lines = {x.provider: x for x in model.measure(s, seconds=0.0, choose=lambda n: n != "torch.compile")}
+    wrong = [(n, x.reason) for n, x in lines.items() if x.status == "wrong"]
+    assert not wrong
+    if op == "decode":
+        assert list(lines) == ["llama_fast", "eager", "transformers"]
+    else:
+        ours = [f"llama_fast:{p}" for p in ("recompute-cheap", "save", "recompute-all")]
+        expected = [*ours, "eager", "transformers", "transformers+checkpoint", "transformers+liger"]
+        assert list(lines) == expected
+    absent = {n: x.reason for n, x in lines.items() if x.status == "not run"}
+    if find_spec("transformers") is not None:
+        assert set(absent) <= {"transformers+liger"}
+    assert all(r == "runs on cuda only" or r.startswith("not installed: pip install") for r in absent.values()), absent
+    shares = tuple(results.against(x, LIMITS) for x in lines.values())
+    results.check(Results(results.FORMAT, harness.environment("kept"), LIMITS, shares))
+    line = next(iter(lines.values()))
+    if op == "training_step":
+        assert line.flops == 64 * TINY.flops_per_token(32)
+        assert line.tokens == 64
+
+
+def test_the_bytes_that_a_layer_keeps_are_the_plans() -> None:
+    s = _scenario("block")
+    lines = model.measure(s, seconds=0.0, choose=lambda n: n.startswith("llama_fast"))
+    for x in lines:
+        policy = x.provider.partition(":")[2]
+        expected = s.tokens * plan.block_bytes_per_token(TINY, policy, 4)
+        assert x.kept_bytes is not None
+        assert expected <= x.kept_bytes <= expected + 4096, policy  # scalars and padding of the allocator
+
+
+def test_a_model_that_computes_something_else_shows_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = model.TransformerBlock.forward
+
+    def wrong(self: Any, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        y = right(self, x, *arguments)
+        return y * 1.01 if self.options.policy == "save" else y
+
+    monkeypatch.setattr(model.TransformerBlock, "forward", wrong)
+    lines = {x.provider: x for x in model.measure(_scenario("block"), 0.0, lambda n: n.startswith("llama_fast"))}
+    assert lines["llama_fast:save"].status == "wrong"
+    assert lines["llama_fast:save"].seconds is None
+    assert "differs from eager PyTorch by 0.01" in lines["llama_fast:save"].reason
+    assert lines["llama_fast:recompute-cheap"].status == "measured"
+
+
+def test_on_a_gpu_the_shapes_are_those_of_published_models() -> None:
+    found = model.scenarios("cuda")
+    assert {s.op for s in found} == {"block", "training_step", "decode"}
+    assert {s.label for s in found} >= {"llama-7b", "llama-13b", "llama-65b", "llama-3-8b", "llama-3-70b"}
+    step = next(s for s in found if s.name == "training_step bfloat16 llama-65b")
+    assert (step.config.dim, step.config.n_layers) == (8192, 3)
+    # weights, gradients and two moments in bfloat16, activations of every layer: beside each other in 80 GB
+    held = 8 * step.config.n_params + step.tokens * 3 * plan.block_bytes_per_token(step.config, "save")
+    assert held < 60e9
+
+
 def test_the_command_line_names_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
     assert suite.main(["--list", "rope"]) == 0
     assert "rope bfloat16 B2 T2048 H32 G32 D128" in capsys.readouterr().out
@@ -231,3 +315,123 @@ def test_the_command_line_names_what_it_does_not_know(capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         suite.main(["norm"])
     assert "OP norm: expected one of rms_norm" in capsys.readouterr().err
+    assert suite.main(["--list", "block", "--device", "cuda"]) == 0
+    assert "block bfloat16 llama-65b" in capsys.readouterr().out.splitlines()
+    assert suite.main(["rope", "--quick", "--vs", "no-such-revision"]) == 2
+    assert "revision 'no-such-revision': fatal:" in capsys.readouterr().err
+
+
+# ---- two versions ---------------------------------------------------------------------------------------------------
+def test_two_sides_take_turns_and_change_their_order() -> None:
+    calls: list[str] = []
+
+    def side(name: str, seconds: list[float]) -> Any:
+        def run(count: int) -> list[float]:
+            calls.append(name)
+            return [seconds[len(calls) % len(seconds)]] * count
+
+        return run
+
+    sides = {"old": side("o", [0.03]), "new": side("n", [0.02, 0.021])}
+    times, ratio = compare.alternate(sides, {"old": 0.03, "new": 0.02}, turns=4)
+    assert "".join(calls) == "onnoonno"
+    assert times["old"].median == 0.03
+    assert times["old"].runs == times["new"].runs == 4
+    assert 0.03 / 0.021 <= ratio.p20 <= ratio.median <= ratio.p80 <= 1.5
+    assert ratio.verdict == "faster"
+    assert compare.Ratio(0.9, 0.85, 0.99).verdict == "slower"
+    assert compare.Ratio(0.9, 0.85, 1.01).verdict == "same"
+    quick = compare.alternate(sides, {"old": 1e-4, "new": 1e-4}, turns=2)[0]
+    assert quick["old"].runs == 2 * 200, "short runs are repeated within a turn"
+
+
+def test_a_worker_measures_the_package_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the package with an error in it: that side says so, and the other one is measured."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    old = tmp_path / "old"
+    root = Path(harness.__file__).parents[1]
+    skip = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(root / "llama_fast", old / "llama_fast", ignore=skip)
+    source = old / "llama_fast" / "ops" / "rms_norm.py"
+    wrong = (
+        "_right = rms_norm\n\n\ndef rms_norm(*arguments, **options):\n    return _right(*arguments, **options) * 1.5\n"
+    )
+    source.write_text(f"{source.read_text()}\n\n{wrong}")
+    name = "rms_norm bfloat16 ...(1,) C4096"
+    with compare.Worker(old) as worker, compare.Worker(root) as new:
+        assert worker.ask(about=True)["folder"] == str(old)
+        assert new.ask(about=True)["folder"] == str(root)
+        with pytest.raises(RuntimeError, match="RuntimeError: wrong: out: largest error"):
+            worker.ask(prepare=name, direction="forward")
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            worker.ask(prepare="no such case", direction="forward")
+        assert new.ask(prepare=name, direction="forward")["seconds"] > 0
+        assert len(new.ask(run=3)["seconds"]) == 3
+    assert worker.process.returncode == 0
+
+
+def test_a_worker_that_ends_is_named(tmp_path: Path) -> None:
+    worker = compare.Worker(tmp_path)
+    worker.process.kill()
+    worker.process.wait()
+    with pytest.raises(RuntimeError, match="the worker ended with status -9"):
+        worker.ask(about=True)
+
+
+def test_a_revision_is_checked_out_and_built_once(tmp_path: Path) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    (tmp_path / "setup.py").write_text("open('made', 'a').write('x')\n")
+    (tmp_path / ".gitignore").write_text("build/\n")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "works"]):
+        subprocess.run([*git, *command], check=True)
+    (tmp_path / "setup.py").write_text("raise SystemExit('no compiler')\n")
+    subprocess.run([*git, "commit", "-qam", "broken"], check=True)
+    folder, commit = compare.checkout("HEAD~1", tmp_path)
+    assert len(commit) == 40
+    assert folder == tmp_path / "build" / "revisions" / commit[:12]
+    assert compare.checkout("HEAD~1", tmp_path) == (folder, commit)
+    assert (folder / "made").read_text() == "x"
+    with pytest.raises(ValueError, match="revision 'HEAD' does not build: no compiler"):
+        compare.checkout("HEAD", tmp_path)
+    with pytest.raises(ValueError, match="revision 'v9': fatal: "):
+        compare.checkout("v9", tmp_path)
+
+
+def test_a_comparison_gives_lines_of_both_sides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Side:
+        def __init__(self, folder: Path) -> None:
+            self.folder, self.old = folder, folder == tmp_path
+
+        def ask(self, **request: Any) -> dict[str, Any]:
+            if "limits" in request:
+                return {"limits": [dataclasses.asdict(x) for x in LIMITS]}
+            if "about" in request:
+                return {"folder": str(self.folder), "allocator": "kept"}
+            if request.get("prepare", "").startswith("swiglu float32") and self.old:
+                raise RuntimeError("RuntimeError: wrong: out: largest error 1 exceeds 0")
+            return {"seconds": [0.2 if self.old else 0.1] * request["run"] if "run" in request else 0.1}
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(compare, "Worker", Side)
+    monkeypatch.setattr(compare, "checkout", lambda revision: (tmp_path, "c0ffee" + "0" * 34))
+    monkeypatch.setattr(harness, "measure_limits", lambda *_: LIMITS)
+    console, path = Console(record=True, width=200), tmp_path / "ab.json"
+    suite.run(["swiglu"], cases=["F11008"], versus="main", json_path=path, console=console)
+    found = results.read(path)
+    assert found.environment.against == "c0ffee" + "0" * 34
+    by_status = {(x.provider, x.dtype): x.status for x in found.lines}
+    assert by_status == {
+        ("llama_fast", "bfloat16"): "measured",
+        ("before:c0ffee000000", "bfloat16"): "measured",
+        ("llama_fast", "float32"): "not run",
+        ("before:c0ffee000000", "float32"): "wrong",
+    }
+    assert found.lines[0].command.endswith("--vs c0ffee000000")
+    text = console.export_text()
+    assert "2.000x" in text
+    assert "old: RuntimeError: wrong" in text

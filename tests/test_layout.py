@@ -48,6 +48,8 @@ SHARED = {
         "model": "the model",
         "floors": "floors.toml",
         "providers": "who can compute an op",
+        "compare": "two versions in turn",
+        "worker": "one side of compare",
         "plots": "plots of a report",
         "report": "result files as a page",
         "results": "the format of result files",
