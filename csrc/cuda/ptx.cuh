@@ -229,6 +229,15 @@ LLAMA_FAST_DEVICE uint32_t ld_shared(uint32_t address) {
   return d;
 #endif
 }
+LLAMA_FAST_DEVICE uint2 ld_shared_v2(uint32_t address) {
+#ifdef LLAMA_FAST_EMULATE
+  return emulator::SharedSpace::load<uint2>(address);
+#else
+  uint2 d;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(d.x), "=r"(d.y) : "r"(address) : "memory");
+  return d;
+#endif
+}
 LLAMA_FAST_DEVICE uint4 ld_shared_v4(uint32_t address) {
 #ifdef LLAMA_FAST_EMULATE
   return emulator::SharedSpace::load<uint4>(address);
@@ -254,6 +263,35 @@ LLAMA_FAST_DEVICE void st_shared_v4(uint32_t address, const uint4& b) {
 #else
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(b.x), "r"(b.y), "r"(b.z), "r"(b.w)
                : "memory");
+#endif
+}
+
+// "ld.acquire" of device scope, sm_70. Sees what was written before the release that it reads from.
+LLAMA_FAST_DEVICE int ld_acquire_gpu(Global<const int> address) {
+#ifdef LLAMA_FAST_EMULATE
+  return emulator::load_acquire(address);
+#else
+  int d;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(d) : "l"(address) : "memory");
+  return d;
+#endif
+}
+// "red.release" of device scope, sm_70. What this thread wrote before is seen by whoever acquires the sum.
+LLAMA_FAST_DEVICE void red_release_gpu_add(Global<int> address, int b) {
+#ifdef LLAMA_FAST_EMULATE
+  atomicAdd(address, b);
+#else
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(b) : "memory");
+#endif
+}
+
+// "nanosleep", sm_70. For a loop that waits for another block.
+LLAMA_FAST_DEVICE void nanosleep(uint32_t nanoseconds) {
+#ifdef LLAMA_FAST_EMULATE
+  (void)nanoseconds;
+  emulator::sleep();
+#else
+  asm volatile("nanosleep.u32 %0;" ::"r"(nanoseconds));
 #endif
 }
 

@@ -86,6 +86,13 @@ LLAMA_FAST_DEVICE void fence_proxy_async() {
 #endif
 }
 
+// The same between global memory and the copies of TMA.
+LLAMA_FAST_DEVICE void fence_proxy_async_global() {
+#ifndef LLAMA_FAST_EMULATE
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+#endif
+}
+
 // ---- TMA: one thread starts a copy ----------------------------------------------------------------------------------
 
 // "prefetch.tensormap", sm_90. The map's own bytes, into the cache.

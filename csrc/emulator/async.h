@@ -85,6 +85,7 @@ class AsyncUnits {
     int bulk_agent = -1;
     std::vector<Clock> bulk_clocks;                        // of the last store of each group
     bool wgmma_fenced = false;                             // since the last wgmma.wait_group
+    int sleeps = 0;                                        // nanosleep
     std::map<const float*, std::vector<float>> registers;  // accumulators as they were at the last fence or wait
   };
 

@@ -95,6 +95,13 @@ T atomic_update(Global<T> p, const char* op, F&& f) {
   return old;
 }
 
+inline int load_acquire(Global<const int> p) {
+  return __atomic_load_n(static_cast<const int*>(global_at(p.address(), 4, 4, "ld.acquire")), __ATOMIC_SEQ_CST);
+}
+
+// Gives way to the other threads of the block. Fails after so many calls of a thread that it must be waiting for ever.
+void sleep();
+
 }  // namespace llama_fast::emulator
 
 // Atomics on global memory, relaxed and of device scope, as CUDA's.

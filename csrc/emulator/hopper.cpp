@@ -536,4 +536,14 @@ bool elect_sync(uint32_t mask) {
   return me.elected;
 }
 
+void sleep() {
+  constexpr int kMostSleeps = 1 << 22;
+  Block& b = block();
+  if (++mine().sleeps > kMostSleeps)
+    b.fail("nanosleep: %d times; what this thread waits for does not come", kMostSleeps);
+  b.async().land_one(0);
+  b.make_ready(b.self().id);
+  b.wait("nanosleep");
+}
+
 }  // namespace llama_fast::emulator

@@ -1,0 +1,429 @@
+// Backward kernels of attention on sm_90a. docs/ops/attention_sm90.md has the count of flops and bytes and the reasons.
+//
+// A block owns a tile of keys of one key/value head: dk and dv stay in registers while it walks over the tiles of
+// queries of the head's group, the last queries first. dq is summed in float32 in global memory, tile by tile, in the
+// order of the keys: counters hold back a block until the one before it has added its part, so the sum repeats bitwise.
+// Work is dealt in the order of that sum, so whoever is waited for has begun.
+//   s = k q^T, p = 2^(scale log2(e) s - lse log2(e)), dp = v dout^T, ds = p (dp - delta)      all [keys, queries]
+//   dv += p dout, dk += ds q, dq += ds^T k; p and ds rounded to T; dk and dq times scale at the end
+// Producer warp 0 loads; warps 1 and 2 add the dq of their consumer group. A consumer warpgroup owns 64 keys.
+#pragma once
+
+#include "attention_sm90.cuh"
+
+namespace llama_fast::cuda::sm90 {
+
+struct BwdParams {
+  ptx::TensorMap q, k, v, dout;  // (D, row, head, batch)
+  Global<const float> stats;     // [tiles of queries][lse log2(e), delta][64]
+  Global<float> dq_sum;          // [tiles of queries][2 groups][64 x D/2 accumulators as registers lie]
+  Global<int> turns;             // [tiles of queries][2]: parts of dq_sum that have been added; 0 on entry
+  Global<int> next_work;         // 0 on entry
+  Rows dk, dv;
+  Global<const int> cu_seqlens;
+  int B, T, S, H, G, D, sequences;
+  int query_tiles;  // a head; packed: at most so many in all sequences together
+  int key_tiles;    // likewise
+  float scale, scale_log2;
+  Mask mask;
+};
+
+template <class T_, int kHeadDim_>
+struct BwdConfig {
+  using T = T_;
+  static constexpr int kHeadDim = kHeadDim_, kGroups = 2, kRows = 64, kKeys = 64 * kGroups;
+  static constexpr int kStagesQ = 4, kStagesDout = 2;
+  static constexpr int kThreads = kGroupThreads * (kGroups + 1);
+  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static_assert(registers_fit(kGroups, kProducerRegisters, kConsumerRegisters), "setmaxnreg would wait for ever");
+  static constexpr int kKeyBytes = tile_bytes(kKeys, kHeadDim), kRowBytes = tile_bytes(kRows, kHeadDim);
+  static constexpr int kDsBytes = tile_bytes(kKeys, kRows), kDqBytes = kRows * kHeadDim / kGroups * 4;
+  static constexpr int kStatsBytes = 2 * kRows * 4;
+  static constexpr int kSteps = 8, kStepBytes = 32;  // step infos: more than the stages of all rings reach back
+  static constexpr int kK = 0, kV = kK + kKeyBytes, kQ = kV + kKeyBytes, kDout = kQ + kStagesQ * kRowBytes,
+                       kDs = kDout + kStagesDout * kRowBytes, kDq = kDs + 2 * kDsBytes,
+                       kStats = kDq + kGroups * kDqBytes, kStep = kStats + kStagesQ * kStatsBytes,
+                       kWorkStep = kStep + kSteps * kStepBytes, kWork = kWorkStep + 16;
+  static constexpr int kFullKeys = kWork + 16, kEmptyKeys = kFullKeys + 8, kFullQ = kEmptyKeys + 8,
+                       kEmptyQ = kFullQ + 8 * kStagesQ, kFullDout = kEmptyQ + 8 * kStagesQ,
+                       kEmptyDout = kFullDout + 8 * kStagesDout, kFullDq = kEmptyDout + 8 * kStagesDout,
+                       kEmptyDq = kFullDq + 8 * kGroups, kFullWork = kEmptyDq + 8 * kGroups,
+                       kEmptyWork = kFullWork + 16;
+  static constexpr int kSharedBytes = kEmptyWork + 16;
+};
+
+// What the producer tells the others of a step; byte offsets of words in shared memory. The first four are the same for
+// all steps of a work.
+struct Step {
+  static constexpr int kKeysLeft = 0;  // from the first key of the tile to the end
+  static constexpr int kDiagonal = 4;  // first key of the tile, as a position, less that of row 0
+  static constexpr int kKeyTile = 8;
+  static constexpr int kWork = 12;  // number of the work among those of the block
+  static constexpr int kRow = 16;   // first row of the tile of queries
+  static constexpr int kPart = 20;  // the tile of queries, of all
+  static constexpr int kLast = 24;  // whether it is the last one of its work
+};
+
+// Tiles of queries, from the last to the first, that see a tile of keys.
+struct BwdWork {
+  Span span;  // block: the tile of keys
+  int group;
+  int first_tile, tiles;  // [first, first + tiles)
+  int stats_tile;         // of tile 0 of the sequence and head 0 of the batch
+};
+
+// `index`: heads one after the other; in a head the tiles of keys in ascending order, which sees most queries first.
+template <class Config>
+LLAMA_FAST_DEVICE BwdWork bwd_work(const BwdParams& p, int index) {
+  const int block = index % p.key_tiles, head = index / p.key_tiles;
+  BwdWork work{};
+  work.group = head % p.G;
+  if (p.cu_seqlens != nullptr) {
+    work.span = find_span(p.cu_seqlens, p.sequences, Config::kKeys, block);
+    if (work.span.T < 0) return work;
+    work.stats_tile = work.span.begin / Config::kRows + work.span.sequence;
+  } else {
+    work.span = Span{0, p.T, p.S, block, head / p.G, 0};
+    work.stats_tile = work.span.batch * p.H * p.query_tiles;
+  }
+  const Span& span = work.span;
+  const int first_key = span.block * Config::kKeys, offset = span.S - span.T;
+  work.first_tile = p.mask.causal ? max(first_key - offset, 0) / Config::kRows : 0;
+  int last = (span.T + Config::kRows - 1) / Config::kRows;
+  if (p.mask.window > 0) {
+    const int last_row = first_key + Config::kKeys - 1 + p.mask.window - 1 - offset;
+    last = last_row < 0 ? 0 : min(last, last_row / Config::kRows + 1);
+  }
+  work.tiles = max(last - work.first_tile, 0);
+  return work;
+}
+
+template <class Config>
+LLAMA_FAST_DEVICE int works(const BwdParams& p) {
+  return p.key_tiles * (p.cu_seqlens != nullptr ? 1 : p.B) * p.G;
+}
+
+template <class Config>
+LLAMA_FAST_DEVICE void bwd_produce(const BwdParams& p, uint32_t shared) {
+  const bool leader = threadIdx.x % 32 == 0;
+  uint32_t step = 0;
+#pragma unroll 1
+  for (uint32_t n = 0;; ++n) {
+    int index = 0;
+    if (leader) index = atomicAdd(p.next_work, 1);
+    index = __shfl_sync(kAllLanes, index, 0);
+    BwdWork work{};
+    if (index < works<Config>(p)) work = bwd_work<Config>(p, index);
+    if (leader) {
+      ptx::mbarrier_wait(shared + Config::kEmptyWork + 8 * (n % 2), n / 2 % 2 ^ 1);
+      ptx::st_shared(shared + Config::kWork + 8 * (n % 2), index);
+      ptx::st_shared(shared + Config::kWork + 8 * (n % 2) + 4, work.tiles);
+      ptx::mbarrier_arrive(shared + Config::kFullWork + 8 * (n % 2));
+    }
+    if (index >= works<Config>(p)) return;
+    if (leader) ptx::mbarrier_wait(shared + Config::kEmptyKeys, n % 2 ^ 1);
+    if (leader && work.tiles == 0) ptx::mbarrier_arrive(shared + Config::kFullKeys);
+    if (leader && work.tiles > 0) {
+      const Span& span = work.span;
+      const uint32_t full_keys = shared + Config::kFullKeys;
+      const int first_key = span.block * Config::kKeys;
+      ptx::mbarrier_arrive_expect_tx(full_keys, 2 * Config::kKeyBytes);
+      load_tile<Config::kKeys, Config::kHeadDim>(shared + Config::kK, p.k, full_keys, span.begin + first_key,
+                                                 work.group, span.batch);
+      load_tile<Config::kKeys, Config::kHeadDim>(shared + Config::kV, p.v, full_keys, span.begin + first_key,
+                                                 work.group, span.batch);
+      // In shared memory, for want of registers.
+      ptx::st_shared_v4(shared + Config::kWorkStep, uint4{static_cast<uint32_t>(span.S - first_key),
+                                                          static_cast<uint32_t>(first_key - span.S + span.T),
+                                                          static_cast<uint32_t>(span.block), n});
+      int head = (work.group + 1) * (p.H / p.G) - 1;
+#pragma unroll 1
+      for (int left = p.H / p.G; left > 0; --left, --head) {
+#pragma unroll 1
+        for (int tile = work.first_tile + work.tiles - 1; tile >= work.first_tile; --tile, ++step) {
+          const int row = tile * Config::kRows, part = work.stats_tile + head * p.query_tiles + tile;
+          const int stage = step % Config::kStagesQ;
+          const uint32_t full_q = shared + Config::kFullQ + 8 * stage;
+          ptx::mbarrier_wait(shared + Config::kEmptyQ + 8 * stage, step / Config::kStagesQ % 2 ^ 1);
+          const uint32_t info = shared + Config::kStep + step % Config::kSteps * Config::kStepBytes;
+          ptx::st_shared_v4(info, ptx::ld_shared_v4(shared + Config::kWorkStep));
+          ptx::st_shared(info + Step::kRow, row);
+          ptx::st_shared(info + Step::kPart, part);
+          ptx::st_shared(info + Step::kLast, left == 1 && tile == work.first_tile);
+          ptx::mbarrier_arrive_expect_tx(full_q, Config::kRowBytes + Config::kStatsBytes);
+          ptx::bulk_load(shared + Config::kStats + stage * Config::kStatsBytes,
+                         p.stats + static_cast<int64_t>(part) * (2 * Config::kRows), Config::kStatsBytes, full_q);
+          load_tile<Config::kRows, Config::kHeadDim>(shared + Config::kQ + stage * Config::kRowBytes, p.q, full_q,
+                                                     span.begin + row, head, span.batch);
+          const uint32_t full_dout = shared + Config::kFullDout + 8 * (step % 2);
+          ptx::mbarrier_wait(shared + Config::kEmptyDout + 8 * (step % 2), step / 2 % 2 ^ 1);
+          ptx::mbarrier_arrive_expect_tx(full_dout, Config::kRowBytes);
+          load_tile<Config::kRows, Config::kHeadDim>(shared + Config::kDout + step % 2 * Config::kRowBytes, p.dout,
+                                                     full_dout, span.begin + row, head, span.batch);
+        }
+      }
+    }
+    __syncwarp();
+  }
+}
+
+// Calls f(n, any, read) for the n-th work that the producer deals to this block; any: whether it has steps; read()
+// decodes it. f may use n as it likes if it leaves it as it was. Called by whole warps.
+template <class Config, class F>
+LLAMA_FAST_DEVICE void each_dealt_work(const BwdParams& p, uint32_t shared, F&& f) {
+#pragma unroll 1
+  for (uint32_t n = 0;; ++n) {
+    const uint32_t slot = shared + Config::kWork + 8 * (n % 2);
+    ptx::mbarrier_wait(shared + Config::kFullWork + 8 * (n % 2), n / 2 % 2);
+    if (static_cast<int>(ptx::ld_shared(slot)) >= works<Config>(p)) return;
+    f(n, ptx::ld_shared(slot + 4) != 0, [&](uint32_t n) {
+      return bwd_work<Config>(p, static_cast<int>(ptx::ld_shared(shared + Config::kWork + 8 * (n % 2))));
+    });
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared + Config::kEmptyWork + 8 * (n % 2));
+  }
+}
+
+// Adds the dq of consumer group `group` to dq_sum, each tile when the tiles of keys before this one have added theirs.
+template <class Config>
+LLAMA_FAST_DEVICE void bwd_add_dq(const BwdParams& p, uint32_t shared, int group) {
+  uint32_t step = 0;
+  const uint32_t source = shared + Config::kDq + group * Config::kDqBytes;
+  each_dealt_work<Config>(p, shared, [&](uint32_t, bool any, const auto&) {
+    if (any && threadIdx.x % 32 == 0) {
+      bool last;
+      do {
+        const uint32_t info = shared + Config::kStep + step % Config::kSteps * Config::kStepBytes;
+        ptx::mbarrier_wait(shared + Config::kFullDq + 8 * group, step % 2);
+        last = ptx::ld_shared(info + Step::kLast) != 0;
+        const int key_tile = static_cast<int>(ptx::ld_shared(info + Step::kKeyTile));
+        const int position = key_tile * Config::kKeys + static_cast<int>(ptx::ld_shared(info + Step::kRow)) -
+                             static_cast<int>(ptx::ld_shared(info + Step::kDiagonal));
+        const int before = key_tile - p.mask.low(position) / Config::kKeys;
+        const int64_t part = 2 * static_cast<int64_t>(ptx::ld_shared(info + Step::kPart)) + group;
+        while (ptx::ld_acquire_gpu(p.turns + part) != before) ptx::nanosleep(32);
+        const Global<float> sum = p.dq_sum + part * (Config::kDqBytes / 4);
+        if (before == 0)
+          ptx::bulk_store(sum, source, Config::kDqBytes);
+        else
+          ptx::bulk_reduce_add_f32(sum, source, Config::kDqBytes);
+        ptx::bulk_commit_group();
+        ptx::bulk_wait_group_read<0>();
+        ptx::mbarrier_arrive(shared + Config::kEmptyDq + 8 * group);
+        ptx::bulk_wait_group<0>();
+        ptx::fence_proxy_async_global();
+        ptx::red_release_gpu_add(p.turns + part, 1);
+        ++step;
+      } while (!last);
+    }
+    __syncwarp();
+  });
+}
+
+template <class Config>
+LLAMA_FAST_DEVICE void bwd_consume(const BwdParams& p, uint32_t shared, int group) {
+  using T = typename Config::T;
+  constexpr int kHeadDim = Config::kHeadDim, kRows = Config::kRows, kKeys = Config::kKeys;
+  const int thread = threadIdx.x % kGroupThreads, warp = thread / 32, lane = thread % 32;
+  const uint64_t k_operand = row_operand(shared + Config::kK + 64 * group * sm90::kRowBytes);
+  const uint64_t v_operand = row_operand(shared + Config::kV + 64 * group * sm90::kRowBytes);
+  // dq's columns D/2 group to D/2 (group + 1) - 1
+  constexpr int kOwnColumns = kHeadDim / 2;
+  const uint64_t k_columns =
+      column_operand<kKeys>(shared + Config::kK + group * kOwnColumns / kPanelCols * panel_bytes(kKeys) +
+                            group * kOwnColumns % kPanelCols * 2);
+  const auto release = [&](int barrier) {
+    if (lane == 0) ptx::mbarrier_arrive(shared + barrier);
+  };
+  // Where stmatrix puts the row that this lane addresses: 16 bytes lane / 16 of row lane % 16 of the warp, swizzled.
+  const uint32_t ds_row = (64 * group + 16 * warp + lane % 16) * sm90::kRowBytes + ((lane / 16 ^ lane % 8) << 4);
+
+  uint32_t step = 0;
+  float dk[kHeadDim / 2], dv[kHeadDim / 2], s[kRows / 2];
+
+  const auto q_stage = [](uint32_t step) { return static_cast<int>(step % Config::kStagesQ); };
+  const auto queue_scores = [&](uint32_t step) {  // s = K Q^T
+    ptx::mbarrier_wait(shared + Config::kFullQ + 8 * q_stage(step), step / Config::kStagesQ % 2);
+    ptx::wgmma_fence();
+    const uint64_t operand = row_operand(shared + Config::kQ + q_stage(step) * Config::kRowBytes);
+#pragma unroll
+    for (int kk = 0; kk < kHeadDim / 16; ++kk)
+      ptx::wgmma_ss<T, kRows, false, false>(s, k_operand + row_step<kKeys>(kk), operand + row_step<kRows>(kk), kk > 0);
+    ptx::wgmma_commit_group();
+  };
+
+  each_dealt_work<Config>(p, shared, [&](uint32_t& n, bool any, const auto& read) {
+    ptx::mbarrier_wait(shared + Config::kFullKeys, n % 2);
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) dk[i] = dv[i] = 0.0F;
+    if (any) {
+      queue_scores(step);
+      ptx::wgmma_wait_group<0>();
+      ptx::wgmma_use(s);
+      bool last;
+      do {
+        const uint32_t info = shared + Config::kStep + step % Config::kSteps * Config::kStepBytes;
+        const uint32_t q_tile = shared + Config::kQ + q_stage(step) * Config::kRowBytes;
+        const uint32_t dout_tile = shared + Config::kDout + step % 2 * Config::kRowBytes;
+        const uint32_t stats = shared + Config::kStats + q_stage(step) * Config::kStatsBytes;
+        const uint32_t ds_tile = shared + Config::kDs + step % 2 * Config::kDsBytes;
+        float dp[kRows / 2], dq[kOwnColumns / 2];
+        uint32_t weights[kRows / 16][4];
+        // dp = V dout^T
+        ptx::mbarrier_wait(shared + Config::kFullDout + 8 * (step % 2), step / 2 % 2);
+        ptx::wgmma_fence();
+        const uint64_t dout_rows = row_operand(dout_tile);
+#pragma unroll
+        for (int kk = 0; kk < kHeadDim / 16; ++kk)
+          ptx::wgmma_ss<T, kRows, false, false>(dp, v_operand + row_step<kKeys>(kk), dout_rows + row_step<kRows>(kk),
+                                                kk > 0);
+        ptx::wgmma_commit_group();
+        last = ptx::ld_shared(info + Step::kLast) != 0;
+        const int diagonal = static_cast<int>(ptx::ld_shared(info + Step::kDiagonal)) -
+                             static_cast<int>(ptx::ld_shared(info + Step::kRow)) + 64 * group;
+        const int keys_left = static_cast<int>(ptx::ld_shared(info + Step::kKeysLeft)) - 64 * group;
+        if (keys_left < 64 || (p.mask.causal && diagonal > -64 + 1) ||
+            (p.mask.window > 0 && diagonal < kRows - p.mask.window)) {
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            // The key is seen by the columns low <= column < high, where column 0 is row 2 (lane % 4) of the tile.
+            const int key = 16 * warp + lane / 4 + 8 * r, own = key + diagonal - 2 * (lane % 4);
+            const int low = key >= keys_left ? kRows : p.mask.causal ? own : -kRows;
+            const int high = p.mask.window > 0 ? own + p.mask.window : kRows;
+#pragma unroll
+            for (int i = 0; i < kRows / 2; ++i)
+              if (i / 2 % 2 == r) {
+                const int column = i / 4 * 8 + i % 2;
+                if (column < low || column >= high) s[i] = -kInfinity;
+              }
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < kRows / 8; ++j) {
+          const float2 lse = bit_cast<float2>(ptx::ld_shared_v2(stats + 4 * (8 * j + 2 * (lane % 4))));
+#pragma unroll
+          for (int i = 4 * j; i < 4 * j + 4; ++i)
+            s[i] = ptx::ex2(fmaf(s[i], p.scale_log2, -(i % 2 == 0 ? lse.x : lse.y)));
+        }
+#pragma unroll
+        for (int kk = 0; kk < kRows / 16; ++kk)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) weights[kk][i] = pack<T>(s[8 * kk + 2 * i], s[8 * kk + 2 * i + 1]);
+        // dv += P dout
+        ptx::wgmma_fence();
+        const uint64_t dout_columns = column_operand<kRows>(dout_tile);
+#pragma unroll
+        for (int kk = 0; kk < kRows / 16; ++kk)
+          ptx::wgmma_rs<T, kHeadDim, true>(dv, weights[kk], dout_columns + column_step(kk), 1);
+        ptx::wgmma_commit_group();
+        ptx::wgmma_wait_group<1>();  // dp, and dk of the step before
+        ptx::wgmma_use(dp);
+        if (step > 0) release(Config::kEmptyQ + 8 * q_stage(step - 1));
+#pragma unroll
+        for (int j = 0; j < kRows / 8; ++j) {
+          const float2 delta = bit_cast<float2>(ptx::ld_shared_v2(stats + 4 * kRows + 4 * (8 * j + 2 * (lane % 4))));
+#pragma unroll
+          for (int i = 4 * j; i < 4 * j + 4; ++i) dp[i] = s[i] * (dp[i] - (i % 2 == 0 ? delta.x : delta.y));
+        }
+#pragma unroll
+        for (int kk = 0; kk < kRows / 16; ++kk) {
+          uint32_t ds[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) ds[i] = pack<T>(dp[8 * kk + 2 * i], dp[8 * kk + 2 * i + 1]);
+          ptx::stmatrix_x4(ds_tile + (ds_row ^ kk << 5), ds);
+        }
+        ptx::fence_proxy_async();
+        ptx::wgmma_wait_group<0>();  // dv, which frees the weights
+        release(Config::kEmptyDout + 8 * (step % 2));
+        if (!last) queue_scores(step + 1);
+        ptx::bar_sync(1, Config::kGroups * kGroupThreads);
+        // dq = dS^T K of all keys of the block
+        ptx::wgmma_fence();
+        const uint64_t ds_columns = column_operand<kKeys>(ds_tile);
+#pragma unroll
+        for (int kk = 0; kk < kKeys / 16; ++kk)
+          ptx::wgmma_ss<T, kOwnColumns, true, true>(dq, ds_columns + column_step(kk), k_columns + column_step(kk),
+                                                    kk > 0);
+        ptx::wgmma_commit_group();
+        // dk += dS Q; ds from shared memory, which costs less than keeping it in registers
+        const uint64_t ds_rows = row_operand(ds_tile + 64 * group * sm90::kRowBytes);
+        const uint64_t q_columns = column_operand<kRows>(q_tile);
+#pragma unroll
+        for (int kk = 0; kk < kRows / 16; ++kk)
+          ptx::wgmma_ss<T, kHeadDim, false, true>(dk, ds_rows + row_step<kKeys>(kk), q_columns + column_step(kk), 1);
+        ptx::wgmma_commit_group();
+        ptx::wgmma_wait_group<1>();  // all but dk
+        ptx::wgmma_use(dq);
+        ptx::wgmma_use(s);
+        ptx::mbarrier_wait(shared + Config::kEmptyDq + 8 * group, step % 2 ^ 1);
+#pragma unroll
+        for (int i = 0; i < kOwnColumns / 2; i += 4)
+          ptx::st_shared_v4(shared + Config::kDq + group * Config::kDqBytes + (i / 4 * kGroupThreads + thread) * 16,
+                            bit_cast<uint4>(float4{dq[i], dq[i + 1], dq[i + 2], dq[i + 3]}));
+        ptx::fence_proxy_async();
+        __syncwarp();
+        release(Config::kFullDq + 8 * group);
+        ++step;
+      } while (!last);
+      ptx::wgmma_wait_group<0>();
+      ptx::wgmma_use(dk);
+      ptx::wgmma_use(dv);
+      // Read again, so that it does not stay in a register through the loop.
+      n = ptx::ld_shared(shared + Config::kStep + (step - 1) % Config::kSteps * Config::kStepBytes + Step::kWork);
+    }
+    __syncwarp();  // all lanes have seen the phase end
+    release(Config::kEmptyKeys);
+    const BwdWork work = read(n);
+    const Span& span = work.span;
+    if (span.T < 0) return;
+    const int key = span.block * kKeys + 64 * group + 16 * warp + lane / 4;
+    const float one[2] = {1.0F, 1.0F}, scale[2] = {p.scale, p.scale};
+    store_rows<T, kHeadDim>(dk, scale, p.dk.template at<T>(span.batch, span.begin + key, work.group), p.dk.token,
+                            span.S - key, p.D);
+    store_rows<T, kHeadDim>(dv, one, p.dv.template at<T>(span.batch, span.begin + key, work.group), p.dv.token,
+                            span.S - key, p.D);
+  });
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1) attention_bwd_kernel(const __grid_constant__ BwdParams p) {
+  LLAMA_FAST_DYNAMIC_SHARED(shared_memory);
+  const uint32_t shared = shared_address(shared_memory);
+  if (threadIdx.x == 0) {
+    constexpr int kConsumerWarps = 4 * Config::kGroups;
+    ptx::mbarrier_init(shared + Config::kFullKeys, 1);
+    ptx::mbarrier_init(shared + Config::kEmptyKeys, kConsumerWarps);
+    for (int stage = 0; stage < Config::kStagesQ; ++stage) {
+      ptx::mbarrier_init(shared + Config::kFullQ + 8 * stage, 1);
+      ptx::mbarrier_init(shared + Config::kEmptyQ + 8 * stage, kConsumerWarps);
+    }
+    for (int stage = 0; stage < Config::kStagesDout; ++stage) {
+      ptx::mbarrier_init(shared + Config::kFullDout + 8 * stage, 1);
+      ptx::mbarrier_init(shared + Config::kEmptyDout + 8 * stage, kConsumerWarps);
+    }
+    for (int group = 0; group < Config::kGroups; ++group) {
+      ptx::mbarrier_init(shared + Config::kFullDq + 8 * group, 4);
+      ptx::mbarrier_init(shared + Config::kEmptyDq + 8 * group, 1);
+    }
+    for (int stage = 0; stage < 2; ++stage) {
+      ptx::mbarrier_init(shared + Config::kFullWork + 8 * stage, 1);
+      ptx::mbarrier_init(shared + Config::kEmptyWork + 8 * stage, kConsumerWarps + Config::kGroups);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  const int group = static_cast<int>(threadIdx.x) / kGroupThreads;
+  if (group == Config::kGroups) {
+    ptx::setmaxnreg_dec<Config::kProducerRegisters>();
+    const int warp = threadIdx.x / 32 % 4;
+    if (warp == 0)
+      bwd_produce<Config>(p, shared);
+    else if (warp <= Config::kGroups)
+      bwd_add_dq<Config>(p, shared, warp - 1);
+  } else {
+    ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
+    bwd_consume<Config>(p, shared, group);
+  }
+}
+
+}  // namespace llama_fast::cuda::sm90

@@ -1,0 +1,324 @@
+// Forward kernel of attention on sm_90a. docs/ops/attention_sm90.md has the roofline and the reasons.
+//
+// A persistent block: one producer warp feeds a ring of K and V tiles through TMA; each consumer warpgroup owns 64 rows
+// of the tile of queries. Per tile of keys a group queues S = Q K^T of the next tile, then out += P V of this one,
+// hands the turn to the other group, and computes the next P while the tensor cores run the other's products.
+//   p_j = 2^(scale log2(e) (s_j - m)), m: a maximum of the row that may lag by kSlack / (scale log2(e))
+//   out = sum p_j v_j / sum p_j (p rounded to T in the numerator, not in the denominator), lse = scale m + ln sum p_j
+#pragma once
+
+#include "attention_sm90.cuh"
+
+namespace llama_fast::cuda::sm90 {
+
+struct FwdParams {
+  ptx::TensorMap q, k, v;  // maps of a tensor: (D, row, head, batch)
+  Rows out;
+  Global<float> lse;  // [B, H, T]
+  Global<const int> cu_seqlens;
+  int B, T, S, H, D, heads_a_group, sequences;
+  int blocks;   // of queries a head; packed: at most so many in all sequences together
+  int section;  // heads whose tiles are dealt together, so that their keys and values stay in the second cache
+  float scale, scale_log2;
+  Mask mask;
+};
+
+template <class T_, int kHeadDim_, int kGroups_, int kBlockKeys_, int kStages_, bool kTurns_ = true>
+struct FwdConfig {
+  using T = T_;
+  static constexpr int kHeadDim = kHeadDim_, kGroups = kGroups_, kBlockKeys = kBlockKeys_, kStages = kStages_;
+  static constexpr bool kTurns = kTurns_;
+  static constexpr int kRows = 64 * kGroups;
+  static constexpr int kThreads = kGroupThreads * (kGroups + 1);
+  static constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32, kConsumerRegisters = kGroups == 2 ? 232 : 160;
+  static_assert(registers_fit(kGroups, kProducerRegisters, kConsumerRegisters), "setmaxnreg would wait for ever");
+  static constexpr int kQBytes = tile_bytes(kRows, kHeadDim), kKeyBytes = tile_bytes(kBlockKeys, kHeadDim);
+  static constexpr int kQ = 0, kK = kQBytes, kV = kK + kStages * kKeyBytes, kBarriers = kV + kStages * kKeyBytes;
+  static constexpr int kFullQ = kBarriers, kEmptyQ = kFullQ + 8, kFullK = kEmptyQ + 8, kEmptyK = kFullK + 8 * kStages,
+                       kFullV = kEmptyK + 8 * kStages, kEmptyV = kFullV + 8 * kStages;
+  static constexpr int kSharedBytes = kEmptyV + 8 * kStages;
+};
+
+struct FwdWork {
+  Span span;
+  int head, first_key_block, last_key_block;  // [first, last)
+};
+
+// Tile `index` of the order: sections of heads; in a section the last queries, which see the most keys, first.
+template <class Config>
+LLAMA_FAST_DEVICE FwdWork fwd_work(const FwdParams& p, int index) {
+  const int heads = p.cu_seqlens != nullptr ? p.H : p.B * p.H;
+  const int section_tiles = p.section * p.blocks;
+  const int section = index / section_tiles, rest = index % section_tiles;
+  const int section_heads = min(p.section, heads - section * p.section);
+  const int block = p.blocks - 1 - rest / section_heads, head = section * p.section + rest % section_heads;
+  FwdWork work;
+  if (p.cu_seqlens != nullptr) {
+    work.span = find_span(p.cu_seqlens, p.sequences, Config::kRows, block);
+    work.head = head;
+  } else {
+    work.span = Span{0, p.T, p.S, block, head / p.H, 0};
+    work.head = head % p.H;
+  }
+  const Span& span = work.span;
+  const int row = span.block * Config::kRows, offset = span.S - span.T;
+  const int last_row = min(row + Config::kRows, span.T) - 1;
+  const int high = p.mask.high(last_row + offset, span.S);
+  work.first_key_block = p.mask.low(row + offset) / Config::kBlockKeys;
+  work.last_key_block = high > 0 ? (high + Config::kBlockKeys - 1) / Config::kBlockKeys : 0;
+  return work;
+}
+
+// Calls f(work) for each tile of this block: forwards and backwards in turn, so that long and short tiles pair up.
+template <class Config, class F>
+LLAMA_FAST_DEVICE void each_fwd_work(const FwdParams& p, F&& f) {
+  const int tiles = p.blocks * (p.cu_seqlens != nullptr ? 1 : p.B) * p.H;
+  const int grid = gridDim.x, own = blockIdx.x;
+  for (int first = 0, round = 0; first < tiles; first += grid, ++round) {
+    const int index = first + (round % 2 == 0 ? own : grid - 1 - own);
+    if (index >= tiles) continue;
+    const FwdWork work = fwd_work<Config>(p, index);
+    if (work.span.T >= 0) f(work);
+  }
+}
+
+template <class Config>
+LLAMA_FAST_DEVICE void fwd_produce(const FwdParams& p, uint32_t shared) {
+  constexpr int kStages = Config::kStages;
+  const bool leader = threadIdx.x % 32 == 0;
+  uint32_t k_count = 0, v_count = 0, q_count = 0;
+  each_fwd_work<Config>(p, [&](const FwdWork& work) {
+    if (work.first_key_block >= work.last_key_block) return;
+    const Span& span = work.span;
+    const int group = work.head / p.heads_a_group;
+    if (leader) {
+      const auto load_keys = [&](const ptx::TensorMap& map, int tiles, int full, int empty, uint32_t& count,
+                                 int block) {
+        const int stage = count % kStages;
+        ptx::mbarrier_wait(shared + empty + 8 * stage, (count / kStages & 1) ^ 1);
+        ptx::mbarrier_arrive_expect_tx(shared + full + 8 * stage, Config::kKeyBytes);
+        load_tile<Config::kBlockKeys, Config::kHeadDim>(shared + tiles + stage * Config::kKeyBytes, map,
+                                                        shared + full + 8 * stage,
+                                                        span.begin + block * Config::kBlockKeys, group, span.batch);
+        ++count;
+      };
+      ptx::mbarrier_wait(shared + Config::kEmptyQ, (q_count & 1) ^ 1);
+      ptx::mbarrier_arrive_expect_tx(shared + Config::kFullQ, Config::kQBytes);
+      load_tile<Config::kRows, Config::kHeadDim>(shared + Config::kQ, p.q, shared + Config::kFullQ,
+                                                 span.begin + span.block * Config::kRows, work.head, span.batch);
+      ++q_count;
+      load_keys(p.k, Config::kK, Config::kFullK, Config::kEmptyK, k_count, work.last_key_block - 1);
+#pragma unroll 1
+      for (int block = work.last_key_block - 1; block >= work.first_key_block; --block) {
+        if (block > work.first_key_block)
+          load_keys(p.k, Config::kK, Config::kFullK, Config::kEmptyK, k_count, block - 1);
+        load_keys(p.v, Config::kV, Config::kFullV, Config::kEmptyV, v_count, block);
+      }
+    }
+    __syncwarp();
+  });
+}
+
+// Maxima and sums of the two rows of a thread, row 0 and row 8 of its warp's 16, spread over the four threads of a
+// quad.
+struct RowState {
+  float m[2], sum[2];
+};
+
+// s: scores of 64 rows on entry, weights p on return. Gives whether `factor` has to be applied to earlier sums of the
+// rows. The maximum is taken over only where it grew by more than kSlack in the exponent: p <= 2^kSlack.
+template <int kCols>
+LLAMA_FAST_DEVICE bool softmax_step(float (&s)[kCols / 2], RowState& rows, float (&factor)[2], float scale_log2) {
+  constexpr float kSlack = 8.0F;
+  float high[2] = {-kInfinity, -kInfinity};
+#pragma unroll
+  for (int i = 0; i < kCols / 2; ++i) high[i / 2 % 2] = fmaxf(high[i / 2 % 2], s[i]);
+  bool grown = false;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    high[r] = fmaxf(high[r], __shfl_xor_sync(kAllLanes, high[r], 1));
+    high[r] = fmaxf(fmaxf(high[r], __shfl_xor_sync(kAllLanes, high[r], 2)), rows.m[r]);
+    grown = grown || (high[r] - rows.m[r]) * scale_log2 > kSlack;
+  }
+  grown = __any_sync(kAllLanes, grown);
+  if (grown) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      factor[r] = high[r] == -kInfinity ? 1.0F : ptx::ex2((rows.m[r] - high[r]) * scale_log2);
+      rows.m[r] = high[r];
+      rows.sum[r] *= factor[r];
+    }
+  }
+  float shift[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) shift[r] = rows.m[r] == -kInfinity ? 0.0F : rows.m[r] * scale_log2;
+#pragma unroll
+  for (int i = 0; i < kCols / 2; ++i) {
+    s[i] = ptx::ex2(fmaf(s[i], scale_log2, -shift[i / 2 % 2]));
+    rows.sum[i / 2 % 2] += s[i];
+  }
+  return grown;
+}
+
+template <class Config>
+LLAMA_FAST_DEVICE void fwd_consume(const FwdParams& p, uint32_t shared, int group) {
+  using T = typename Config::T;
+  constexpr int kStages = Config::kStages, kKeys = Config::kBlockKeys, kHeadDim = Config::kHeadDim;
+  const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+  const int own_row = 64 * group + 16 * warp + lane / 4;  // and own_row + 8
+  uint32_t k_count = 0, v_count = 0, q_count = 0;
+  const uint64_t q_operand = row_operand(shared + Config::kQ + 64 * group * kRowBytes);
+  const uint64_t k_operand = row_operand(shared + Config::kK);
+  const uint64_t v_operand = column_operand<kKeys>(shared + Config::kV);
+
+  const auto release = [&](int barriers) {
+    if (lane == 0) ptx::mbarrier_arrive(shared + barriers);
+  };
+  float s[kKeys / 2], out[kHeadDim / 2];
+  uint32_t weights[kKeys / 16][4];
+  const auto queue_scores = [&](int stage) {  // s = Q K^T
+    const uint64_t k = k_operand + stage * (Config::kKeyBytes / 16);
+#pragma unroll
+    for (int kk = 0; kk < kHeadDim / 16; ++kk)
+      ptx::wgmma_ss<T, kKeys, false, false>(s, q_operand + row_step<Config::kRows>(kk), k + row_step<kKeys>(kk),
+                                            kk > 0);
+    ptx::wgmma_commit_group();
+  };
+  const auto queue_values = [&](int stage) {  // out += P V
+    const uint64_t v = v_operand + stage * (Config::kKeyBytes / 16);
+#pragma unroll
+    for (int kk = 0; kk < kKeys / 16; ++kk) ptx::wgmma_rs<T, kHeadDim, true>(out, weights[kk], v + column_step(kk), 1);
+    ptx::wgmma_commit_group();
+  };
+  const auto round_weights = [&] {
+#pragma unroll
+    for (int kk = 0; kk < kKeys / 16; ++kk)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) weights[kk][i] = pack<T>(s[8 * kk + 2 * i], s[8 * kk + 2 * i + 1]);
+  };
+
+  each_fwd_work<Config>(p, [&](const FwdWork& work) {
+    const Span& span = work.span;
+    const int row = span.block * Config::kRows + own_row;  // in the sequence
+    const int position = row + span.S - span.T;
+    RowState rows{{-kInfinity, -kInfinity}, {0.0F, 0.0F}};
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) out[i] = 0.0F;
+
+    if (work.first_key_block < work.last_key_block) {
+      const int first_position = position - own_row + 64 * group, last_position = first_position + 63;
+      const auto hide = [&](int block) {  // -inf where a key is not seen
+        const int first = block * kKeys;
+        if (first >= p.mask.low(last_position) && first + kKeys <= p.mask.high(first_position, span.S)) return;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int low = p.mask.low(position + 8 * r) - first - 2 * (lane % 4);
+          const int high = p.mask.high(position + 8 * r, span.S) - first - 2 * (lane % 4);
+#pragma unroll
+          for (int i = 0; i < kKeys / 2; ++i)
+            if (i / 2 % 2 == r) {
+              const int column = i / 4 * 8 + i % 2;
+              if (column < low || column >= high) s[i] = -kInfinity;
+            }
+        }
+      };
+      const auto await_keys = [&] {
+        ptx::mbarrier_wait(shared + Config::kFullK + 8 * (k_count % kStages), k_count / kStages & 1);
+      };
+      float factor[2];
+      ptx::mbarrier_wait(shared + Config::kFullQ, q_count & 1);
+      await_keys();
+      ptx::wgmma_fence();
+      queue_scores(k_count % kStages);
+      ptx::wgmma_wait_group<0>();
+      ptx::wgmma_use(s);
+      release(Config::kEmptyK + 8 * (k_count % kStages));
+      ++k_count;
+      hide(work.last_key_block - 1);
+      softmax_step<kKeys>(s, rows, factor, p.scale_log2);
+      round_weights();
+      if (work.last_key_block - 2 >= work.first_key_block) await_keys();
+      for (int block = work.last_key_block - 2; block >= work.first_key_block; --block) {
+        const int k_stage = k_count % kStages, v_stage = v_count % kStages;
+        if constexpr (Config::kTurns) ptx::bar_sync(1 + group, 2 * kGroupThreads);
+        ptx::wgmma_fence();
+        queue_scores(k_stage);
+        ptx::mbarrier_wait(shared + Config::kFullV + 8 * v_stage, v_count / kStages & 1);
+        ptx::wgmma_fence();
+        queue_values(v_stage);
+        if constexpr (Config::kTurns) ptx::bar_arrive(1 + (group + 1) % Config::kGroups, 2 * kGroupThreads);
+        ptx::wgmma_wait_group<1>();
+        ptx::wgmma_use(s);
+        release(Config::kEmptyK + 8 * k_stage);
+        hide(block);
+        const bool grown = softmax_step<kKeys>(s, rows, factor, p.scale_log2);
+        ++k_count;
+        // Here, so that a branch stands between the weights and the wait for the products that run beside them:
+        // without, ptxas puts the wait first.
+        if (block > work.first_key_block) await_keys();
+        ptx::wgmma_wait_group<0>();
+        ptx::wgmma_use(out);
+        release(Config::kEmptyV + 8 * v_stage);
+        if (grown) {
+#pragma unroll
+          for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= factor[i / 2 % 2];
+        }
+        round_weights();
+        ++v_count;
+      }
+      release(Config::kEmptyQ);
+      ++q_count;
+      const int v_stage = v_count % kStages;
+      ptx::mbarrier_wait(shared + Config::kFullV + 8 * v_stage, v_count / kStages & 1);
+      ptx::wgmma_fence();
+      queue_values(v_stage);
+      ptx::wgmma_wait_group<0>();
+      ptx::wgmma_use(out);
+      release(Config::kEmptyV + 8 * v_stage);
+      ++v_count;
+    }
+
+    float inverse[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      rows.sum[r] += __shfl_xor_sync(kAllLanes, rows.sum[r], 1);
+      rows.sum[r] += __shfl_xor_sync(kAllLanes, rows.sum[r], 2);
+      inverse[r] = rows.sum[r] == 0.0F ? 0.0F : 1.0F / rows.sum[r];
+      if (lane % 4 == 0 && row + 8 * r < span.T)
+        p.lse[(static_cast<int64_t>(span.batch) * p.H + work.head) * p.T + span.begin + row + 8 * r] =
+            rows.sum[r] == 0.0F ? -kInfinity : rows.m[r] * p.scale + __logf(rows.sum[r]);
+    }
+    store_rows<T, kHeadDim>(out, inverse, p.out.template at<T>(span.batch, span.begin + row, work.head), p.out.token,
+                            span.T - row, p.D);
+  });
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1) attention_fwd_kernel(const __grid_constant__ FwdParams p) {
+  LLAMA_FAST_DYNAMIC_SHARED(shared_memory);
+  const uint32_t shared = shared_address(shared_memory);
+  if (threadIdx.x == 0) {
+    constexpr int kConsumerWarps = 4 * Config::kGroups;
+    ptx::mbarrier_init(shared + Config::kFullQ, 1);
+    ptx::mbarrier_init(shared + Config::kEmptyQ, kConsumerWarps);
+    for (int stage = 0; stage < Config::kStages; ++stage) {
+      ptx::mbarrier_init(shared + Config::kFullK + 8 * stage, 1);
+      ptx::mbarrier_init(shared + Config::kEmptyK + 8 * stage, kConsumerWarps);
+      ptx::mbarrier_init(shared + Config::kFullV + 8 * stage, 1);
+      ptx::mbarrier_init(shared + Config::kEmptyV + 8 * stage, kConsumerWarps);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  const int group = static_cast<int>(threadIdx.x) / kGroupThreads;  // the last one produces
+  if (group == Config::kGroups) {
+    ptx::setmaxnreg_dec<Config::kProducerRegisters>();
+    if (threadIdx.x / 32 % 4 == 0) fwd_produce<Config>(p, shared);
+  } else {
+    ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
+    if (Config::kTurns && group == Config::kGroups - 1) ptx::bar_arrive(1, 2 * kGroupThreads);
+    fwd_consume<Config>(p, shared, group);
+  }
+}
+
+}  // namespace llama_fast::cuda::sm90
