@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "../tensor_caster.h"
+#include "attention_sm90.h"
 #include "ops.h"
 #ifdef LLAMA_FAST_EMULATE
 #include "../emulator/block.h"
@@ -103,6 +104,13 @@ PYBIND11_MODULE(_native_cuda, module) {
   bind(module, "rope_bwd", &cuda::rope_bwd, "dq_out", "dk_out", "cos", "sin", "interleaved", "dq", "dk");
   bind(module, "cross_entropy_rows", &cuda::cross_entropy_rows, "logits", "targets", "row_scale", "ignore_index",
        "label_smoothing", "z_loss", "loss", "lse");
+#ifdef LLAMA_FAST_SM90
+  bind(module, "attention_sm90_fwd", &cuda::attention_sm90_fwd, "q", "k", "v", "cu_seqlens", "scale", "causal",
+       "window", "out", "lse", "variant");
+  bind(module, "attention_sm90_bwd", &cuda::attention_sm90_bwd, "dout", "q", "k", "v", "out", "lse", "cu_seqlens",
+       "scale", "causal", "window", "dq", "dk", "dv", "scratch");
+  module.def("attention_sm90_bwd_scratch", &cuda::attention_sm90_bwd_scratch, py::arg("q"), py::arg("cu_seqlens"));
+#endif
   module.def("norm_parts", &cuda::norm_parts, py::arg("R"), py::arg("C"), py::arg("item"), py::arg("device"));
 #ifdef LLAMA_FAST_EMULATE
   module.attr("architectures") = "";
