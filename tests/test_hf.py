@@ -204,7 +204,7 @@ def test_report_tells_of_the_last_call() -> None:
     ids, mask = tokens(), torch.ones_like(tokens())
     mask[0, :3] = 0
     model(ids, attention_mask=mask)
-    assert lf.hf.report(model).count("last call: ops, for a mask that is not causal") == 1
+    assert lf.hf.report(model).count("last call: ops, for padding") == 1
     model(ids)
     assert "last call" not in lf.hf.report(model)
 

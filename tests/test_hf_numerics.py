@@ -16,6 +16,8 @@ from llama_fast.block import POLICIES
 _LEFT = torch.ones(B, T, dtype=torch.bool)
 _LEFT[0, :5], _LEFT[2, :1] = False, False
 _RIGHT = _LEFT.flip(1)
+_GAPS, _EMPTY = _LEFT.clone(), _LEFT.clone()
+_GAPS[1, 8:10], _EMPTY[1] = False, False
 _PACKED = torch.cat((torch.arange(7), torch.arange(9), torch.arange(3))).expand(B, T)
 
 
@@ -48,8 +50,11 @@ CASES = {
     "positions by row": Case(call={"position_ids": torch.arange(T) + torch.tensor([[0], [11], [5]])}),
     "packed": Case(call={"position_ids": _PACKED, "use_cache": False}),
     "hidden states": Case(call={"output_hidden_states": True}),
-    "left padding": Case(call={"attention_mask": _LEFT.long()}, runs="mask", rows=_LEFT),
-    "right padding": Case(call={"attention_mask": _RIGHT.long()}, runs="mask"),
+    "left padding": Case(call={"attention_mask": _LEFT.long()}, runs="padding"),
+    "right padding": Case(call={"attention_mask": _RIGHT.long()}, runs="padding"),
+    "padding on both sides": Case(call={"attention_mask": (_LEFT & _RIGHT).long()}, runs="padding"),
+    "gaps": Case(call={"attention_mask": _GAPS.long()}, runs="a mask that is not causal"),
+    "nothing but padding": Case(call={"attention_mask": _EMPTY.long()}, runs="a mask that is not causal"),
     "own mask": Case(call={"attention_mask": _LEFT[:, None, None] & torch.ones(T, T).tril().bool()}, runs="mask",
                      rows=_LEFT),
     "biases": Case({"attention_bias": True, "mlp_bias": True}, runs="q_proj has a bias"),

@@ -4,6 +4,7 @@ What the mask function gives, and what it means:
 
     None        each query sees the keys up to its own; the last query stands at the last key
     [N+1]       int32 row numbers: sequences packed in the rows of the batch laid end to end, causal within each
+    [B,2]       int64, as None, and row b sees only its keys from the first number up to the second: padding
     [B,1,T,S]   anything else, as transformers makes it for scaled_dot_product_attention
 
 Legend: B batch, T query tokens, S key tokens, H query heads, G key/value heads, D head dim.
@@ -68,7 +69,7 @@ def mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> Tensor | None:
-    """transformers' mask function of "llama_fast"; arguments and meaning are `masking_utils.sdpa_mask`'s."""
+    """transformers' mask function of "llama_fast": arguments of `masking_utils.sdpa_mask`, results as above."""
     positions = kwargs.get("cache_position")
     length = kwargs["q_length"] if positions is None else positions.shape[0]
     if attention_mask is None and kv_offset == 0 and kv_length == length and not _tracing():
@@ -80,9 +81,13 @@ def mask(
     if mask_function is causal_mask_function and allow_is_causal_skip and kv_offset == 0:
         offset = kwargs.get("q_offset", 0) if positions is None else positions[0]
         known = isinstance(offset, int) or not _tracing()
-        ends_with_query = kv_length == length or (known and int(offset) + length == kv_length)
-        if ends_with_query and _sees_all(attention_mask, kv_length):
-            return None
+        if kv_length == length or (known and int(offset) + length == kv_length):  # the last query at the last key
+            if attention_mask is None:
+                return None
+            spans = None if _tracing() or attention_mask.shape[-1] != kv_length else _spans(attention_mask, length)
+            if spans is not None:
+                whole = spans == [[0, kv_length]] * batch_size
+                return None if whole else torch.tensor(spans, device=attention_mask.device)
     return sdpa_mask(
         batch_size=batch_size,
         kv_length=kv_length,
@@ -93,20 +98,31 @@ def mask(
     )
 
 
-def _sees_all(attention_mask: Tensor | None, kv_length: int) -> bool:
-    if attention_mask is None:
-        return True
-    return not _tracing() and attention_mask.shape[-1] == kv_length and bool(attention_mask.all())
+def _spans(seen: Tensor, T: int) -> list[list[int]] | None:
+    """[B, S] bool -> [first, last + 1] of each row's true places; None where they leave gaps, or end before the last
+    of S > T keys, so that no two numbers can say which keys a query sees."""
+    S = seen.shape[1]
+    if bool(seen.all()):
+        return [[0, S]] * seen.shape[0]
+    places = seen.int()
+    rows = torch.stack((places.argmax(1), S - places.flip(1).argmax(1), places.sum(1)), dim=1).tolist()
+    contiguous = all(end - begin == count and S in (T, end) for begin, end, count in rows)
+    return [[begin, end] for begin, end, _ in rows] if contiguous else None
 
 
 def four_dimensional(mask: Tensor | None, B: int, T: int, S: int, device: torch.device) -> Tensor | None:
     """A mask of this implementation as scaled_dot_product_attention takes it, [B, 1, T, S]; None where its own do."""
-    if mask is not None and mask.ndim != 1:
+    if mask is not None and mask.ndim == 4:
         return mask
-    if mask is None:
-        if T in (1, S):
-            return None
-        return torch.ones(T, S, dtype=torch.bool, device=device).tril_(S - T)[None, None]
+    if mask is None and T in (1, S):
+        return None
+    if mask is None or mask.ndim == 2:
+        causal = torch.ones(T, S, dtype=torch.bool, device=device).tril_(S - T)[None, None]
+        if mask is None:
+            return causal
+        key = torch.arange(S, device=device)
+        begin, end = mask.to(device)[:, None, None].unsqueeze(-1).unbind(3)
+        return causal & (begin <= key) & (key < end)
     rows = torch.arange(B * T, device=device)
     sequence = torch.bucketize(rows, mask[1:].to(device), right=True).view(B, T)
     same = sequence.unsqueeze(2) == sequence.unsqueeze(1)
@@ -117,9 +133,22 @@ def objection(mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> st
     """Why lf.attention does not take a call, or None."""
     if dropout:
         return f"attention dropout of {dropout:g}"
-    if mask is not None and mask.ndim != 1:
+    if mask is not None and mask.ndim == 4:
         return "a mask that is not causal"
     return next((f"{name} is given" for name in _SDPA_ONLY if kwargs.get(name) is not None), None)
+
+
+def _padded(q: Tensor, k: Tensor, v: Tensor, spans: list[list[int]], scale: float | None) -> Tensor:
+    """Attention of rows of which each has its own span of keys; a query beyond its row's span sees all of that."""
+    T, out = q.shape[1], []
+    for b, (begin, end) in enumerate(spans):
+        q_row, k_row, v_row = q[b : b + 1], k[b : b + 1, begin:end], v[b : b + 1, begin:end]
+        within = T - (k.shape[1] - end)
+        parts = [attention(q_row[:, :within], k_row, v_row, scale=scale)]
+        if within < T:
+            parts.append(attention(q_row[:, within:], k_row, v_row, causal=False, scale=scale))
+        out += [torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]]
+    return torch.cat(out) if len(out) > 1 else out[0]
 
 
 def _with_weights(
@@ -176,6 +205,8 @@ def attention_forward(
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         if attention_mask is None:
             return attention(q, k, v, causal=causal, scale=scaling), None
+        if attention_mask.ndim == 2:
+            return _padded(q, k, v, attention_mask.tolist(), scaling), None
         rows = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
         return attention(*rows, causal=causal, scale=scaling, cu_seqlens=attention_mask).view(q.shape), None
     if causal or attention_mask is not None:

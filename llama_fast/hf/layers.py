@@ -137,6 +137,8 @@ def call_objection(layer: Any, x: Tensor, arguments: dict[str, Any]) -> str | No
     dropout = attn.attention_dropout if layer.training else 0.0
     if against := objection(attention_mask, dropout, arguments):
         return against
+    if attention_mask is not None and attention_mask.ndim == 2:
+        return "padding"
     if arguments.get("is_causal") is False:
         return "is_causal is False"
     if arguments.get("output_attentions"):

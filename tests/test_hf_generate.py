@@ -1,0 +1,137 @@
+"""generate() of a patched model beside the stock one: every cache, padding, beams, sampling, continued caches."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+from hf_pairs import make, patched, ran, tokens, transformers
+from torch import Tensor
+
+from llama_fast.hf import layout
+
+NEW = 6
+CACHE = next(n for n in layout.MODEL_PARAMETERS if n in layout.CACHES)  # how a model's forward and its outputs call it
+POSITIONS = "cache_position" in layout.MODEL_PARAMETERS
+_PADDED = torch.ones(3, 19, dtype=torch.long)
+_PADDED[0, :5], _PADDED[2, :11] = 0, 0
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Any, Any]:
+    """In float64, so that rounding chooses no token."""
+    stock = make(max_position_embeddings=128).double().eval()
+    return stock, patched(stock)
+
+
+def _generate(model: Any, ids: Tensor, mask: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    options = {"max_new_tokens": NEW, "do_sample": False, **options}
+    out = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **options)
+    return out.sequences, torch.stack(out.logits)
+
+
+CACHES = {
+    "none": {"use_cache": False},
+    "dynamic": {"cache_implementation": "dynamic"},
+    "static": {"cache_implementation": "static", "disable_compile": True},
+    "offloaded": {"cache_implementation": "offloaded"},
+    "offloaded static": {"cache_implementation": "offloaded_static", "disable_compile": True},
+    "quanto": {"cache_implementation": "quantized", "cache_config": {"backend": "quanto", "nbits": 4}},
+    "hqq": {"cache_implementation": "quantized", "cache_config": {"backend": "hqq", "nbits": 4}},
+}
+NEEDS = {"quanto": "optimum.quanto", "hqq": "hqq"}
+NEEDS_GPU = ("offloaded", "offloaded static")
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["even", "padded"])
+@pytest.mark.parametrize("cache", CACHES)
+def test_the_same_tokens_with_every_cache(cache: str, padded: bool, pair: tuple[Any, Any]) -> None:
+    if cache in NEEDS and importlib.util.find_spec(NEEDS[cache].partition(".")[0]) is None:
+        pytest.skip(f"{NEEDS[cache]} is not installed")
+    if cache in NEEDS_GPU and not torch.cuda.is_available():
+        pytest.skip("an offloaded cache needs a GPU")
+    mask = _PADDED if padded else torch.ones_like(_PADDED)
+    (got, logits), (want, their_logits) = (_generate(m, tokens(), mask, **CACHES[cache]) for m in reversed(pair))
+    assert torch.equal(got, want)
+    torch.testing.assert_close(logits, their_logits, rtol=1e-5, atol=1e-5)
+    if not padded and cache != "static":
+        assert ran(pair[1]) == "block"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_beams": 2, "num_return_sequences": 2, "do_sample": True},
+        {"do_sample": True, "top_k": 20, "temperature": 0.7},
+        {"prompt_lookup_num_tokens": 3},
+        {"prefill_chunk_size": 7},
+    ],
+    ids=" ".join,
+)
+def test_the_same_tokens_with_every_way_to_choose_them(options: dict[str, Any], pair: tuple[Any, Any]) -> None:
+    ids = tokens(batch=1) if "prompt_lookup_num_tokens" in options else tokens()
+    got, want = (_generate(m, ids, torch.ones_like(ids), **options)[0] for m in reversed(pair))
+    assert torch.equal(got, want)
+
+
+def test_a_cache_is_continued(pair: tuple[Any, Any]) -> None:
+    ids = tokens(length=24)
+    with torch.no_grad():
+        whole = pair[0](ids).logits
+        cache = None
+        for begin, end in ((0, 10), (10, 11), (11, 24)):
+            name = {} if cache is None else {CACHE: cache}
+            out = pair[1](ids[:, begin:end], use_cache=True, **name)
+            cache = out[CACHE]
+            assert ran(pair[1]) == "block"
+            torch.testing.assert_close(out.logits, whole[:, begin:end], rtol=1e-5, atol=1e-5)
+    assert cache.get_seq_length() == 24
+
+
+def test_a_static_cache_is_filled_by_hand(pair: tuple[Any, Any]) -> None:
+    ids = tokens(length=24)
+    cache = transformers.StaticCache(config=pair[1].config, max_cache_len=32)
+    with torch.no_grad():
+        whole = pair[0](ids).logits
+        for begin, end in ((0, 10), (10, 11), (11, 24)):
+            where = {"cache_position": torch.arange(begin, end)} if POSITIONS else {}
+            out = pair[1](ids[:, begin:end], use_cache=True, **{CACHE: cache}, **where)
+            torch.testing.assert_close(out.logits, whole[:, begin:end], rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_flow_through_a_cache(pair: tuple[Any, Any]) -> None:
+    """The keys of the first call get their gradient from the second."""
+    ids, found = tokens(), []
+    for model in pair:
+        model.zero_grad()
+        first = model(ids[:, :8], use_cache=True)
+        second = model(ids[:, 8:], use_cache=True, **{CACHE: first[CACHE]})
+        (first.logits.square().sum() + second.logits.square().sum()).backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad(set_to_none=True)
+    assert ran(pair[1]) == "a cache that holds keys while gradients are recorded"
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+
+
+def test_right_padding_in_generation(pair: tuple[Any, Any]) -> None:
+    """Unusual, and warned about; the padding then lies between the prompt and what is new."""
+    mask = _PADDED.flip(1)
+    (got, logits), (want, their_logits) = (_generate(m, tokens(), mask) for m in reversed(pair))
+    assert torch.equal(got, want)
+    torch.testing.assert_close(logits, their_logits, rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_generates(pair: tuple[Any, Any]) -> None:
+    model = make().bfloat16()
+    ids = tokens()
+    got, want = (
+        m.generate(ids, attention_mask=_PADDED, max_new_tokens=1, do_sample=False, output_logits=True,
+                   return_dict_in_generate=True).logits[0]
+        for m in (patched(model), model)
+    )  # fmt: skip
+    torch.testing.assert_close(got, want, rtol=0.05, atol=0.05)
