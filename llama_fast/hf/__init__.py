@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from llama_fast.block import POLICIES
 from llama_fast.hf import layout
 from llama_fast.hf.attention import NAME, attention_forward, mask
-from llama_fast.hf.layers import REPLACEMENTS, LlamaAttention, LlamaDecoderLayer, State
+from llama_fast.hf.layers import REPLACEMENTS, LlamaAttention, LlamaDecoderLayer, State, is_forward_of
 from llama_fast.hf.layout import stock
 from llama_fast.hf.loss import FUSED, LOSS_REPLACEMENTS, LlamaForCausalLM
 from llama_fast.hf.report import report
@@ -130,27 +130,24 @@ def _switch_attention(model: nn.Module, config: Any) -> None:
     config._attn_implementation = NAME
 
 
-def _is_own(function: Any, module: nn.Module, kind: Any) -> bool:
-    """Whether a function is `kind.forward` of the module."""
-    return getattr(function, "__func__", None) is kind.forward and function.__self__ is module
-
-
 def _can_swap(module: nn.Module) -> bool:
     """Of a class that is known exactly, and its forward its class's or, by accelerate, wrapped around its class's."""
     kind, own = type(module), module.__dict__
     if kind not in _ALL:
         return False
     return (
-        "forward" not in own or _is_own(own["forward"], module, kind) or _is_own(own.get("_old_forward"), module, kind)
+        "forward" not in own
+        or is_forward_of(own["forward"], module, kind)
+        or is_forward_of(own.get("_old_forward"), module, kind)
     )
 
 
 def _swap(module: nn.Module, kind: Any) -> None:
     before, own = type(module), module.__dict__
     module.__class__ = kind
-    if _is_own(own.get("forward"), module, before):
+    if is_forward_of(own.get("forward"), module, before):
         del own["forward"]
-    if _is_own(own.get("_old_forward"), module, before):
+    if is_forward_of(own.get("_old_forward"), module, before):
         own["_old_forward"] = MethodType(kind.forward, module)
 
 

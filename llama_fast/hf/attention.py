@@ -1,11 +1,11 @@
 """`attn_implementation="llama_fast"`: transformers' attention and mask functions, on lf.attention.
 
-What the mask function gives, and what it means:
+What the mask function gives, and what it means; transformers hands on as it is whatever has four dimensions:
 
-    None        each query sees the keys up to its own; the last query stands at the last key
-    [N+1]       int32 row numbers: sequences packed in the rows of the batch laid end to end, causal within each
-    [B,2]       int64, as None, and row b sees only its keys from the first number up to the second: padding
-    [B,1,T,S]   anything else, as transformers makes it for scaled_dot_product_attention
+    None               each query sees the keys up to its own; the last query stands at the last key
+    [1,1,1,N+1] int32  sequences packed in the rows of the batch laid end to end, causal within each: where each begins
+    [B,1,1,2] int64    as None, and row b sees only its keys from the first number up to the second: padding
+    [B,1,T,S]          bool or float, anything else, as transformers makes it for scaled_dot_product_attention
 
 Legend: B batch, T query tokens, S key tokens, H query heads, G key/value heads, D head dim.
 """
@@ -51,12 +51,12 @@ def _sequence_numbers(mask_function: Any) -> Tensor | None:
 
 
 def _row_numbers(sequences: Tensor) -> Tensor:
-    """[B, T] numbers of sequences -> [N+1] int32, where each begins in the rows laid end to end."""
+    """[B, T] numbers of sequences -> [1, 1, 1, N+1] int32, where each begins in the rows laid end to end."""
     B, T = sequences.shape
     rows = torch.arange(B, device=sequences.device).unsqueeze(1)
     flat = (sequences + rows * (T + 1)).flatten()
     begins = (flat[1:] != flat[:-1]).nonzero().flatten() + 1
-    return torch.cat((begins.new_zeros(1), begins, begins.new_full((1,), B * T))).int()
+    return torch.cat((begins.new_zeros(1), begins, begins.new_full((1,), B * T))).int()[None, None, None]
 
 
 def mask(
@@ -87,7 +87,7 @@ def mask(
             spans = None if _tracing() or attention_mask.shape[-1] != kv_length else _spans(attention_mask, length)
             if spans is not None:
                 whole = spans == [[0, kv_length]] * batch_size
-                return None if whole else torch.tensor(spans, device=attention_mask.device)
+                return None if whole else torch.tensor(spans, device=attention_mask.device)[:, None, None]
     return sdpa_mask(
         batch_size=batch_size,
         kv_length=kv_length,
@@ -112,28 +112,34 @@ def _spans(seen: Tensor, T: int) -> list[list[int]] | None:
 
 def four_dimensional(mask: Tensor | None, B: int, T: int, S: int, device: torch.device) -> Tensor | None:
     """A mask of this implementation as scaled_dot_product_attention takes it, [B, 1, T, S]; None where its own do."""
-    if mask is not None and mask.ndim == 4:
-        return mask
     if mask is None and T in (1, S):
         return None
-    if mask is None or mask.ndim == 2:
-        causal = torch.ones(T, S, dtype=torch.bool, device=device).tril_(S - T)[None, None]
-        if mask is None:
-            return causal
-        key = torch.arange(S, device=device)
-        begin, end = mask.to(device)[:, None, None].unsqueeze(-1).unbind(3)
+    if mask is not None and not is_short(mask):
+        return mask
+    causal = torch.ones(T, S, dtype=torch.bool, device=device).tril_(S - T)[None, None]
+    if mask is None:
+        return causal
+    mask = mask.to(device)
+    if mask.dtype == torch.int64:
+        key, (begin, end) = torch.arange(S, device=device), mask.unsqueeze(-2).unbind(-1)
         return causal & (begin <= key) & (key < end)
-    rows = torch.arange(B * T, device=device)
-    sequence = torch.bucketize(rows, mask[1:].to(device), right=True).view(B, T)
-    same = sequence.unsqueeze(2) == sequence.unsqueeze(1)
-    return same.tril_().unsqueeze(1)
+    sequence = torch.bucketize(torch.arange(B * T, device=device), mask.flatten()[1:], right=True).view(B, 1, T)
+    return causal & (sequence.unsqueeze(3) == sequence.unsqueeze(2))
+
+
+def is_short(mask: Tensor) -> bool:
+    """Whether a mask says in numbers of rows or keys what queries see, not place by place."""
+    shape = tuple(mask.shape)
+    return (mask.dtype == torch.int64 and shape[1:] == (1, 1, 2)) or (
+        mask.dtype == torch.int32 and shape[:-1] == (1, 1, 1)
+    )
 
 
 def objection(mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> str | None:
     """Why lf.attention does not take a call, or None."""
     if dropout:
         return f"attention dropout of {dropout:g}"
-    if mask is not None and mask.ndim == 4:
+    if mask is not None and not is_short(mask):
         return "a mask that is not causal"
     return next((f"{name} is given" for name in _SDPA_ONLY if kwargs.get(name) is not None), None)
 
@@ -167,7 +173,7 @@ def _with_weights(
         attention_mask = torch.ones(T, S, dtype=torch.bool, device=query.device).tril_(S - T)[None, None]
     attention_mask = four_dimensional(attention_mask, B, T, S, query.device)
     if attention_mask is not None and attention_mask.dtype == torch.bool:
-        lowest = torch.finfo(query.dtype).min
+        lowest = max(torch.finfo(t).min for t in (query.dtype, torch.float32))  # the softmax is in float32
         attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill_(~attention_mask, lowest)
     scaling = D**-0.5 if scaling is None else scaling
     return stock.eager_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout)
@@ -205,10 +211,10 @@ def attention_forward(
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         if attention_mask is None:
             return attention(q, k, v, causal=causal, scale=scaling), None
-        if attention_mask.ndim == 2:
-            return _padded(q, k, v, attention_mask.tolist(), scaling), None
+        if attention_mask.dtype == torch.int64:
+            return _padded(q, k, v, attention_mask.flatten(1).tolist(), scaling), None
         rows = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
-        return attention(*rows, causal=causal, scale=scaling, cu_seqlens=attention_mask).view(q.shape), None
+        return attention(*rows, causal=causal, scale=scaling, cu_seqlens=attention_mask.flatten()).view(q.shape), None
     if causal or attention_mask is not None:
         attention_mask = four_dimensional(attention_mask, B, T, key.shape[2], query.device)
     return sdpa_attention_forward(

@@ -40,16 +40,27 @@ _RECORDER = "transformers.utils.output_capturing"  # its hooks only note what a 
 # ---- what stands against an op or the block --------------------------------------------------------------------------
 def watched(module: Any) -> str | None:
     """What watches the calls of a module, so that they must be made: hooks, or a forward of its own; else None."""
-    own = module.__dict__.get("forward")
-    if own is not None and not (
-        getattr(own, "__func__", None) is type(module).forward and getattr(own, "__self__", None) is module
-    ):
+    own = module.__dict__
+    if "forward" in own and not is_forward_of(own["forward"], module, type(module)) and not _only_placed(module):
         return "a forward of its own"
     if any(getattr(hook, "__module__", None) != _RECORDER for hook in module._forward_hooks.values()):
         return "a hook"
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "a hook"
     return None
+
+
+def is_forward_of(function: Any, module: Any, kind: Any) -> bool:
+    """Whether a function is `kind.forward`, bound to the module."""
+    return getattr(function, "__func__", None) is kind.forward and function.__self__ is module
+
+
+def _only_placed(module: Any) -> bool:
+    """Whether accelerate stands around a module's forward for nothing but to bring its input to its device."""
+    own = module.__dict__
+    hook, inner = own.get("_hf_hook"), own.get("_old_forward")
+    placing = (type(hook).__module__, type(hook).__name__) == ("accelerate.hooks", "AlignDevicesHook")
+    return placing and not hook.offload and is_forward_of(inner, module, type(module))
 
 
 def _plain_tensors(*tensors: Tensor) -> bool:
@@ -125,6 +136,8 @@ def structure_objection(layer: Any) -> str | None:
         return "the two norms differ in epsilon"
     if attn.scaling != attn.head_dim**-0.5:
         return f"self_attn has a scaling of {attn.scaling:g}"
+    if attn.attention_dropout and layer.training:
+        return f"attention dropout of {attn.attention_dropout:g}"
     if attn.config._attn_implementation != NAME:
         return f"the attention implementation is {attn.config._attn_implementation}"
     return None
@@ -134,10 +147,9 @@ def call_objection(layer: Any, x: Tensor, arguments: dict[str, Any]) -> str | No
     """What in a call keeps a layer from running as one block; None if nothing."""
     attn = layer.self_attn
     attention_mask, cache = arguments.get("attention_mask"), arguments.get(layout.CACHE)
-    dropout = attn.attention_dropout if layer.training else 0.0
-    if against := objection(attention_mask, dropout, arguments):
+    if against := objection(attention_mask, 0.0, arguments):
         return against
-    if attention_mask is not None and attention_mask.ndim == 2:
+    if attention_mask is not None and attention_mask.dtype == torch.int64:
         return "padding"
     if arguments.get("is_causal") is False:
         return "is_causal is False"
@@ -145,6 +157,8 @@ def call_objection(layer: Any, x: Tensor, arguments: dict[str, Any]) -> str | No
         return "the attention weights are asked for"
     if x.ndim != 3 or not _plain_tensors(x) or x.dtype != layer.input_layernorm.weight.dtype:
         return f"hidden states of shape {tuple(x.shape)} and dtype {x.dtype}"
+    if any(p.device != x.device for p in block_weights(layer)):
+        return f"weights on other devices than {x.device}"
     if torch.is_autocast_enabled(x.device.type):
         return "autocast: the block would round the residual stream"
     if arguments.get("position_embeddings") is None:
@@ -320,7 +334,7 @@ class LlamaDecoderLayer(_Layer, metaclass=_Recorded):
         if rows is not None:
             B, T, C = x.shape
             cos, sin = (t.expand(B, -1, -1).reshape(1, B * T, -1) for t in (cos, sin))
-            y = transformer_block(x.reshape(1, B * T, C), w, cos, sin, options, cu_seqlens=rows)
+            y = transformer_block(x.reshape(1, B * T, C), w, cos, sin, options, cu_seqlens=rows.flatten())
             return y.view(B, T, C)
         if cache is None:
             return transformer_block(x, w, cos, sin, options)

@@ -1,0 +1,132 @@
+"""The fused loss: the same number and gradients as transformers', and no logits at any time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hf_pairs import make, patched, ran, tokens
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import llama_fast as lf
+
+_LABELS = tokens(seed=9)
+_LABELS[0, :6], _LABELS[2, 3:] = -100, -100
+
+
+def _loss(model: Any, **call: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    out = model(input_ids=tokens(), **{"labels": _LABELS, **call})
+    out.loss.backward()
+    return out.loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+CALLS: dict[str, dict[str, Any]] = {
+    "mean": {},
+    "number of items": {"num_items_in_batch": 7},
+    "number of items in a tensor": {"num_items_in_batch": torch.tensor(11)},
+    "shifted before": {"shift_labels": tokens(seed=4)},
+    "other ignored label": {"labels": _LABELS.masked_fill(_LABELS == -100, 5), "ignore_index": 5},
+    "padded": {"attention_mask": (tokens() > 0).long().index_fill_(1, torch.tensor([0, 1]), 0)},
+    "no cache": {"use_cache": False},
+}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+@pytest.mark.parametrize("name", CALLS)
+def test_loss_and_gradients(name: str, tied: bool) -> None:
+    stock = make(tie_word_embeddings=tied)
+    (got, gradients), (want, theirs) = (_loss(m, **CALLS[name]) for m in (patched(stock, fused_loss=True), stock))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    for parameter, value in theirs.items():
+        near = 1e-4 * float(value.abs().max())
+        torch.testing.assert_close(gradients[parameter], value, rtol=1e-3, atol=near, msg=parameter)
+
+
+def test_in_bfloat16_and_under_autocast() -> None:
+    stock = make()
+    exact = _loss(stock)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, want = (_loss(m)[0] for m in (patched(stock, fused_loss=True), stock))
+    assert got.dtype == want.dtype == torch.float32
+    assert abs(got - exact) <= 2 * abs(want - exact) + 0.01
+    stock = stock.bfloat16()
+    got, want = (_loss(m)[0] for m in (patched(stock, fused_loss=True), stock))
+    assert got.dtype == want.dtype == torch.float32
+    assert abs(got - exact) <= 2 * abs(want - exact) + 0.01
+
+
+def test_no_label_counts() -> None:
+    labels = torch.full_like(tokens(), -100)
+    for model in (make(), patched(make(), fused_loss=True)):
+        assert torch.isnan(model(tokens(), labels=labels).loss)
+
+
+class _Largest(TorchDispatchMode):
+    """The most elements of a tensor that any operation gave."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, Tensor):
+                self.elements = max(self.elements, t.numel())
+        return out
+
+
+def test_the_logits_never_exist() -> None:
+    V, ids = 4096, tokens(batch=16, length=40)
+    logits = ids.numel() * V
+    stock = make(vocab_size=V)
+    for model, fused in ((stock, False), (patched(stock), False), (patched(stock, fused_loss=True), True)):
+        with _Largest() as largest:
+            out = model(ids, labels=ids)
+            out.loss.backward()
+        assert (out.logits is None) == fused
+        assert (largest.elements < logits) == fused
+
+
+def test_training_only() -> None:
+    ours = patched(make(), fused_loss="training")
+    assert ours.train()(tokens(), labels=tokens()).logits is None
+    assert "loss of labels: fused, without logits" in lf.hf.report(ours)
+    assert ours.eval()(tokens(), labels=tokens()).logits is not None
+    assert "the model is in evaluation mode" in lf.hf.report(ours)
+
+
+def test_outputs_are_those_of_the_model_less_the_logits() -> None:
+    stock = make()
+    ours = patched(stock, fused_loss=True)
+    call = {"labels": tokens(), "output_hidden_states": True, "use_cache": True}
+    want, got = stock(tokens(), **call), ours(tokens(), **call)
+    assert type(got) is type(want)
+    assert list(got) == [name for name in want if name != "logits"]
+    assert len(got.hidden_states) == 3
+    assert isinstance(ours(tokens(), labels=tokens(), return_dict=False), tuple)
+    assert ours(tokens(), None, None, None, None, tokens()).logits is None  # labels by place
+    assert ours(tokens()).logits is not None
+    assert ran(ours) == "block"
+
+
+@pytest.mark.parametrize("what", ["a loss of its own", "logits to keep", "a bias", "a hook"])
+def test_where_the_logits_are_needed_they_are_made(what: str) -> None:
+    stock = make()
+    call: dict[str, Any] = {}
+    if what == "a bias":
+        stock.lm_head.bias = torch.nn.Parameter(torch.zeros(stock.lm_head.out_features))
+    ours = patched(stock, fused_loss=True)
+    for model in (stock, ours):
+        if what == "a loss of its own":
+            model.loss_function = lambda logits, labels, **_: logits.square().mean()
+        if what == "a hook":
+            model.lm_head.register_forward_hook(lambda *_: None)
+    if what == "logits to keep":
+        call = {"logits_to_keep": 4, "labels": tokens()[:, -4:]}
+    got, want = (m(input_ids=tokens(), **{"labels": _LABELS, **call}) for m in (ours, stock))
+    assert got.logits is not None
+    torch.testing.assert_close(got.loss, want.loss, rtol=1e-4, atol=1e-5)
+    if what != "logits to keep":
+        assert "transformers', on the logits" in lf.hf.report(ours)

@@ -1,0 +1,222 @@
+"""A patched model in training: checkpointing, compilation, autocast, hooks, adapters, the Trainer."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+from hf_pairs import assert_close, exact, make, patched, ran, run, tokens, transformers
+from torch import Tensor, nn
+
+import llama_fast as lf
+
+needs_peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+needs_accelerate = pytest.mark.skipif(
+    importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed"
+)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("policy", ["recompute-cheap", "recompute-all"])
+def test_gradient_checkpointing(policy: str, reentrant: bool) -> None:
+    stock = make().double()
+    ours = patched(stock, policy=policy)
+    calls = []
+    ours.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        ours.enable_input_require_grads()
+    ours.model.layers[0].register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    ours.train()
+    found = run(ours)
+    assert ran(ours) == "block"
+    assert_close(found, run(stock), run(exact(stock)))
+    assert calls
+
+
+def _compiled(model: nn.Module) -> Any:
+    return torch.compile(model, backend="aot_eager")
+
+
+@pytest.mark.parametrize("call", [{}, {"use_cache": False}, {"attention_mask": "ones"}], ids=str)
+def test_compiled(call: dict[str, Any]) -> None:
+    call = {k: torch.ones_like(tokens()) if v == "ones" else v for k, v in call.items()}
+    stock = make().double()
+    torch.compiler.reset()
+    found = run(_compiled(patched(stock)), **call)
+    found = {name.replace("_orig_mod.", ""): t for name, t in found.items()}
+    assert_close(found, run(stock, **call), run(exact(stock), **call))
+
+
+def test_autocast_keeps_the_residual_stream_in_float32() -> None:
+    stock = make()
+    ours, truth = patched(stock), exact(stock)
+    found = []
+    for model in (ours, stock):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = model(tokens(), output_hidden_states=True)
+            assert out.hidden_states[1].dtype == torch.float32
+            logits = out.logits.float()
+        model.zero_grad()
+        logits.square().mean().backward()
+        found.append({"logits": logits.detach(), **{n: p.grad for n, p in model.named_parameters()}})
+    assert ran(ours) == "autocast: the block would round the residual stream"
+    logits = truth(tokens()).logits
+    logits.square().mean().backward()
+    truths = {"logits": logits.detach(), **{n: p.grad for n, p in truth.named_parameters()}}
+    assert_close(*found, truths)
+
+
+def test_hooks_see_what_they_saw() -> None:
+    stock = make().double()
+    ours = patched(stock)
+    for names, runs in (
+        (["model.layers.1", "model", "lm_head"], "block"),
+        (["model.layers.0.mlp", "model.layers.1.mlp"], "mlp has a hook"),
+        (["model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj"], "v_proj has a hook"),
+    ):
+        seen: list[list[Tensor]] = []
+        for model in (ours, stock):
+            log: list[Tensor] = []
+            handles = []
+            for name in names:
+                module = model.get_submodule(name)
+
+                def forward(_m: Any, _args: Any, out: Any, log: list[Tensor] = log) -> None:
+                    log.append(out if isinstance(out, Tensor) else out[0])
+
+                def backward(_m: Any, dx: Any, dy: Any, log: list[Tensor] = log) -> None:
+                    log.extend(t for t in (*dx, *dy) if t is not None)
+
+                handles += [module.register_forward_hook(forward), module.register_full_backward_hook(backward)]
+            run(model)
+            if model is ours:
+                assert ran(ours) == runs
+            for handle in handles:
+                handle.remove()
+            seen.append(log)
+        assert len(seen[0]) == len(seen[1]) > 0
+        for got, want in zip(*seen, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+    run(ours)
+    assert ran(ours) == "block"
+
+
+def test_hidden_states_and_weights_are_given() -> None:
+    stock = make(attn_implementation="eager").double()
+    ours = patched(stock)
+    call = {"output_hidden_states": True, "output_attentions": True}
+    want, got = stock(tokens(), **call), ours(tokens(), **call)
+    for one, other in ((got.hidden_states, want.hidden_states), (got.attentions, want.attentions)):
+        assert len(one) == len(other) > 0
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    ours(tokens())
+    assert ran(ours) == "block"  # what was asked for once does not stay on
+    assert ours(tokens(), output_hidden_states=True).hidden_states is not None
+    assert ran(ours) == "block"
+
+
+def test_frozen_and_half_frozen_models() -> None:
+    stock = make().double()
+    for trainable in ("mlp", "layers.1", "embed_tokens"):
+        found = []
+        for model in (patched(stock), exact(stock)):
+            for name, p in model.named_parameters():
+                p.requires_grad_(trainable in name)
+            model(tokens()).logits.square().mean().backward()
+            found.append({n: p.grad for n, p in model.named_parameters()})
+        for name, want in found[1].items():
+            assert (want is None) == (found[0][name] is None), name
+            if want is not None:
+                torch.testing.assert_close(found[0][name], want, rtol=1e-9, atol=1e-9 * float(want.abs().max()))
+
+
+# ---- PEFT ------------------------------------------------------------------------------------------------------------
+_TARGETS = {
+    "q_proj": (["q_proj"], "ops, for q_proj is a peft Linear"),
+    "all": ("all-linear", "ops, for q_proj is a peft Linear"),
+    "down_proj": (["down_proj"], "ops, for down_proj is a peft Linear"),
+}
+
+
+def _adapted(model: Any, targets: Any, first: bool) -> Any:
+    """With LoRA adapters that are not zero; patched `first` or after."""
+    import peft
+
+    if first:
+        lf.hf.patch(model)
+    torch.manual_seed(5)
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
+    )
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.copy_(0.1 * torch.randn(p.shape))
+    return model
+
+
+@needs_peft
+@pytest.mark.parametrize("first", [True, False], ids=["patch then adapt", "adapt then patch"])
+@pytest.mark.parametrize("which", _TARGETS)
+def test_lora(which: str, first: bool) -> None:
+    targets, why = _TARGETS[which]
+    stock = make().double()
+    ours = _adapted(copy.deepcopy(stock), targets, first)
+    theirs = _adapted(stock, targets, False)
+    if not first:
+        lf.hf.patch(ours)
+    assert why in lf.hf.report(ours)
+    found = []
+    for model in (ours, theirs):
+        out = model(tokens(), labels=tokens())
+        out.logits.square().mean().backward()
+        found.append([out.logits, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert len(found[0]) == len(found[1]) > 2
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+    names = [n for n, p in ours.named_parameters()]
+    assert names == [n for n, p in theirs.named_parameters()]
+    merged = ours.merge_and_unload()
+    torch.testing.assert_close(merged(tokens()).logits, found[0][0], rtol=1e-5, atol=1e-5)
+    assert ran(merged) == "block"
+
+
+@needs_peft
+def test_prefix_tuning_sends_gradients_through_the_cache() -> None:
+    import peft
+
+    found = []
+    stock = make().double()
+    for model in (patched(stock), stock):
+        torch.manual_seed(5)
+        config = peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+        tuned = peft.get_peft_model(model, config).double()
+        out = tuned(tokens(), attention_mask=torch.ones_like(tokens()))
+        out.logits.square().mean().backward()
+        found.append([out.logits, *(p.grad for p in tuned.parameters() if p.requires_grad)])
+    assert len(found[0]) == len(found[1]) > 1
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+
+
+# ---- Trainer ---------------------------------------------------------------------------------------------------------
+@needs_accelerate
+def test_the_trainer_trains_alike(tmp_path: Any) -> None:
+    data = [{"input_ids": row, "labels": row.masked_fill(torch.arange(19) < n, -100)}
+            for n, row in enumerate(tokens(batch=12))]  # fmt: skip
+    losses = []
+    stock = make()
+    for model in (patched(stock, fused_loss=True), stock):
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=4,
+            logging_steps=1, learning_rate=1e-2, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 4
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][-1] < losses[0][0]
