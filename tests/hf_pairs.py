@@ -32,7 +32,7 @@ SIZES: dict[str, Any] = {
     "initializer_range": 0.12,
     "pad_token_id": 0,
     "bos_token_id": 1,
-    "eos_token_id": None,
+    "eos_token_id": 2,
 }
 
 
@@ -66,7 +66,7 @@ def make(seed: int = 0, **options: Any) -> Any:
 
 def tokens(batch: int = B, length: int = T, seed: int = 1) -> Tensor:
     """[batch, length] int64, no padding token among them."""
-    return torch.randint(2, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def exact(model: Any) -> Any:

@@ -7,6 +7,7 @@ import importlib
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -221,11 +222,14 @@ def test_a_patched_model_can_be_copied_and_pickled() -> None:
 
 
 def test_register_takes_effect_in_from_pretrained(tmp_path: Path) -> None:
+    has_registry = importlib.util.find_spec("transformers.monkey_patching") is not None
     make().save_pretrained(tmp_path)
     before = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
     try:
-        lf.hf.register()
-        lf.hf.register()
+        with warnings.catch_warnings(record=True) as warned:
+            lf.hf.register()
+            lf.hf.register()
+        broken = [str(w.message) for w in warned if "registry of class replacements" in str(w.message)]
         model = transformers.LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation=NAME)
         torch.testing.assert_close(model(tokens()).logits, before(tokens()).logits, rtol=1e-4, atol=1e-5)
         mask = torch.ones_like(tokens())
@@ -239,8 +243,9 @@ def test_register_takes_effect_in_from_pretrained(tmp_path: Path) -> None:
             found = stock(tokens(), output_hidden_states=True).hidden_states
             assert len(found) == 3
             torch.testing.assert_close(found, hidden, rtol=1e-4, atol=1e-5)
-        if importlib.util.find_spec("transformers.monkey_patching") is None:
+        if broken or not has_registry:
             assert ran_nothing(model)
+            assert len(broken) == (2 if has_registry else 0)
             return
         assert ran(model) == "block"
         assert ran_nothing(make())
@@ -251,5 +256,22 @@ def test_register_takes_effect_in_from_pretrained(tmp_path: Path) -> None:
         assert ran(other) == "block"
         assert ran_nothing(lf.hf.unpatch(other))
     finally:
-        if importlib.util.find_spec("transformers.monkey_patching") is not None:
+        if has_registry:
             transformers.monkey_patching.clear_patch_mapping()
+
+
+def test_a_registry_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkey_patching = pytest.importorskip(
+        "transformers.monkey_patching", reason="this transformers has no registry of class replacements"
+    )
+
+    class Broken(type(sys)):  # type: ignore[misc]
+        def __dir__(self) -> list[str]:
+            raise ImportError("no torchvision")
+
+    monkeypatch.setitem(sys.modules, "transformers.models.zzz", Broken("transformers.models.zzz"))
+    with pytest.warns(UserWarning, match=r"fails here \(.*torchvision.*\): from_pretrained gives"):
+        lf.hf.register()
+    assert not monkey_patching.get_patch_mapping()
+    assert transformers.models.llama.modeling_llama.LlamaDecoderLayer is layout.stock.LlamaDecoderLayer
+    assert ran_nothing(make())

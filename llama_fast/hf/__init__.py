@@ -6,6 +6,8 @@ docs/hf.md.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from types import MethodType
 from typing import Any
 
@@ -104,17 +106,40 @@ def register() -> None:
       functions; `from_pretrained(..., attn_implementation="llama_fast")`.
     - Where transformers has a registry of class replacements (5.x from `transformers.monkey_patching` on), its LLaMA
       layers too: what `from_pretrained` and `from_config` build are this package's layers, which run as one block
-      where the attention implementation is "llama_fast". Elsewhere `patch` does that for a model.
+      where the attention implementation is "llama_fast". Elsewhere `patch` does that for a model. Some versions of that
+      registry fail where an optional package is missing, torchvision for one; then a warning says so, and the layers
+      are not registered.
 
     May be called more than once.
     """
     _register_attention()
     try:
-        from transformers.monkey_patching import register_patch_mapping
+        from transformers import monkey_patching
     except ImportError:
         return
     # anchored: the keys are searched for in the names of all classes
-    register_patch_mapping({f"^{theirs.__name__}$": ours for theirs, ours in REPLACEMENTS.items()}, overwrite=True)
+    mapping = {f"^{theirs.__name__}$": ours for theirs, ours in REPLACEMENTS.items()}
+    monkey_patching.register_patch_mapping(mapping, overwrite=True)
+    try:
+        with monkey_patching.apply_patches():
+            pass
+    except ImportError as error:
+        monkey_patching.unregister_patch_mapping(list(mapping))
+        _put_back()
+        warnings.warn(
+            f"the registry of class replacements of transformers {layout.VERSION} fails here ({error}): "
+            "from_pretrained gives stock layers, use lf.hf.patch",
+            stacklevel=2,
+        )
+
+
+def _put_back() -> None:
+    """Puts the stock classes back where an attempt to replace them stopped half-way."""
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "transformers":
+            for theirs, ours in REPLACEMENTS.items():
+                if module.__dict__.get(theirs.__name__) is ours:
+                    setattr(module, theirs.__name__, theirs)
 
 
 def _register_attention() -> None:
