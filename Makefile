@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test check format bench perf-check verify asan clean
+.PHONY: help build demo test check format bench perf-check verify asan test-gpu bench-gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -59,6 +59,13 @@ verify: build  ## error of every op, backend and instruction set against float64
 
 bench: build  ## every op against eager PyTorch and the machine's limit
 	@$(BIN)/llama-fast bench
+
+test-gpu: build  ## on a GPU: every op and backend against float64, then compute-sanitizer; JSON in results/
+	@$(BIN)/python -m benchmarks.gpu test
+	@$(BIN)/python -m benchmarks.gpu sanitize
+
+bench-gpu: build  ## on a GPU: every op beside PyTorch's and other libraries' kernels; JSON in results/
+	@$(BIN)/python -m benchmarks.gpu bench
 
 # A copy of the package with a library of its own, found before the installed one. torch's own code is not instrumented:
 # what is caught is a kernel that reads or writes outside the tensors that it is given. libstdc++ is loaded with libasan, or

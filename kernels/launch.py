@@ -60,6 +60,7 @@ def power_of_two(n: int) -> int:
 # Module state and not context variables: autograd runs a backward in a thread of its own.
 _forced: dict[str, Any] = {}
 _cache_file: Path | None = None
+_choices: dict[str, tuple[Any, tuple[Any, ...]]] | None = None
 
 
 @contextlib.contextmanager
@@ -72,6 +73,17 @@ def force(kernel: str, parameters: Any) -> Iterator[None]:
     finally:
         _forced.clear()
         _forced.update(before)
+
+
+@contextlib.contextmanager
+def record() -> Iterator[dict[str, tuple[Any, tuple[Any, ...]]]]:
+    """Gives a dictionary in which each kernel launched within the block has its (heuristic, candidates)."""
+    global _choices  # noqa: PLW0603
+    before, _choices = _choices, {}
+    try:
+        yield _choices
+    finally:
+        _choices = before
 
 
 @contextlib.contextmanager
@@ -107,6 +119,8 @@ def choose(
         candidates: what to measure within `autotune()`.
         run: launches the kernel with given parameters, as often as wanted with the same result.
     """
+    if _choices is not None:
+        _choices[kernel] = (heuristic, tuple(candidates))
     if kernel in _forced:
         return _forced[kernel]
     if _cache_file is None or device.type != "cuda" or torch.cuda.is_current_stream_capturing():

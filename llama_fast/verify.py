@@ -173,22 +173,52 @@ def judge(
     return error, eager_error, budget, problem
 
 
-def measure(case: Case, backend: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> list[Result]:
+@dataclass(frozen=True)
+class Expected:
+    """What `measure` compares with, for a case, a dtype and a device: inputs, the float64 results, eager PyTorch's."""
+
+    inputs: Mapping[str, Tensor]
+    truth: Mapping[str, Tensor]
+    theirs: Mapping[str, Tensor]
+
+
+def expect(case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Expected:
+    """Runs a case in float64 and in eager PyTorch."""
+    inputs = case.inputs(dtype, device, seed)
+    truth = _differentiate(getattr(reference, case.op), inputs, case.options, torch.float64)
+    theirs = _differentiate(getattr(eager, case.op), inputs, case.options, dtype)
+    return Expected(inputs, truth, theirs)
+
+
+def measure(
+    case: Case,
+    backend: str,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    seed: int = 0,
+    expected: Expected | None = None,
+) -> list[Result]:
     """Runs a case on a backend, forward and backward, and judges each result and gradient.
+
+    Args:
+        case: what to run.
+        backend: name of the backend, which is forced.
+        dtype: of the inputs.
+        device: where they are.
+        seed: of the random inputs.
+        expected: `expect` of the same arguments, where several backends are compared with one.
 
     Raises:
         NotSupported: the backend refuses the case.
     """
-    inputs = case.inputs(dtype, device, seed)
-    truth = _differentiate(getattr(reference, case.op), inputs, case.options, torch.float64)
-    theirs = _differentiate(getattr(eager, case.op), inputs, case.options, dtype)
+    expected = expected or expect(case, dtype, device, seed)
     with dispatch.backend(backend):
-        ours = _differentiate(getattr(llama_fast, case.op), inputs, case.options, dtype)
+        ours = _differentiate(getattr(llama_fast, case.op), expected.inputs, case.options, dtype)
     results = []
-    for name, exact in truth.items():
+    for name, exact in expected.truth.items():
         factor = BACKWARD_FACTOR if name.startswith("d") else FORWARD_FACTOR
         kind = ours[name].dtype
-        error, eager_error, budget, problem = judge(ours[name], theirs[name], exact, factor, kind)
+        error, eager_error, budget, problem = judge(ours[name], expected.theirs[name], exact, factor, kind)
         isa = native.isa() if backend == "cpu" else ""
         results.append(Result(case, backend, isa, dtype, name, error, eager_error, budget, problem))
     return results

@@ -1,8 +1,8 @@
-"""Triton's interpreter made to compute with bfloat16 as the hardware does.
+"""Triton's interpreter made to round as the hardware does.
 
 Where a GPU rounds float32 to bfloat16 to the nearest, ties to even, the interpreter of Triton 3.6 and 3.9 cuts the last
-bits off; and its matrix product of bfloat16 multiplies the bits as integers. conftest.py calls `install` where
-TRITON_INTERPRET=1.
+bits off; its matrix product of bfloat16 multiplies the bits as integers; and its fused multiply-add rounds the product.
+conftest.py calls `install` where TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -50,6 +50,11 @@ def install() -> None:
             a, b = (interpreter.TensorHandle(widen_bfloat16(x.data), tl.float32) for x in (a, b))
         return dot(self, a, b, d, *args)
 
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+        return interpreter.TensorHandle(exact.astype(x.data.dtype), x.dtype.scalar)
+
+    builder.create_fma = create_fma
     for name in ("create_si_to_fp", "create_ui_to_fp", "create_fp_ext", "create_fp_trunc"):
         setattr(builder, name, cast_impl)
     builder.cast_impl, builder.create_fp_to_fp, builder.create_dot = cast_impl, create_fp_to_fp, create_dot

@@ -283,7 +283,7 @@ RMS_NORM = Op(
     shapes={"x": "R C", "weight": "C", "y": "R C", "rstd": "R"},
     public={"x": "... C", "weight": "C"},
     dtypes={"rstd": F32},
-    backends=(_cuda(), _cpu(), _torch(device="cuda"), _REFERENCE),
+    backends=(_cuda(), _triton("rms_norm"), _cpu(), _torch(device="cuda"), _REFERENCE),
     traffic=lambda d, item: (2 * d["R"] * d["C"] * item, 3 * d["R"] * d["C"] * item),
 )
 
@@ -294,7 +294,7 @@ ADD_RMS_NORM = Op(
     shapes={"x": "R C", "residual": "R C", "weight": "C", "y": "R C", "sum": "R C", "rstd": "R"},
     public={"x": "... C", "residual": "... C", "weight": "C"},
     dtypes={"rstd": F32},
-    backends=(_cuda(), _cpu(), _REFERENCE),
+    backends=(_cuda(), _triton("rms_norm"), _cpu(), _REFERENCE),
     traffic=lambda d, item: (4 * d["R"] * d["C"] * item, 4 * d["R"] * d["C"] * item),
 )
 
@@ -325,7 +325,7 @@ ROPE = Op(
     public={"q": "B T H D", "k": "B T G D", "cos": "T D/2 | N T D/2", "sin": "T D/2 | N T D/2"},
     dtypes={"cos": F32, "sin": F32},
     rules=(multiple_of("D", 2), lambda d: equal_or_one("N", "B")(d) if "N" in d else None),
-    backends=(_cuda(), _cpu(), _REFERENCE),
+    backends=(_cuda(), _triton("rope"), _cpu(), _REFERENCE),
     traffic=lambda d, item: (2 * d["B"] * d["T"] * (d["H"] + d["G"]) * d["D"] * item,) * 2,
 )
 
@@ -403,7 +403,7 @@ LINEAR_CROSS_ENTROPY = Op(
     shapes={"hidden": "R C", "weight": "V C", "targets": "R", "row_scale": "R", "loss": "R", "lse": "R"},
     public={"hidden": "... C", "weight": "V C", "targets": "..."},
     dtypes={"targets": torch.int64, "row_scale": F32, "loss": F32, "lse": F32},
-    backends=(_cuda(), _cpu(), _REFERENCE),
+    backends=(_cuda(), _triton("linear_cross_entropy"), _cpu(), _REFERENCE),
     traffic=lambda d, item: (
         (2 * d["R"] * d["C"] + 2 * d["V"] * d["C"]) * item,
         (2 * d["R"] * d["C"] + 2 * d["V"] * d["C"]) * item,

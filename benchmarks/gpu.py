@@ -1,0 +1,310 @@
+"""The GPU kernels on a GPU: `python -m benchmarks.gpu test | bench | sanitize | tune | prove`.
+
+Runs from the source tree, nothing installed. `test` holds every op and backend to its error budget against float64 and
+checks that results repeat, are captured by CUDA graphs and compile; `bench` times them beside PyTorch's and other
+libraries' kernels; `sanitize` runs small cases under compute-sanitizer; `tune` times the launch parameters that a
+kernel's file lists; `prove` writes llama_fast/ops/proven.json from the results of the first two. A case that raises is
+recorded with its error and the run goes on. `--device cpu --tiny` is a dry run, with Triton's if TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import llama_fast as lf
+from benchmarks.gpu_bench import check_candidates, check_warm, command_bench, command_prove, command_tune, disagreement
+from benchmarks.gpu_cases import DTYPES, test_cases
+from benchmarks.gpu_run import (
+    BACKENDS,
+    OURS,
+    ROOT,
+    Check,
+    Row,
+    backends_of,
+    first_line,
+    header,
+    in_process,
+    in_processes,
+    run_units,
+    worker_command,
+    write,
+)
+from benchmarks.gpu_time import Clock, forward_and_backward
+from llama_fast.ops.table import OPS
+from llama_fast.verify import Case, expect, measure
+
+LIMITS = {"test": 90.0, "bench": 120.0, "sanitize": 60.0, "tune": 120.0}
+
+
+# ---- correctness ----------------------------------------------------------------------------------------------------
+def units(ops: list[str], tiny: bool) -> list[Row]:
+    """The checks of `test`, the slow ones first."""
+    found: list[Row] = [{"kind": kind, "op": op} for kind in ("compile", "repeat") for op in ops]
+    for op in ops:
+        for index in range(len(test_cases(op, tiny))):
+            found += [{"kind": "budget", "op": op, "case": index, "dtype": name} for name in DTYPES]
+    return found
+
+
+def check_budget(unit: Row, args: argparse.Namespace) -> Iterator[Row]:
+    """A row for each backend: the worst error as a share of its budget."""
+    op, dtype = unit["op"], DTYPES[unit["dtype"]]
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty gives with NaN
+    case = test_cases(op, args.tiny)[unit["case"]]
+    expected = expect(case, dtype, args.device)
+    for backend in backends_of(op, args.backends):
+        row = unit | {"backend": backend, "label": str(case)}
+        begin = time.perf_counter()
+        try:
+            results = measure(case, backend, dtype, args.device, expected=expected)
+        except lf.NotSupported as error:
+            yield row | {"objection": str(error).splitlines()[-1].partition(": ")[2]}
+            continue
+        except Exception as error:
+            yield row | {"problem": first_line(error)}
+            continue
+        share = max((r.error / r.budget for r in results if r.budget), default=0.0)
+        problem = "; ".join(f"{r.tensor}: {r.problem}" for r in results if r.problem)
+        yield row | {"share": share, "problem": problem, "seconds": time.perf_counter() - begin}
+
+
+def _small(op: str, tiny: bool, rows: int = 37) -> Case:
+    sizes = {"B": 2, "T": 130, "S": 130, "H": 4, "G": 2, "D": 64, "C": 256, "F": 256, "V": 515, "...": (rows,)}
+    patterns = " ".join(OPS[op].public.values()).replace("/2", "").split()
+    return test_cases(op, True)[0] if tiny else Case(op, {k: v for k, v in sizes.items() if k in patterns})
+
+
+def _run(op: str, inputs: Mapping[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+    def function(*args: Tensor) -> Any:
+        with lf.backend(backend):
+            return getattr(lf, op)(*args)
+
+    _, _, both = forward_and_backward(function, inputs, {})
+    return both()
+
+
+def check_repeat(unit: Row, args: argparse.Namespace) -> Iterator[Row]:
+    """Of each backend of ours: gradients repeat bitwise, and a captured graph gives the same bits."""
+    op = unit["op"]
+    inputs = _small(op, args.tiny).inputs(torch.bfloat16, args.device)
+    for backend in [b for b in backends_of(op, args.backends) if b in OURS]:
+        row = unit | {"backend": backend, "dtype": "bfloat16", "label": "repeats bitwise, in a graph too"}
+        try:
+            first, second = _run(op, inputs, backend), _run(op, inputs, backend)
+            problem = "" if _same(first, second) else "two runs differ"
+            if args.device == "cuda":
+                clock = Clock(torch.device("cuda"))
+                with clock.current():
+                    prepared = clock.prepare(functools.partial(_run, op, inputs, backend))
+                    if not prepared.graph:
+                        problem = problem or "could not be captured in a CUDA graph"
+                    else:
+                        prepared.run()
+                        clock.wait()
+                        problem = problem or ("" if _same(first, prepared.keep) else "the graph's results differ")
+        except lf.NotSupported as error:
+            yield row | {"objection": str(error).splitlines()[-1].partition(": ")[2]}
+            continue
+        except Exception as error:
+            problem = first_line(error)
+        yield row | {"problem": problem}
+
+
+def _same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
+    return all(
+        torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8)) for x, y in zip(a, b, strict=True)
+    )
+
+
+def check_compile(unit: Row, args: argparse.Namespace) -> Iterator[Row]:
+    """Of each backend of ours: torch.compile with no graph break and one graph for every batch."""
+    op = unit["op"]
+    for backend in [b for b in backends_of(op, args.backends) if b in OURS]:
+        row = unit | {"backend": backend, "dtype": "bfloat16", "label": "torch.compile(fullgraph=True), any batch"}
+        try:
+            problem = _compile_problem(op, backend, args.device, args.tiny)
+        except lf.NotSupported as error:
+            yield row | {"objection": str(error).splitlines()[-1].partition(": ")[2]}
+            continue
+        except Exception as error:
+            problem = first_line(error)
+        yield row | {"problem": problem}
+
+
+def _compile_problem(op: str, backend: str, device: str, tiny: bool) -> str:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(getattr(lf, op), fullgraph=True, backend="aot_eager")
+    torch._dynamo.config.automatic_dynamic_shapes = True
+    for batch in (4, 6, 11):
+        case = _small(op, tiny)
+        sizes = {"...": (batch,)} if "..." in case.dims else {"B": batch}
+        inputs = dataclasses.replace(case, dims={**case.dims, **sizes}).inputs(torch.bfloat16, device)
+        with lf.backend(backend):
+            (forward, _, both), (plain, _, plain_both) = (
+                forward_and_backward(f, inputs, {}) for f in (compiled, getattr(lf, op))
+            )
+            pair = [x if isinstance(x, tuple) else (x,) for x in (forward(), plain())]
+            if not _same(*pair):
+                return f"batch {batch}: compiled and eager results differ"
+            # not bitwise: the compiled backward runs outside the block, on the backend that is chosen by default
+            wrong = disagreement(both(), plain_both())
+        if wrong:
+            return f"batch {batch}: {wrong}"
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return "" if graphs <= 2 else f"{graphs} graphs for three batches, expected one and a dynamic one"
+
+
+CHECKS: dict[str, Check] = {
+    "budget": check_budget,
+    "repeat": check_repeat,
+    "compile": check_compile,
+    "warm": check_warm,
+    "candidates": check_candidates,
+}
+
+
+def command_test(args: argparse.Namespace) -> int:
+    todo = units(args.ops, args.tiny)
+    begin = time.perf_counter()
+    rows = in_processes(todo, args, args.limit) if args.workers > 1 else in_process(todo, args, args.limit, CHECKS)
+    seen = {json.dumps(r["unit"]) for r in rows}
+    missing = [u for u in todo if json.dumps(u) not in seen]
+    rows = [{k: v for k, v in r.items() if k != "unit"} for r in rows if "backend" in r]
+    result = header(args) | {"rows": rows, "not_run": missing, "seconds": time.perf_counter() - begin}
+    write(args, result)
+    return _print_test(rows, missing, result["seconds"])
+
+
+def command_worker(args: argparse.Namespace) -> int:
+    return 0 if run_units(json.loads(Path(args.todo).read_text()), args, Path(args.out), CHECKS) else 3
+
+
+def _print_test(rows: list[Row], missing: list[Row], seconds: float) -> int:
+    groups: defaultdict[tuple[str, str, str], list[Row]] = defaultdict(list)
+    for r in rows:
+        groups[r["op"], r["backend"], r["kind"]].append(r)
+    print(f"{'op':21} {'backend':9} {'check':8} {'passed':>9} {'refused':>8} {'worst/budget':>13}")
+    for (op, backend, kind), found in sorted(groups.items()):
+        refused, bad = [r for r in found if "objection" in r], [r for r in found if r.get("problem")]
+        ran = len(found) - len(refused)
+        worst = max((r["share"] for r in found if "share" in r), default=float("nan"))
+        mark = f"  {len(bad)} RED" if bad else ""
+        print(f"{op:21} {backend:9} {kind:8} {ran - len(bad):4}/{ran:<4} {len(refused):8} {worst:13.2f}{mark}")
+    objections = sorted({(r["backend"], r["op"], r["objection"]) for r in rows if "objection" in r})
+    for backend, op, text in objections[:12]:
+        print(f"refused: {backend} {op}: {text}"[:160])
+    red = [r for r in rows if r.get("problem")]
+    for r in red[:25]:
+        print(f"RED {r['op']} {r['backend']} {r.get('dtype', '')} {r['label']}: {r['problem']}"[:260])
+    if len(red) > 25:
+        print(f"... and {len(red) - 25} more in the file")
+    checks = sum("objection" not in r for r in rows)
+    print(f"{checks} checks, {len(red)} red, {len(missing)} units not run in time, {seconds:.0f} s")
+    return int(bool(red or missing or not checks))
+
+
+# ---- compute-sanitizer ----------------------------------------------------------------------------------------------
+def command_sanitize(args: argparse.Namespace) -> int:
+    program = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    result = header(args) | {"rows": []}
+    if program is None:
+        result["problem"] = "compute-sanitizer is not installed"
+        print(result["problem"])
+        write(args, result)
+        return 1
+    with tempfile.TemporaryDirectory() as folder:
+        todo = [{"kind": "repeat", "op": op} for op in args.ops]
+        (Path(folder) / "todo0").write_text(json.dumps(todo))
+        environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        running = {}
+        for tool in ("memcheck", "racecheck"):
+            log = Path(folder) / f"{tool}.log"
+            command = [program, "--tool", tool, "--log-file", str(log), "--error-exitcode", "9"]
+            worker = worker_command(args, Path(folder), 0)
+            worker[-1] = str(Path(folder) / f"{tool}.rows")
+            running[tool] = (subprocess.Popen([*command, *worker], cwd=ROOT, env=environment, stdout=2), log)
+        end = time.perf_counter() + args.limit
+        for tool, (process, log) in running.items():
+            try:
+                status = str(process.wait(max(end - time.perf_counter(), 1)))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                status = "no time left"
+            text = log.read_text() if log.exists() else ""
+            rows = Path(folder) / f"{tool}.rows"
+            ran = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+            names = sorted({f"{r['op']} {r['backend']}" for r in ran if "backend" in r and "objection" not in r})
+            summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", text)
+            result["rows"].append(
+                {"tool": tool, "status": status, "ran": names, "summary": summary, "log": text[-4000:]}
+            )
+            print(f"{tool}: exit {status}; {'; '.join(summary) or 'no summary'}; ran {', '.join(names) or 'nothing'}")
+            if status != "0":
+                print(text[-2500:])
+    write(args, result)
+    return 0 if all(r["status"] == "0" and r["ran"] for r in result["rows"]) else 1
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+
+    def names(text: str) -> list[str]:
+        return [n for n in text.split(",") if n]
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("command", choices=(*LIMITS, "prove", "worker"))
+    parser.add_argument("files", nargs="*", help="prove: the results of test and of bench")
+    parser.add_argument("--ops", type=names, default=list(OPS), help="names with commas between; all without")
+    parser.add_argument("--backends", type=names, default=list(BACKENDS))
+    parser.add_argument("--out", help="the JSON; results/<command>-<device>.json without")
+    parser.add_argument("--limit", type=float, help=f"seconds; without: {LIMITS}")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--tiny", action="store_true", help="one small case an op: a dry run")
+    parser.add_argument("--workers", type=int, default=min(14, os.cpu_count() or 1), help="processes of test")
+    parser.add_argument("--todo", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    unknown = [op for op in args.ops if op not in OPS]
+    if unknown:
+        parser.error(f"--ops: {', '.join(unknown)} not among {', '.join(OPS)}")
+    if args.device == "cuda" and args.command != "prove" and not torch.cuda.is_available():
+        parser.error("torch sees no GPU; --device cpu --tiny is a dry run")
+    args.limit = args.limit or LIMITS.get(args.command, 60.0)
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command and gives its exit status."""
+    args = parse(argv)
+    return COMMANDS[args.command](args)
+
+
+COMMANDS = {
+    "test": command_test,
+    "bench": command_bench,
+    "sanitize": command_sanitize,
+    "tune": command_tune,
+    "prove": command_prove,
+    "worker": command_worker,
+}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

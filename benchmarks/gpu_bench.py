@@ -1,0 +1,357 @@
+"""Speed of the GPU kernels: `bench`, `tune` and `prove` of benchmarks.gpu."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import llama_fast as lf
+from benchmarks.gpu_cases import DTYPES, Rival, Timed, bench_cases, rivals, test_cases
+from benchmarks.gpu_run import OURS, Row, backends_of, first_line, header, in_processes, write
+from benchmarks.gpu_time import Clock, Time, forward_and_backward
+from llama_fast.ops import proven
+from llama_fast.ops.table import OPS
+
+SLACK = 1.02  # a kernel of ours may take this much of the vendor's time and still count as not slower
+
+
+# ---- speed ----------------------------------------------------------------------------------------------------------
+def command_bench(args: argparse.Namespace) -> int:
+    begin = time.perf_counter()
+    device = torch.device(args.device)
+    clock = Clock(device)
+    rows: list[Row] = []
+    todo = [t for op in args.ops for t in bench_cases(op, args.tiny)]
+    if args.workers > 1:
+        in_processes(warm_units(args), args, args.limit / 2)
+    with clock.current():
+        rates = {"copy": clock.copy_rate(), "matrix": clock.matrix_rate()}
+        for n, timed in enumerate(todo):
+            left = begin + args.limit - time.perf_counter()
+            if left < 0:
+                rows.append({"op": timed.case.op, "case": timed.label, "problem": "no time left"})
+                continue
+            share = min(left / (len(todo) - n), 8.0)
+            try:
+                rows += bench_one(clock, timed, args, share)
+            except Exception as error:
+                rows.append({"op": timed.case.op, "case": timed.label, "problem": first_line(error)})
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        launches = launch_costs(clock, args)
+    _rate(rows, todo, rates)
+    result = header(args) | {"rates": rates, "rows": rows, "launch_seconds": launches}
+    write(args, result | {"seconds": time.perf_counter() - begin})
+    return _print_bench(rows, rates, launches, time.perf_counter() - begin)
+
+
+def warm_units(args: argparse.Namespace) -> list[Row]:
+    """Each provider that compiles, on each case: several processes fill the caches of Triton and torch.compile."""
+    found = []
+    for op in args.ops:
+        for index, timed in enumerate(bench_cases(op, args.tiny)):
+            compiled = [
+                p.name for p in providers(timed, args.backends, args.tiny) if p.name in ("triton", "compile", "liger")
+            ]
+            found += [{"kind": "warm", "op": op, "case": index, "provider": name} for name in compiled]
+    return found
+
+
+def check_warm(unit: Row, args: argparse.Namespace) -> Iterator[Row]:
+    """Runs a provider once. No rows: what fails will fail again where it is timed."""
+    timed = bench_cases(unit["op"], args.tiny)[unit["case"]]
+    (provider,) = (p for p in providers(timed, args.backends, args.tiny) if p.name == unit["provider"])
+    if provider.function is not None:
+        forward_and_backward(provider.function, _inputs(timed, args), timed.case.options, provider.context)[2]()
+    yield from ()
+
+
+def providers(timed: Timed, asked: list[str], tiny: bool = False) -> list[Rival]:
+    """Our backends, the vendor's, and the rivals, as functions of the public function's arguments."""
+    op = timed.case.op
+
+    def forced(name: str) -> Any:
+        def function(*inputs: Tensor, **options: Any) -> Any:
+            with lf.backend(name):
+                return getattr(lf, op)(*inputs, **options)
+
+        return function
+
+    found = [Rival(name, forced(name)) for name in backends_of(op, asked)]
+    masked = timed.case.options.get("window")  # a mask tensor [T, T] says nothing about anybody's kernel
+    return found if masked else [*found, *rivals(op, "aot_eager" if tiny else "inductor")]
+
+
+def bench_one(clock: Clock, timed: Timed, args: argparse.Namespace, seconds: float) -> list[Row]:
+    """Rows of one case: each provider's times, or why it has none."""
+    case, inputs = timed.case, _inputs(timed, args)
+    base = {"op": case.op, "case": timed.label, "dtype": timed.dtype, "proves": timed.proves}
+    rows: list[Row] = []
+    calls: dict[str, dict[str, Any]] = {"fwd": {}, "bwd": {}, "both": {}}
+    expected: tuple[Tensor, ...] | None = None
+    # what the others are compared with comes first: eager PyTorch, or the vendor's kernel
+    order = sorted(providers(timed, args.backends, args.tiny), key=lambda p: {"eager": 0, "torch": 1}.get(p.name, 2))
+    for rival in order:
+        row = base | {"provider": rival.name}
+        if rival.function is None:
+            rows.append(row | {"problem": rival.reason[:200]})
+            continue
+        try:
+            fwd, bwd, both = forward_and_backward(rival.function, inputs, case.options, rival.context)
+            found = tuple(x.detach().clone() for x in both())
+            if expected is None:
+                expected = found
+            wrong = disagreement(found, expected)
+            if wrong:
+                rows.append(row | {"problem": wrong})
+                continue
+            if timed.together:
+                peak = clock.peak_bytes(both)
+                calls["both"][rival.name] = (clock.prepare(both, graph=False), peak)
+            else:
+                calls["fwd"][rival.name] = (clock.prepare(fwd), 0)
+                calls["bwd"][rival.name] = (clock.prepare(bwd), 0)
+        except lf.NotSupported as error:
+            rows.append(row | {"problem": str(error).splitlines()[-1].strip()[:200]})
+        except Exception as error:
+            rows.append(row | {"problem": first_line(error)})
+    for direction, prepared in calls.items():
+        if prepared:
+            times = clock.compare({name: p for name, (p, _) in prepared.items()}, seconds / 6)
+            for name, t in times.items():
+                rows.append(base | {"provider": name, "direction": direction, "peak": prepared[name][1]} | _times(t))
+    return rows
+
+
+def _times(t: Time) -> Row:
+    return {"seconds": t.median, "low": t.low, "high": t.high, "graph": t.graph}
+
+
+def _inputs(timed: Timed, args: argparse.Namespace) -> dict[str, Tensor]:
+    """As Case.inputs, made on the device: a billion random numbers take seconds on a processor."""
+    case, dtype, device = timed.case, DTYPES[timed.dtype], args.device
+    if device == "cpu":
+        return case.inputs(dtype)
+    made: dict[str, Tensor] = {}
+    torch.manual_seed(0)
+    for name, pattern in OPS[case.op].public.items():
+        shape = case._shape(pattern)
+        if shape is None:
+            continue
+        if name == "targets":
+            made[name] = torch.randint(case.dims["V"], shape, device=device)
+        elif name in ("cos", "sin"):
+            angle = torch.arange(shape[-2], device=device).unsqueeze(1) * 1e4 ** (
+                -torch.arange(shape[-1], device=device) / shape[-1]
+            )
+            made[name] = getattr(angle, name)().float().expand(shape).contiguous()
+        else:
+            scale = case.dims["C"] ** -0.5 if case.op == "linear_cross_entropy" and name == "weight" else 1.0
+            made[name] = (torch.randn(shape, device=device, dtype=dtype) * scale).to(dtype)
+    return made
+
+
+def disagreement(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> str:
+    """Why two providers' gradients are not the same up to rounding, or nothing."""
+    for i, (a, b) in enumerate(zip(found, expected, strict=False)):
+        gap, size = (a.float() - b.float()).norm().item(), b.float().norm().item()
+        if not gap <= 0.02 * size + 1e-6:
+            return f"gradient {i} is {gap / max(size, 1e-30):.3g} of its size away from the first provider's"
+    return ""
+
+
+def launch_costs(clock: Clock, args: argparse.Namespace) -> Row:
+    """Processor time of one eager forward call on small tensors, by op and provider."""
+    found: Row = {}
+    for op in args.ops:
+        inputs = test_cases(op, True)[0].inputs(torch.bfloat16, args.device)
+        for rival in providers(Timed("", test_cases(op, True)[0]), args.backends, args.tiny):
+            if rival.function is None or rival.name.startswith("sdpa"):
+                continue
+            try:
+                fwd, _, _ = forward_and_backward(rival.function, inputs, {}, rival.context)
+                found[f"{op} {rival.name}"] = clock.launch_cost(fwd, 100 if clock.gpu else 1)
+            except Exception:  # its reason stands in the rows already
+                continue
+    return found
+
+
+def _rate(rows: list[Row], todo: list[Timed], rates: Row) -> None:
+    """Adds what a row's time means: bytes or operations a second, and the share of the device's."""
+    cases = {(t.case.op, t.label): t.case for t in todo}
+    for row in rows:
+        if "seconds" not in row:
+            continue
+        op, case = OPS[row["op"]], cases[row["op"], row["case"]]
+        dims = dict(case.dims)
+        if "..." in dims:
+            dims["R"] = torch.Size(dims["..."]).numel()
+        parts = {"fwd": (0,), "bwd": (1,), "both": (0, 1)}[row["direction"]]
+        if op.flops is not None:
+            costs = op.flops(dims, case.options)
+            flops = sum(costs[i] for i in parts)
+            row["tflops"] = flops / row["seconds"] / 1e12
+            row["share"] = flops / row["seconds"] / rates["matrix"]
+        else:
+            moved = op.traffic(dims, DTYPES[row["dtype"]].itemsize)
+            traffic = sum(moved[i] for i in parts)
+            row["gbytes"] = traffic / row["seconds"] / 1e9
+            row["share"] = traffic / row["seconds"] / rates["copy"]
+
+
+def _print_bench(rows: list[Row], rates: Row, launches: Row, seconds: float) -> int:
+    print(f"copy {rates['copy'] / 1e9:.0f} GB/s, bfloat16 product {rates['matrix'] / 1e12:.0f} TFLOP/s")
+    print("median ms, share of the copy rate (attention and linear_cross_entropy: TFLOP/s, peak memory); *: no graph")
+    lines: dict[str, list[str]] = {}
+    for r in (r for r in rows if "seconds" in r):
+        dtype = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[r["dtype"]]
+        rate = f"{r['tflops']:.0f}" if "tflops" in r else f"{r['share']:.0%}"
+        peak = f" {r['peak'] / 2**30:.2f}GiB" if r["peak"] else ""
+        text = f"{r['provider']}{'' if r['graph'] else '*'} {r['seconds'] * 1e3:.4f} {rate}{peak}"
+        lines.setdefault(f"{r['op']} {r['case']} {dtype} {r['direction']}", []).append(text)
+    for name, texts in lines.items():
+        print(f"{name}: " + " | ".join(texts))
+    for r in [r for r in rows if "seconds" not in r][:30]:
+        print(f"none: {r['op']} {r['case']} {r.get('provider', '')}: {r['problem']}"[:180])
+    print("launch, us: " + ", ".join(f"{name} {s * 1e6:.0f}" for name, s in launches.items()))
+    print(f"{len(rows)} rows, {seconds:.0f} s")
+    return 0 if any("seconds" in r for r in rows) else 1
+
+
+# ---- launch parameters ----------------------------------------------------------------------------------------------
+def command_tune(args: argparse.Namespace) -> int:
+    """Times each candidate of each Triton kernel that a case launches, on the cases of `bench`."""
+    launch: Any = importlib.import_module("llama_fast.kernels.launch")
+    clock, begin = Clock(torch.device(args.device)), time.perf_counter()
+    rows: list[Row] = []
+    if args.workers > 1:
+        in_processes(tune_units(args), args, args.limit / 2)
+    for op, index in _tuned(args):
+        timed = bench_cases(op, args.tiny)[index]
+        with clock.current():
+            both = _triton_run(timed, args)
+            with launch.record() as choices:
+                both()
+            for kernel, (heuristic, candidates) in choices.items():
+                rows += _tune_kernel(clock, timed, kernel, [heuristic, *candidates], both, args, begin)
+    write(args, header(args) | {"rows": rows})
+    for r in rows:
+        print(f"{r['op'][:13]:13} {r['case']:17} {r['kernel']:18} {r['seconds'] * 1e3:9.4f} ms  {r['parameters']}")
+    print(f"{len(rows)} rows, {time.perf_counter() - begin:.0f} s; times are of forward and backward together")
+    return 0 if rows else 1
+
+
+def _tuned(args: argparse.Namespace) -> list[tuple[str, int]]:
+    """(op, case) of what has a Triton kernel."""
+    ops = [op for op in args.ops if any(b.name == "triton" for b in OPS[op].backends)]
+    return [(op, i) for op in ops for i in range(len(bench_cases(op, args.tiny)))]
+
+
+def _triton_run(timed: Timed, args: argparse.Namespace) -> Any:
+    (ours,) = (p for p in providers(timed, ["triton"]) if p.name == "triton")
+    assert ours.function is not None
+    return forward_and_backward(ours.function, _inputs(timed, args), timed.case.options)[2]
+
+
+def tune_units(args: argparse.Namespace) -> list[Row]:
+    """The candidates of each case in four parts: several processes fill Triton's cache."""
+    return [{"kind": "candidates", "op": op, "case": i, "part": n} for op, i in _tuned(args) for n in range(4)]
+
+
+def check_candidates(unit: Row, args: argparse.Namespace) -> Iterator[Row]:
+    """Runs every fourth candidate of each kernel once. No rows, as `check_warm`."""
+    launch: Any = importlib.import_module("llama_fast.kernels.launch")
+    both = _triton_run(bench_cases(unit["op"], args.tiny)[unit["case"]], args)
+    with launch.record() as choices:
+        both()
+    for kernel, (_, candidates) in choices.items():
+        for parameters in candidates[unit["part"] :: 4]:
+            with launch.force(kernel, parameters), contextlib.suppress(Exception):
+                both()
+    yield from ()
+
+
+def _tune_kernel(
+    clock: Clock, timed: Timed, kernel: str, candidates: list[Any], both: Any, args: argparse.Namespace, begin: float
+) -> list[Row]:
+    """The best six of the candidates, the first of which is the heuristic, and the heuristic itself."""
+    launch: Any = importlib.import_module("llama_fast.kernels.launch")
+    prepared: dict[str, Any] = {}
+    for parameters in dict.fromkeys(candidates):
+        if time.perf_counter() - begin > args.limit:
+            break
+        try:
+            with launch.force(kernel, parameters):
+                prepared[str(parameters)] = clock.prepare(both)
+        except Exception as error:  # too many registers or too much shared memory
+            print(f"{kernel} {parameters}: {first_line(error)}"[:200])
+    times = clock.compare(prepared, 1.0) if prepared else {}
+    heuristic, rows = str(candidates[0]), []
+    for n, (name, t) in enumerate(sorted(times.items(), key=lambda item: item[1].median)):
+        if n < 6 or name == heuristic:
+            mark = " (heuristic)" if name == heuristic else ""
+            row = {"op": timed.case.op, "case": timed.label, "kernel": kernel, "parameters": name + mark}
+            rows.append(row | _times(t))
+    return rows
+
+
+# ---- proof ----------------------------------------------------------------------------------------------------------
+def proof(test: Row, bench: Row) -> dict[str, dict[str, list[str]]]:
+    """{backend: {primitive: [dtype class]}} of one device: all checks green, and not slower than the vendor's anywhere.
+
+    The vendor is the backend `torch` where the op has one, else eager PyTorch. Of two backends that could be listed for
+    a primitive only the faster is.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
+    for op in OPS:
+        for kind in ("half", "float32"):
+            named = [name for name, dtype in DTYPES.items() if proven.dtype_class(dtype) == kind]
+            right = [b for b in OURS if _all_green(test["rows"], op, b, named)]
+            for direction in ("fwd", "bwd"):
+                best = _fastest(bench["rows"], op, direction, named, right)
+                if best is not None:
+                    found.setdefault(best, {}).setdefault(f"{op}_{direction}", []).append(kind)
+    return found
+
+
+def _all_green(rows: list[Row], op: str, backend: str, dtypes: list[str]) -> bool:
+    mine = [r for r in rows if r["op"] == op and r["backend"] in (backend, "all") and r.get("dtype") in dtypes]
+    mine = [r for r in mine if "objection" not in r]
+    return len(mine) > 0 and not any(r.get("problem") for r in mine)
+
+
+def _fastest(rows: list[Row], op: str, direction: str, dtypes: list[str], right: list[str]) -> str | None:
+    vendor = "torch" if any(b.name == "torch" for b in OPS[op].backends) else "eager"
+    ratios: dict[str, list[float]] = {b: [] for b in right}
+    for label in dict.fromkeys(r["case"] for r in rows if r["op"] == op and r.get("proves") and r["dtype"] in dtypes):
+        times = {
+            r["provider"]: r["seconds"]
+            for r in rows
+            if r["op"] == op and r["case"] == label and r.get("direction") in (direction, "both")
+        }
+        for b in right:
+            theirs = times.get(vendor, times.get("eager"))
+            ratios[b].append(times[b] / theirs if b in times and theirs else float("inf"))
+    good = {b: sum(r) for b, r in ratios.items() if r and max(r) <= SLACK}
+    return min(good, key=lambda b: good[b]) if good else None
+
+
+def command_prove(args: argparse.Namespace) -> int:
+    test, bench = (json.loads(Path(f).read_text()) for f in args.files)
+    if test["device_class"] != bench["device_class"]:
+        raise SystemExit(f"results of two devices: {test['device_class']} and {bench['device_class']}")
+    file = Path(args.out or proven.FILE)
+    listed = json.loads(file.read_text()) if file.exists() else {}
+    listed[test["device_class"]] = proof(test, bench)
+    file.write_text(json.dumps(listed, indent=2, sort_keys=True) + "\n")
+    print(json.dumps(listed[test["device_class"]], indent=2))
+    return 0

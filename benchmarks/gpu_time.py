@@ -1,0 +1,176 @@
+"""Timing on a GPU: CUDA events around replayed graphs, a cold L2, everything that is compared interleaved.
+
+On a CPU the same functions time with the processor's clock and no graphs, so that a dry run takes the same way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], Any]
+_FLUSH_BYTES = 256 << 20  # written before each run: several times the L2 of any GPU
+
+
+@dataclass(frozen=True)
+class Time:
+    """Of one function, in seconds: median, 20th and 80th percentile; `graph`: replayed, so without the launches."""
+
+    median: float
+    low: float
+    high: float
+    graph: bool
+
+
+@dataclass
+class Prepared:
+    """A function ready to be timed: `run` is its call or the replay of its graph."""
+
+    run: Call
+    graph: bool
+    keep: Any = None
+
+
+class Clock:
+    """Times functions on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.gpu = device, device.type == "cuda"
+        # autograd runs a backward on its forward's stream: what is captured must have its forward on this one too
+        self.stream = torch.cuda.Stream(device) if self.gpu else None
+        self._flush = torch.empty(_FLUSH_BYTES if self.gpu else 1024, dtype=torch.int8, device=device)
+
+    def current(self) -> contextlib.AbstractContextManager[Any]:
+        """The stream on which everything must be made, captured and timed."""
+        self.wait()
+        return torch.cuda.stream(self.stream) if self.stream is not None else contextlib.nullcontext()
+
+    def wait(self) -> None:
+        if self.gpu:
+            torch.cuda.synchronize(self.device)
+
+    def prepare(self, call: Call, graph: bool = True) -> Prepared:
+        """Warms a function up and, on a GPU, captures it; where it cannot be captured it is called."""
+        for _ in range(3 if self.gpu else 1):
+            call()
+        self.wait()
+        if not (self.gpu and graph):
+            return Prepared(call, False)
+        captured = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(captured, stream=self.stream):
+                kept = call()
+        except Exception:  # a host synchronisation inside: the call is timed as it is
+            self.wait()
+            return Prepared(call, False)
+        return Prepared(captured.replay, True, kept)
+
+    def once(self, run: Call) -> float:
+        """Seconds of one run from a cold L2."""
+        self._flush.zero_()
+        if not self.gpu:
+            begin = time.perf_counter()
+            run()
+            return time.perf_counter() - begin
+        begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin_event.record()
+        run()
+        end_event.record()
+        end_event.synchronize()
+        return begin_event.elapsed_time(end_event) / 1000
+
+    def compare(self, prepared: Mapping[str, Prepared], seconds: float) -> dict[str, Time]:
+        """Runs all in turn, 5 to 60 rounds within about `seconds`."""
+        found: dict[str, list[float]] = {name: [] for name in prepared}
+        begin, rounds = time.perf_counter(), 0
+        while rounds < 5 or (rounds < 60 and time.perf_counter() - begin < seconds):
+            for name, p in prepared.items():
+                found[name].append(self.once(p.run))
+            rounds += 1
+        return {name: _summary(times, prepared[name].graph) for name, times in found.items()}
+
+    def launch_cost(self, call: Call, calls: int = 100) -> float:
+        """Seconds of the processor for one call, whose kernels must be shorter than that."""
+        for _ in range(5):
+            call()
+        best = float("inf")
+        for _ in range(3):
+            self.wait()
+            begin = time.perf_counter()
+            for _ in range(calls):
+                call()
+            best = min(best, (time.perf_counter() - begin) / calls)
+        self.wait()
+        return best
+
+    def peak_bytes(self, call: Call) -> int:
+        """The most memory that a call holds beyond what is held before it; 0 on a CPU."""
+        if not self.gpu:
+            call()
+            return 0
+        self.wait()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        call()
+        self.wait()
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+    def copy_rate(self) -> float:
+        """Bytes read and written a second by torch's copy of a tensor past every cache."""
+        x = torch.empty((1 << 30) if self.gpu else (1 << 20), dtype=torch.int8, device=self.device)
+        y = torch.empty_like(x)
+        times = self.compare({"copy": self.prepare(lambda: y.copy_(x))}, 0.3)
+        return 2 * x.nbytes / times["copy"].median
+
+    def matrix_rate(self) -> float:
+        """Floating-point operations a second of torch's bfloat16 product."""
+        n = 8192 if self.gpu else 64
+        a, b = (torch.randn(n, n, dtype=torch.bfloat16, device=self.device) for _ in range(2))
+        times = self.compare({"mm": self.prepare(lambda: a @ b)}, 0.3)
+        return 2 * n**3 / times["mm"].median
+
+
+def _summary(times: list[float], graph: bool) -> Time:
+    ordered = sorted(times)
+    return Time(statistics.median(ordered), ordered[len(ordered) // 5], ordered[-1 - len(ordered) // 5], graph)
+
+
+def forward_and_backward(
+    function: Callable[..., Any],
+    inputs: Mapping[str, Tensor],
+    options: Mapping[str, Any],
+    context: Callable[[], Any] | None = None,
+) -> tuple[Call, Call, Call]:
+    """Of a differentiable function three calls: forward, backward of a forward made now, and the two together."""
+    leaves = [
+        x.detach().requires_grad_(x.is_floating_point() and name not in ("cos", "sin")) for name, x in inputs.items()
+    ]
+    wanted = [x for x in leaves if x.requires_grad]
+    context = context or contextlib.nullcontext
+
+    def forward() -> Any:
+        with context():
+            return function(*leaves, **options)
+
+    kept = forward()
+    outputs = kept if isinstance(kept, tuple) else (kept,)
+    gradients = [torch.ones_like(o) for o in outputs]
+
+    def backward() -> Any:
+        with context():
+            return torch.autograd.grad(outputs, wanted, gradients, retain_graph=True)
+
+    def both() -> Any:
+        found = forward()
+        with context():
+            return torch.autograd.grad(found, wanted, gradients)
+
+    return forward, backward, both

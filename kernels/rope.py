@@ -1,0 +1,144 @@
+"""rope: each pair of q [B, T, H, D] and k [B, T, G, D] turned by the angle of its position, in one launch.
+
+A program turns all heads of a token, so that cos and sin are read once. Computed in float32, rounded once; the backward
+is the same with -sin. Outputs are contiguous; nothing accumulates, nothing is overwritten.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llama_fast.kernels.launch import choose, on_device_of, power_of_two, rows, unavailable
+from llama_fast.ops import table
+
+__all__ = ["rope_bwd", "rope_fwd", "unavailable"]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A program takes the heads of its token BLOCK_H at a time."""
+
+    BLOCK_H: int
+    num_warps: int
+
+
+def heuristic(H: int, D: int) -> Launch:
+    """32 bytes in half precision for each thread and half of a head: two 16-byte accesses, four in flight."""
+    BLOCK_H = min(power_of_two(H), max(4096 // power_of_two(D), 1))
+    return Launch(BLOCK_H, min(max(BLOCK_H * power_of_two(D) // 1024, 1), 8))
+
+
+def candidates(H: int, D: int) -> tuple[Launch, ...]:
+    blocks = sorted({min(power_of_two(H), b) for b in (4, 8, 16, 32, 64)})
+    return tuple(Launch(b, w) for b in blocks for w in (1, 2, 4, 8) if b * power_of_two(D) // 2 >= 32 * w)
+
+
+@triton.jit
+def _turn(
+    x_ptr,  # [H, D] T of a token
+    out_ptr,  # [H, D] T, contiguous
+    x_stride_h,
+    cos,  # [1, BLOCK_D] f32
+    sin,
+    H,
+    D,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # power of two >= D / 2
+):
+    for begin in range(0, H, BLOCK_H):
+        h = begin + tl.arange(0, BLOCK_H)[:, None]
+        if INTERLEAVED:
+            d = tl.arange(0, 2 * BLOCK_D)[None, :]
+            mask = (h < H) & (d < D)
+            x = tl.load(x_ptr + h * x_stride_h + d, mask=mask, other=0.0).to(tl.float32)
+            a, b = tl.split(tl.reshape(x, (BLOCK_H, BLOCK_D, 2)))
+            turned = tl.join(a * cos - b * sin, a * sin + b * cos)
+            turned = tl.reshape(turned, (BLOCK_H, 2 * BLOCK_D))
+            tl.store(out_ptr + h * D + d, turned.to(out_ptr.dtype.element_ty), mask=mask)
+        else:
+            d = tl.arange(0, BLOCK_D)[None, :]
+            mask = (h < H) & (d < D // 2)
+            a = tl.load(x_ptr + h * x_stride_h + d, mask=mask, other=0.0).to(tl.float32)
+            b = tl.load(x_ptr + h * x_stride_h + D // 2 + d, mask=mask, other=0.0).to(tl.float32)
+            tl.store(out_ptr + h * D + d, (a * cos - b * sin).to(out_ptr.dtype.element_ty), mask=mask)
+            tl.store(out_ptr + h * D + D // 2 + d, (a * sin + b * cos).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _rope_kernel(
+    q_ptr,  # [B, T, H, D] T
+    k_ptr,  # [B, T, G, D] T
+    cos_ptr,  # [N, T, D/2] f32
+    sin_ptr,  # [N, T, D/2] f32
+    q_out_ptr,  # [B, T, H, D] T, contiguous
+    k_out_ptr,  # [B, T, G, D] T, contiguous
+    q_stride_b,
+    q_stride_t,
+    q_stride_h,
+    k_stride_b,
+    k_stride_t,
+    k_stride_h,
+    cos_stride_n,  # 0 where N is 1
+    cos_stride_t,
+    sin_stride_n,
+    sin_stride_t,
+    T,
+    H,
+    G,
+    D: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)  # int64: offsets pass 2^31
+    b, t = token // T, token % T
+    d = tl.arange(0, BLOCK_D)[None, :]
+    cos = tl.load(cos_ptr + b * cos_stride_n + t * cos_stride_t + d, mask=d < D // 2, other=0.0)
+    sin = tl.load(sin_ptr + b * sin_stride_n + t * sin_stride_t + d, mask=d < D // 2, other=0.0)
+    if BACKWARD:
+        sin = -sin
+    q_ptr += b * q_stride_b + t * q_stride_t
+    k_ptr += b * k_stride_b + t * k_stride_t
+    _turn(q_ptr, q_out_ptr + token * H * D, q_stride_h, cos, sin, H, D, INTERLEAVED, BLOCK_H, BLOCK_D)
+    _turn(k_ptr, k_out_ptr + token * G * D, k_stride_h, cos, sin, G, D, INTERLEAVED, BLOCK_G, BLOCK_D)
+
+
+def _launch(
+    name: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, q_out: Tensor, k_out: Tensor
+) -> None:
+    (B, T, H, D), G = q.shape, k.shape[2]
+    if B * T * (H + G) * D == 0:
+        return
+    q, k, cos, sin = rows(q), rows(k), rows(cos), rows(sin)
+    angle_strides = [s for x in (cos, sin) for s in (x.stride(0) if x.shape[0] > 1 else 0, x.stride(1))]
+    heads = max(H, G)
+
+    def run(launch: Launch) -> None:
+        blocks = (launch.BLOCK_H, min(launch.BLOCK_H, power_of_two(G)), power_of_two(D // 2))
+        _rope_kernel[(B * T,)](
+            q, k, cos, sin, q_out, k_out, *q.stride()[:3], *k.stride()[:3], *angle_strides, T, H, G, D,
+            name == "rope_bwd", interleaved, *blocks, num_warps=launch.num_warps,
+        )  # fmt: skip
+
+    with on_device_of(q):
+        sizes = (q.dtype, H, G, D, interleaved, power_of_two(B * T))
+        run(choose(name, sizes, q.device, heuristic(heads, D), candidates(heads, D), run))
+
+
+def rope_fwd(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, ...]:
+    results = table.ROPE.allocate("fwd", (q, k, cos, sin, interleaved))
+    _launch("rope_fwd", q, k, cos, sin, interleaved, *results)
+    return results
+
+
+def rope_bwd(dq_out: Tensor, dk_out: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, ...]:
+    results = table.ROPE.allocate("bwd", (dq_out, dk_out, cos, sin, interleaved))
+    _launch("rope_bwd", dq_out, dk_out, cos, sin, interleaved, *results)
+    return results

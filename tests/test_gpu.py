@@ -1,0 +1,189 @@
+"""The commands of benchmarks.gpu, dry: small cases on a CPU, the Triton kernels under the interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gpu, gpu_bench, gpu_cases, gpu_run
+from llama_fast.ops.table import OPS
+
+ROOT = Path(__file__).parents[1]
+INTERPRETED = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "LLAMA_FAST_BACKEND": ""}
+
+
+def dry(tmp_path: Path, command: str, *flags: str) -> tuple[Any, str]:
+    """Result and output of a command in a process of its own."""
+    out = tmp_path / "result.json"
+    call = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "benchmarks.gpu",
+        command,
+        "--device",
+        "cpu",
+        "--tiny",
+        "--out",
+        str(out),
+    ]
+    done = subprocess.run(
+        [*call, *flags], cwd=ROOT, env=os.environ | INTERPRETED, text=True, capture_output=True, check=False
+    )
+    assert out.exists(), done.stdout + done.stderr
+    return json.loads(out.read_text()), done.stdout
+
+
+def test_test(tmp_path: Path) -> None:
+    result, text = dry(tmp_path, "test", "--ops", "swiglu", "--workers", "1")
+    assert result["not_run"] == []
+    found = {(r["kind"], r["backend"], r["dtype"]): r for r in result["rows"]}
+    assert {k for k, r in found.items() if "problem" in r} == {
+        *(("budget", "triton", d) for d in gpu_cases.DTYPES),
+        ("repeat", "triton", "bfloat16"),
+        ("compile", "triton", "bfloat16"),
+    }
+    assert found["repeat", "triton", "bfloat16"]["problem"] == ""
+    assert found["compile", "triton", "bfloat16"]["problem"] == ""
+    assert 0 < found["budget", "triton", "float32"]["share"] <= 1
+    assert "swiglu" in text
+
+
+def test_bench_and_proof(tmp_path: Path) -> None:
+    result, text = dry(tmp_path, "bench", "--ops", "swiglu", "--workers", "1", "--limit", "30")
+    timed = {(r["provider"], r["direction"]) for r in result["rows"] if "seconds" in r}
+    assert {(p, d) for p in ("triton", "eager") for d in ("fwd", "bwd")} <= timed
+    assert result["rates"]["copy"] > 0
+    assert "swiglu tiny bf16 fwd: " in text
+    assert any("liger" in r["provider"] for r in result["rows"])
+
+
+def test_tune(tmp_path: Path) -> None:
+    result, _ = dry(tmp_path, "tune", "--ops", "swiglu", "--workers", "1")
+    assert {r["kernel"] for r in result["rows"]} == {"swiglu_fwd", "swiglu_bwd"}
+    assert sum("(heuristic)" in r["parameters"] for r in result["rows"]) == 2
+
+
+def test_sanitize_runs_its_worker_under_both_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a program that takes the tool's flags, writes its log and runs the rest."""
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(
+        '#!/bin/sh\necho "$2" >> "$(dirname "$0")/tools"\n'
+        'echo "===== ERROR SUMMARY: 0 errors" > "$4"; shift 6; exec "$@"\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    result, text = dry(tmp_path, "sanitize", "--ops", "swiglu")
+    assert sorted((tmp_path / "tools").read_text().split()) == ["memcheck", "racecheck"]
+    assert [(r["status"], r["ran"], len(r["summary"])) for r in result["rows"]] == [("0", ["swiglu triton"], 1)] * 2
+    assert "0 errors" in text
+
+
+def test_a_case_that_raises_is_red_and_the_run_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("a kernel broke\nand said more")
+
+    args = gpu.parse(["test", "--device", "cpu", "--tiny", "--backends", "torch", "--workers", "1"])
+    monkeypatch.setattr(gpu, "measure", broken)
+    out = tmp_path / "rows"
+    todo = [u for u in gpu.units(["attention"], True) if u["kind"] == "budget"]
+    assert gpu_run.run_units(
+        [*todo, {"kind": "budget", "op": "attention", "case": 99, "dtype": "float32"}], args, out, gpu.CHECKS
+    )
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    problems = [r["problem"] for r in rows]
+    assert problems == ["RuntimeError: a kernel broke"] * 3 + ["IndexError: list index out of range"]
+
+
+def test_a_process_that_dies_is_named_and_the_others_finish(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    args = gpu.parse(["test", "--device", "cpu", "--workers", "2"])
+    code = (
+        "import json, os, sys\n"
+        "for unit in json.load(open(sys.argv[1])):\n"
+        "    if unit['op'] == 'bad': os._exit(9)\n"
+        "    print(json.dumps(unit | {'unit': unit}), file=open(sys.argv[2], 'a'))\n"
+    )
+
+    def command(_: Any, folder: Path, i: int) -> list[str]:
+        return [sys.executable, "-c", code, str(folder / f"todo{i}"), str(folder / f"rows{i}")]
+
+    monkeypatch.setattr(gpu_run, "worker_command", command)
+    todo = [{"kind": "budget", "op": op, "case": n} for n, op in enumerate(["a", "b", "bad", "c", "d", "e"])]
+    rows = gpu_run.in_processes(todo, args, 20.0)
+    assert sorted(r["op"] for r in rows) == ["a", "b", "bad", "c", "d", "e"]
+    assert [r["problem"] for r in rows if r["op"] == "bad"] == ["the process died"]
+
+
+def _results(**changes: Any) -> tuple[Any, Any]:
+    test = [
+        {"kind": "budget", "op": "swiglu", "backend": b, "dtype": d, "problem": changes.get(f"{b}_{d}", "")}
+        for b in ("cuda", "triton")
+        for d in gpu_cases.DTYPES
+    ]
+    seconds = {"eager": 2.0, "triton": 1.0, "cuda": 1.5} | changes.get("seconds", {})
+    bench = [
+        {"op": "swiglu", "case": "a", "dtype": "bfloat16", "proves": True, "provider": p, "direction": d, "seconds": s}
+        for p, s in seconds.items()
+        for d in ("fwd", "bwd")
+    ]
+    return {"rows": test}, {"rows": bench}
+
+
+def test_proof_lists_the_faster_of_what_is_right_and_not_slower() -> None:
+    both = {"swiglu_fwd": ["half"], "swiglu_bwd": ["half"]}
+    assert gpu_bench.proof(*_results()) == {"triton": both}
+    assert gpu_bench.proof(*_results(triton_float16="dup: largest error")) == {"cuda": both}
+    assert gpu_bench.proof(*_results(seconds={"triton": 2.5})) == {"cuda": both}
+    assert gpu_bench.proof(*_results(seconds={"triton": 2.5, "cuda": 2.5})) == {}
+    assert gpu_bench.proof({"rows": []}, _results()[1]) == {}
+    test, bench = _results()
+    untimed = [r for r in bench["rows"] if (r["provider"], r["direction"]) != ("triton", "bwd")]
+    found = gpu_bench.proof(test, {"rows": untimed})
+    assert found == {"triton": {"swiglu_fwd": ["half"]}, "cuda": {"swiglu_bwd": ["half"]}}
+
+
+def test_prove_keeps_other_devices(tmp_path: Path) -> None:
+    test, bench = _results()
+    files = [tmp_path / "test.json", tmp_path / "bench.json"]
+    for file, result in zip(files, (test, bench), strict=True):
+        file.write_text(json.dumps(result | {"device_class": "sm_90"}))
+    out = tmp_path / "proven.json"
+    out.write_text(json.dumps({"sm_80": {"triton": {"rope_fwd": ["half"]}}}))
+    assert gpu.main(["prove", *map(str, files), "--out", str(out)]) == 0
+    listed = json.loads(out.read_text())
+    assert listed["sm_80"] == {"triton": {"rope_fwd": ["half"]}}
+    assert set(listed["sm_90"]) == {"triton"}
+
+
+def test_every_op_has_cases_of_both_kinds() -> None:
+    for op in OPS:
+        assert len(gpu_cases.test_cases(op, False)) > 5
+        assert gpu_cases.bench_cases(op, False)
+        for case in gpu_cases.test_cases(op, False):
+            assert str(case)
+
+
+def test_large_inputs_are_those_of_the_case() -> None:
+    """`bench` makes its inputs on the device; shapes and dtypes are the public function's."""
+    args = gpu.parse(["bench", "--device", "cpu", "--tiny"])
+    args.device = "meta"
+    for op in OPS:
+        (timed,) = gpu_cases.bench_cases(op, True)
+        made, expected = gpu_bench._inputs(timed, args), timed.case.inputs(torch.bfloat16)
+        assert {n: (x.shape, x.dtype) for n, x in made.items()} == {n: (x.shape, x.dtype) for n, x in expected.items()}
+
+
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(SystemExit):
+        gpu.main(["test"])
+    assert "torch sees no GPU" in capsys.readouterr().err
