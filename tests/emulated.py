@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,12 +16,27 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
 KERNELS = Path(__file__).parent / "kernels"
-FLAGS = ["-std=c++17", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DLLAMA_FAST_EMULATE"]
+FLAGS = [
+    "-std=c++17",
+    "-fPIC",
+    "-pthread",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-Wno-psabi",
+    "-DLLAMA_FAST_EMULATE",
+]
 
 
 def unavailable() -> str | None:
     """Why sources cannot be compiled here, or None."""
     return None if shutil.which("g++") else "no g++"
+
+
+def no_nvcc() -> str | None:
+    """Why no PTX can be made of CUDA sources here, or None."""
+    missing = [tool for tool in ("nvcc", "nm", "c++filt") if shutil.which(tool) is None]
+    return f"no {', '.join(missing)}" if missing else None
 
 
 @functools.cache
@@ -46,20 +63,57 @@ def _emulator() -> Path:
 
 
 @functools.cache
-def load(name: str, planted: tuple[str, str] | None = None) -> ctypes.CDLL:
+def load(name: str, planted: tuple[str, str] | None = None, copy: str = "") -> ctypes.CDLL:
     """tests/kernels/<name>.cu with the emulator; its functions `run_...` give a text, "" or the report of a fault.
 
-    `planted`: a part of the source and what stands there instead, for a bug that has to be caught.
+    `planted`: a part of the source and what stands there instead, for a bug that has to be caught. `copy`: tells
+    libraries apart that are otherwise equal.
     """
     text = (KERNELS / f"{name}.cu").read_text()
     if planted is not None:
         assert text.count(planted[0]) == 1, f"{name}.cu has {text.count(planted[0])} times: {planted[0]}"
         text = text.replace(*planted)
-    source = _folder() / f"{name}_{abs(hash(planted))}.cu"
+    source = _folder() / f"{name}{copy}_{abs(hash(planted))}.cu"
     source.write_text(text)
     target = source.with_suffix(".so")
     _compile("-O1", "-shared", "-x", "c++", source, "-x", "none", _emulator(), "-o", target)
     return ctypes.CDLL(str(target))
+
+
+def _names(mangled: Iterable[str]) -> list[str]:
+    """Of kernels, without their parameters: those are other types in an emulated build."""
+    done = subprocess.run(["c++filt"], check=True, capture_output=True, text=True, input="\n".join(mangled))
+    return [re.sub(r"\((?!anonymous).*", "", line) for line in done.stdout.splitlines()]
+
+
+@functools.cache
+def ptx(source: Path, arch: str) -> str:
+    """What nvcc makes of a CUDA source, without fused multiply-adds, which g++ does not make either."""
+    target = _folder() / f"{source.stem}.ptx"
+    flags = ["-std=c++17", f"-arch={arch}", "-fmad=false", "-w", f"-I{ROOT / 'csrc'}", f"-I{KERNELS}"]
+    subprocess.run(["nvcc", *flags, "-ptx", str(source), "-o", str(target)], check=True)
+    return target.read_text()
+
+
+def replace_kernels(library: ctypes.CDLL, function: str, text: str) -> list[str]:
+    """Has the kernels of an emulated library run what PTX says in place of what g++ made; gives their names.
+
+    `function`: one that the library exports, to find it in memory.
+    """
+    symbols = subprocess.run(["nm", library._name], check=True, capture_output=True, text=True).stdout
+    entries = re.findall(r"\.entry\s+(\w+)", text)
+    mangled = [line.split() for line in symbols.splitlines() if " _Z" in line and line[17] in "tTwW"]
+    offsets = dict(zip(_names(name for *_, name in mangled), (int(at, 16) for at, *_ in mangled), strict=True))
+    replaced = []
+    replace = ctypes.CDLL(str(_emulator())).llama_fast_emulator_replace
+    replace.restype = ctypes.c_char_p
+    for entry, name in zip(entries, _names(entries), strict=True):
+        if name in offsets:
+            anchor, offset = ctypes.cast(getattr(library, function), ctypes.c_void_p), ctypes.c_size_t(offsets[name])
+            report = replace(anchor, offset, text.encode(), entry.encode())
+            assert report == b"", report
+            replaced.append(name)
+    return replaced
 
 
 def run(library: ctypes.CDLL, function: str, *arguments: object) -> str:
@@ -116,3 +170,8 @@ class Device:
         shared_size, size = ctypes.c_size_t(shared), ctypes.c_size_t(len(parameters))
         run = self._library.llama_fast_emulator_run_ptx
         return run(text.encode(), entry.encode(), *shapes, shared_size, parameters, size).decode()
+
+
+def size(x: Tensor) -> ctypes.c_size_t:
+    """Bytes, as an argument of `run`."""
+    return ctypes.c_size_t(x.numel() * x.element_size())

@@ -1,105 +1,80 @@
-"""The emulator against PTX that it had no part in.
-
-What Triton generates, which needs no GPU, runs on the emulator's fibers through its PTX interpreter, over the same
-instructions that csrc/cuda/ptx.cuh calls, and has to give the right products.
+"""The asm of the ptx headers against what their emulated functions do: kernels as nvcc compiles them to PTX, run by the
+emulator's interpreter, give bit for bit what the same kernels give as g++ compiles them for the emulator.
 """
 
 from __future__ import annotations
 
-import os
-import struct
+import re
+from pathlib import Path
 
 import emulated
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="emulator: PTX of Triton's: triton is not installed")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("emulator: PTX of Triton's: TRITON_INTERPRET=1 compiles nothing", allow_module_level=True)
+ROOT = Path(__file__).parents[1]
+PTX_HEADERS = sorted((ROOT / "csrc" / "cuda").glob("ptx*.cuh"))
+SOURCE = emulated.KERNELS / "instructions.cu"
+missing = emulated.unavailable() or emulated.no_nvcc()
+needs_nvcc = pytest.mark.skipif(missing is not None, reason=f"the PTX of the CUDA kernels in the emulator: {missing}")
 
-import triton.language as tl  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
-pytestmark = pytest.mark.skipif(emulated.unavailable() is not None, reason=f"emulator: {emulated.unavailable()}")
-BM = BN = BK = 64
-CONSTANTS = {"BM": BM, "BN": BN, "BK": BK}
+UNTOUCHED = 0x5A5A5A5A  # what the output holds where no kernel writes
 
 
-@triton.jit
-def product(a, b, c, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    m, n, k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
-    acc = tl.zeros((BM, BN), tl.float32)
-    for i in tl.range(0, K, BK, num_stages=3):
-        x = tl.load(a + m[:, None] * K + (i + k)[None, :])
-        y = tl.load(b + n[None, :] * K + (i + k)[:, None])
-        acc = tl.dot(x, y, acc)
-    tl.store(c + m[:, None] * BN + n[None, :], acc)
+def test_every_function_of_the_ptx_headers_is_tried() -> None:
+    source = SOURCE.read_text()
+    for header in PTX_HEADERS:
+        functions = re.findall(r"^LLAMA_FAST_DEVICE (?!constexpr)[\w ]+?\b(\w+)\(", header.read_text(), re.MULTILINE)
+        assert functions
+        for name in functions:
+            assert re.search(rf"\bptx::{name}\b", source), f"{header.name}: {SOURCE.name} does not try {name}"
 
 
-@triton.jit
-def product_transposed(a, b, c, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    m, n, k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
-    acc = tl.zeros((BM, BN), tl.float32)
-    for i in tl.range(0, K, BK, num_stages=2):
-        x = tl.load(a + (i + k)[None, :] * BM + m[:, None])
-        y = tl.load(b + (i + k)[:, None] * BN + n[None, :])
-        acc = tl.dot(x, y, acc)
-    tl.store(c + m[:, None] * BN + n[None, :], acc)
+def _sm80(library: object, dtype: torch.dtype) -> list[torch.Tensor]:
+    x = torch.randn(256, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    out, copied = (
+        torch.full((100, 128), UNTOUCHED, dtype=torch.int32),
+        torch.full((1024,), UNTOUCHED, dtype=torch.int32),
+    )
+    sizes = [emulated.size(t) for t in (out, copied)]
+    assert emulated.run(library, "sm80", x, out, sizes[0], copied, sizes[1], dtype == torch.bfloat16) == ""
+    return [out, copied]
 
 
-@triton.jit
-def product_tma(a, b, c, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    m, n = tl.arange(0, BM), tl.arange(0, BN)
-    acc = tl.zeros((BM, BN), tl.float32)
-    for i in tl.range(0, K, BK, num_stages=3):
-        acc = tl.dot(a.load([0, i]), b.load([0, i]).T, acc)
-    tl.store(c + m[:, None] * BN + n[None, :], acc)
+def _sm90(library: object, dtype: torch.dtype) -> list[torch.Tensor]:
+    x = torch.randn(256, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    out = torch.full((1200, 128), UNTOUCHED, dtype=torch.int32)
+    copied, sums, moved = torch.zeros(256, 64, dtype=dtype), torch.ones(256), torch.zeros(256)
+    arguments = (x, out, emulated.size(out), copied, sums, moved, dtype == torch.bfloat16)
+    assert emulated.run(library, "sm90", *arguments) == ""
+    return [out, *(t.view(torch.int16) for t in (copied, sums, moved))]
 
 
-def _compile(kernel: object, operand: str, capability: int) -> tuple[str, int]:
-    signature = {"a": operand, "b": operand, "c": "*fp32", "K": "i32", **dict.fromkeys(CONSTANTS, "constexpr")}
-    attributes = {(i,): [["tt.divisibility", 16]] for i in range(4) if i > 1 or operand.startswith("*")}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=CONSTANTS, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
-    return compiled.asm["ptx"], compiled.metadata.shared
-
-
-def _operands(K: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(rows, K, generator=generator).to(dtype) for rows in (BM, BN))
-    return a, b, torch.full((BM, BN), torch.nan)
-
-
-@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
+@needs_nvcc
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("capability", "instruction"), [(80, "mma.sync"), (90, "wgmma.mma_async")])
-def test_tritons_product(capability: int, instruction: str, dtype: torch.dtype, transposed: bool) -> None:
-    kernel = product_transposed if transposed else product
-    text, shared = _compile(kernel, "*bf16" if dtype == torch.bfloat16 else "*fp16", capability)
-    assert instruction in text
-    assert "cp.async.cg" in text
-    a, b, c = _operands(K := 256, dtype)
-    x, y = (a.T.contiguous(), b.T.contiguous()) if transposed else (a, b)
-    device = emulated.Device()
+@pytest.mark.parametrize("kernel", ["sm80", "sm90"])
+def test_asm_and_emulated_functions_agree(kernel: str, dtype: torch.dtype) -> None:
     emulated.configure()
-    pointers = [device.pointer(t, name) for t, name in ((x, "a"), (y, "b"), (c, "c"))]
-    parameters = struct.pack("<QQQiiQQ", *pointers, K, 0, 0, 0)
-    assert device.run_ptx(text, kernel.__name__, (1,), 128, shared, parameters) == ""
-    torch.testing.assert_close(c, (a.double() @ b.double().T).float(), atol=1e-3, rtol=1e-4)
+    written = emulated.load("instructions")
+    compiled = emulated.load("instructions", copy="_from_ptx")
+    replaced = emulated.replace_kernels(compiled, f"run_{kernel}", emulated.ptx(SOURCE, "sm_90a"))
+    assert len(replaced) == 4
+    run = _sm80 if kernel == "sm80" else _sm90
+    for ours, theirs in zip(run(written, dtype), run(compiled, dtype), strict=True):
+        assert torch.equal(ours, theirs), f"rows that differ: {(ours != theirs).any(-1).nonzero().flatten().tolist()}"
+        assert (ours != UNTOUCHED).any()
+    out = run(written, dtype)[0]
+    assert (out[-1] == UNTOUCHED).all(), "the output is too small"
 
 
-def test_tritons_product_with_tma() -> None:
-    text, shared = _compile(product_tma, "tensordesc<bf16[64, 64]>", 90)
-    for instruction in ("cp.async.bulk.tensor.2d", "mbarrier.try_wait", "wgmma.mma_async"):
-        assert instruction in text
-    a, b, c = _operands(K := 320, torch.bfloat16)
-    device = emulated.Device()
-    parameters = b""
-    for t, name in ((a, "a"), (b, "b")):  # the map, then the tensor's sizes and strides
-        parameters += device.tensor_map(t, (64, 64), name) + struct.pack("<iiqq", *t.shape, *t.stride())
-        parameters += bytes(-len(parameters) % 64) if name == "a" else b""
-    emulated.configure(mbarrier_fence=False)  # Triton leaves it out, which CUDA's guide does not
-    parameters += struct.pack("<QiiQQ", device.pointer(c, "c"), K, 0, 0, 0)
-    assert device.run_ptx(text, "product_tma", (1,), 128, shared, parameters) == ""
-    torch.testing.assert_close(c, (a.double() @ b.double().T).float(), atol=1e-3, rtol=1e-4)
+@needs_nvcc
+@pytest.mark.parametrize(
+    "wrong", [("x4.trans.shared.b16 {%", "x4.shared.b16 {%"), ("shfl.sync.up.b32", "shfl.sync.down.b32")]
+)
+def test_a_wrong_instruction_shows(wrong: tuple[str, str]) -> None:
+    emulated.configure()
+    compiled = emulated.load("instructions", copy=f"_{abs(hash(wrong))}")
+    text = emulated.ptx(SOURCE, "sm_90a")
+    assert wrong[0] in text
+    emulated.replace_kernels(compiled, "run_sm80", text.replace(*wrong))
+    ours, theirs = (_sm80(library, torch.bfloat16)[0] for library in (emulated.load("instructions"), compiled))
+    assert not torch.equal(ours, theirs)
