@@ -55,6 +55,7 @@ SHARED = {
         "providers": "who can compute an op",
         "compare": "two versions in turn",
         "worker": "one side of compare",
+        "readme": "README's results",
         "plots": "plots of a report",
         "report": "result files as a page",
         "results": "the format of result files",

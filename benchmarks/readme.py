@@ -1,0 +1,163 @@
+"""Writes README.md's results from the committed result files: `python -m benchmarks.readme`. No figure there is typed.
+
+The text stands between two marks; tests/test_benchmarks_readme.py checks that it is what this module makes of
+benchmarks/results/*.json. Files of comparisons of two versions are left out.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from llama_fast import plan
+from llama_fast.config import LlamaConfig
+
+from . import plots, report, results
+from .results import Line, Results, is_ours
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "benchmarks" / "results"
+BEGIN = "<!-- results: written by `python -m benchmarks.readme` -->"
+END = "<!-- end of results -->"
+
+
+def text(files: Sequence[tuple[str, Results]]) -> str:
+    """The results as Markdown."""
+    parts = []
+    for name, r in files:
+        if r.environment.against is None:
+            parts.append(_of_file(name, r))
+    return "\n\n".join(parts) or "No result file is committed yet."
+
+
+def committed(folder: Path = FOLDER) -> list[tuple[str, Results]]:
+    """The result files of the repository, by name."""
+    return [(path.name, results.read(path)) for path in sorted(folder.glob("*.json"))]
+
+
+def replaced(document: str, new: str) -> str:
+    """The document with `new` between the marks.
+
+    Raises:
+        ValueError: it does not have each mark once.
+    """
+    if document.count(BEGIN) != 1 or document.count(END) != 1:
+        raise ValueError(f"README.md: expected each of the marks {BEGIN!r} and {END!r} once")
+    before, rest = document.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{new}\n\n{END}{rest.split(END)[1]}"
+
+
+def _of_file(name: str, r: Results) -> str:
+    e = r.environment
+    limits = ", ".join(f"{x.name} {x.rate / 1e9:,.0f} {'GB/s' if x.unit == 'byte/s' else 'Gflop/s'}" for x in r.limits)
+    threads = f", {e.threads} threads, {e.isa}" if e.kind == "cpu" else ""
+    commit = (e.commit or "none")[:10]
+    head = (
+        f"**{e.device}**{threads}, torch {e.packages.get('torch')}, {e.time[:10]}, commit `{commit}`, "
+        f"[{name}](benchmarks/results/{name}). Limits in the same run: {limits}."
+    )
+    tables = [_ops_table([x for x in r.lines if x.tokens is None]), _models_table(r)]
+    return "\n\n".join([head, *filter(None, tables), *_paper(r)])
+
+
+def _ratio(ours: Line, other: Line) -> float:
+    assert ours.seconds is not None
+    assert other.seconds is not None
+    return other.seconds.median / ours.seconds.median
+
+
+def _mean(ratios: Sequence[float]) -> str:
+    return f"{results.geometric_mean(ratios):.2f}x" if ratios else "-"
+
+
+def _ops_table(lines: Sequence[Line]) -> str:
+    """A row an op: geometric means over its cases."""
+    rows = []
+    for op in dict.fromkeys(x.op for x in lines):
+        found: dict[str, list[float]] = {"forward": [], "forward+backward": [], "best": [], "kept": []}
+        shares = []
+        for group in plots.group(x for x in lines if x.op == op):
+            ours, others = group[0], [x for x in group if not is_ours(x.provider)]
+            if not is_ours(ours.provider):
+                continue
+            shares.append(ours.share or 0.0)
+            found["best"] += [min(_ratio(ours, x) for x in others)] if others else []
+            for x in others:
+                if x.provider == "eager":
+                    found.setdefault(x.direction, []).append(_ratio(ours, x))
+                    found["kept"] += [x.kept_bytes / ours.kept_bytes] if x.kept_bytes and ours.kept_bytes else []
+        if shares:
+            means = " | ".join(_mean(found[k]) for k in ("forward", "forward+backward", "best", "kept"))
+            rows.append(f"| `{op}` | {means} | {min(shares):.0%} to {max(shares):.0%} |")
+    if not rows:
+        return ""
+    head = "| op | forward, over eager | and backward | over the fastest other | fewer bytes kept | of the limit |"
+    return "\n".join([head, "|---|---|---|---|---|---|", *rows])
+
+
+def _models_table(r: Results) -> str:
+    """A row a scenario: tokens a second of ours and how many times the others', MFU, bytes kept."""
+    rows = []
+    for group in plots.group(x for x in r.lines if x.tokens is not None):
+        if not is_ours(group[0].provider):
+            continue
+        ours = min((x for x in group if is_ours(x.provider)), key=lambda x: x.seconds.median if x.seconds else 0.0)
+        assert ours.seconds is not None
+        others = {x.provider: _ratio(ours, x) for x in group if not is_ours(x.provider)}
+        speed = f"{(ours.tokens or 0) / ours.seconds.median:,.0f}"
+        kept = f"{ours.kept_bytes / ours.tokens:,.0f}" if ours.kept_bytes and ours.tokens else "-"
+        beside = ", ".join(f"{ratio:.2f}x {name}" for name, ratio in others.items())
+        policy = ours.provider.partition(":")[2]
+        name = " ".join(filter(None, (f"`{ours.op}`", ours.label, ours.dtype, f"({policy})" if policy else "")))
+        rows.append(f"| {name} | {ours.sizes} | {speed} | {_utilisation(ours, r)} | {kept} | {beside} |")
+    if not rows:
+        return ""
+    head = "| | sizes | tokens/s | of the peak | bytes a token and layer | over |"
+    return "\n".join([head, "|---|---|---|---|---|---|", *rows])
+
+
+def _mfu(x: Line, r: Results) -> float | None:
+    device = report.device_of(r.environment)
+    if device is None or x.seconds is None or not x.flops or x.op == "decode":
+        return None
+    return x.flops / x.seconds.median / device.flops
+
+
+def _utilisation(x: Line, r: Results) -> str:
+    share = _mfu(x, r)
+    if share is not None:
+        return f"{share:.1%} MFU"
+    return f"{x.share:.0%} of {x.limit}"
+
+
+def _paper(r: Results) -> Iterable[str]:
+    """Our layers of the 65B shape in the paper's terms."""
+    config, a100 = LlamaConfig.preset(plan.PAPER_PRESET), plan.device(plan.PAPER_DEVICE)
+    steps = [x for x in r.lines if x.op == "training_step" and x.label == plan.PAPER_PRESET and is_ours(x.provider)]
+    device = report.device_of(r.environment)
+    shares = [share for x in steps if (share := _mfu(x, r)) is not None]
+    if device is not None and shares:
+        T, known = plan.PAPER_SEQ_LEN, plan.PAPER_TOKENS_PER_S
+        rate = plan.tokens_per_second(config, device, T, max(shares))
+        with_attention = plan.mfu(config, a100, T, known)
+        by_parameters = plan.mfu(config, a100, T, known, attention=False)
+        yield (
+            f"The paper's 65B ran {known:.0f} tokens a second and GPU on A100: {with_attention:.1%} MFU with attention "
+            f"({by_parameters:.1%} by 6 N alone). Layers of that shape on one {r.environment.device}: "
+            f"{max(shares):.1%}, in the whole model {rate:,.0f} tokens a second before communication."
+        )
+
+
+def main() -> int:
+    """Rewrites README.md."""
+    path = ROOT / "README.md"
+    old = path.read_text()
+    new = replaced(old, text(committed()))
+    path.write_text(new)
+    print("README.md: " + ("as it was" if new == old else "rewritten"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

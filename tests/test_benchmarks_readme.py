@@ -1,0 +1,57 @@
+"""README.md's results are what `python -m benchmarks.readme` makes of the committed files."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from test_report import gpu, made_up
+
+from benchmarks import readme
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_readme_shows_the_committed_results() -> None:
+    document = (ROOT / "README.md").read_text()
+    assert document == readme.replaced(document, readme.text(readme.committed())), "run python -m benchmarks.readme"
+
+
+def test_figures_are_those_of_the_files() -> None:
+    text = readme.text([("zen5.json", made_up())])
+    row = next(line for line in text.splitlines() if line.startswith("| `attention`"))
+    assert row == "| `attention` | 3.40x | 3.40x | 2.70x | 3.40x | 114% to 114% |"
+    assert "**A Processor <9000>**, 2 threads, avx512bf16" in text
+    assert "[zen5.json](benchmarks/results/zen5.json)" in text
+    assert "copy 40 GB/s, matmul bfloat16 900 Gflop/s" in text
+    commit = made_up().environment.commit
+    assert commit is not None
+    assert commit[:10] in text
+
+
+def test_models_are_shown_in_the_papers_terms() -> None:
+    made = gpu()
+    lines = tuple(dataclasses.replace(x, label="llama-65b") for x in made.lines)
+    text = readme.text([("h100.json", dataclasses.replace(made, lines=lines))])
+    assert "| `training_step` llama-65b bfloat16 (save) |" in text
+    assert "1.45x transformers" in text
+    assert "57.1% MFU" in text  # 8192 tokens of 2e10 flop in 290 ms, of 989.4e12 flop/s
+    assert "380 tokens a second and GPU on A100: 49.5% MFU with attention (47.7% by 6 N alone)" in text
+    assert "in the whole model 1,391 tokens a second before communication" in text
+
+
+def test_comparisons_and_an_empty_folder(tmp_path: Path) -> None:
+    made = made_up()
+    other = dataclasses.replace(made, environment=dataclasses.replace(made.environment, against="c0ffee"))
+    assert readme.text([("ab.json", other)]) == "No result file is committed yet."
+    assert readme.committed(tmp_path) == []
+
+
+def test_a_document_without_its_marks_is_refused() -> None:
+    document = f"a\n{readme.BEGIN}\nold\n{readme.END}\nb\n"
+    assert readme.replaced(document, "new") == f"a\n{readme.BEGIN}\n\nnew\n\n{readme.END}\nb\n"
+    with pytest.raises(ValueError, match="expected each of the marks"):
+        readme.replaced("a", "new")
+    with pytest.raises(ValueError, match="expected each of the marks"):
+        readme.replaced(document + readme.END, "new")
