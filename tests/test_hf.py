@@ -111,7 +111,7 @@ def test_patching_twice_changes_the_options_only() -> None:
     model = make()
     before = _state(model)
     lf.hf.patch(lf.hf.patch(model), policy="save", fused_loss=True)
-    assert model.model.layers[0]._llama_fast.policy == "save"
+    assert model.model.layers[0]._llama_fast.options.policy == "save"
     assert model(tokens(), labels=tokens()).logits is None
     lf.hf.patch(model)
     assert model(tokens(), labels=tokens()).logits is not None
@@ -215,7 +215,7 @@ def test_a_patched_model_can_be_copied_and_pickled() -> None:
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(other(tokens()).logits, model(tokens()).logits)
         assert ran(other) == "block"
-        assert other.model.layers[0]._llama_fast.policy == "save"
+        assert other.model.layers[0]._llama_fast.options.policy == "save"
         assert ran_nothing(lf.hf.unpatch(other))
         assert other.config._attn_implementation == "sdpa"
     assert ran(model) == "block"

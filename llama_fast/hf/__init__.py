@@ -66,7 +66,7 @@ def patch(model: nn.Module, *, policy: str = "recompute-cheap", fused_loss: bool
         if type(module) is LlamaAttention and module.config._attn_implementation != NAME:
             _switch_attention(model, module.config)
         if type(module) is LlamaDecoderLayer:
-            module._llama_fast = State(policy)
+            module._llama_fast = State(module, policy)
         if fused_loss and type(module) in LOSS_REPLACEMENTS and _can_swap(module):
             _swap(module, LlamaForCausalLM)
         if type(module) is LlamaForCausalLM:

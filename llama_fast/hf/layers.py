@@ -225,11 +225,13 @@ class State:
     """What a decoder layer remembers beside its parameters.
 
     Args:
+        layer: the decoder layer.
         policy: what its block keeps for the backward, one of `llama_fast.block.POLICIES`.
     """
 
-    def __init__(self, policy: str = "recompute-cheap") -> None:
-        self.policy = policy
+    def __init__(self, layer: Any, policy: str = "recompute-cheap") -> None:
+        # made here: torch.compile cannot trace how it is made
+        self.options = BlockOptions(layer.self_attn.head_dim, layer.input_layernorm.variance_epsilon, policy)
         self.last: str | None = None  # "block", or what stood against it in the last call
 
 
@@ -312,7 +314,7 @@ class LlamaDecoderLayer(_Layer, metaclass=_Recorded):
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self._llama_fast = State()
+        self._llama_fast = State(self)
 
     @functools.wraps(_Layer.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -327,7 +329,7 @@ class LlamaDecoderLayer(_Layer, metaclass=_Recorded):
 
     def _block(self, x: Tensor, arguments: dict[str, Any]) -> Tensor:
         attn = self.self_attn
-        options = BlockOptions(attn.head_dim, self.input_layernorm.variance_epsilon, self._llama_fast.policy)
+        options = self._llama_fast.options
         cos, sin = (t[..., : t.shape[-1] // 2].float() for t in arguments["position_embeddings"])
         cache, rows = arguments.get(layout.CACHE), arguments.get("attention_mask")
         w = block_weights(self)

@@ -58,7 +58,7 @@ def _layer(layer: Any) -> str:
         return f"transformers' own ({type(layer).__name__}, not patched)"
     against = structure_objection(layer)
     state = layer._llama_fast
-    text = f"block, {state.policy}" if against is None else f"ops, for {against}: " + "; ".join(_parts(layer))
+    text = f"block, {state.options.policy}" if against is None else f"ops, for {against}: " + "; ".join(_parts(layer))
     if against is None and state.last not in (None, "block"):
         text += f"; last call: ops, for {state.last}"
     return text
