@@ -1,10 +1,11 @@
 """The block, the training step and the decode, each in every way that people would run it: same weights, same tokens.
 
-Providers: ours with each policy of the block; `eager`, the plain PyTorch of plain.py; transformers as it is, under
-torch.compile, with Liger's kernels, and with torch.utils.checkpoint around each layer. All share one set of weights and
-one optimizer, so that they fit beside each other and can take turns. Flops are model flops, 6 N and attention
-(`LlamaConfig.flops_per_token`; what a policy computes twice does not count), so a line's share of the matrix rate is
-its MFU against the measured peak. On a GPU the shapes are layers of published models; on a CPU they are small.
+Providers: ours with each policy of the block; `llama_fast:hf`, transformers' model patched by `lf.hf.patch`; `eager`,
+the plain PyTorch of plain.py; transformers as it is, under torch.compile, with Liger's kernels, and with
+torch.utils.checkpoint around each layer. All share one set of weights and one optimizer, so that they fit beside each
+other and can take turns. Flops are model flops, 6 N and attention (`LlamaConfig.flops_per_token`; what a policy
+computes twice does not count), so a line's share of the matrix rate is its MFU against the measured peak. On a GPU the
+shapes are layers of published models; on a CPU they are small.
 
 Legend: B batch, T tokens, C width, F ffn width, H heads, L layers.
 """
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import llama_fast
 from llama_fast.block import POLICIES
 from llama_fast.config import LlamaConfig, rope_cos_sin
 from llama_fast.model import Llama
@@ -37,6 +39,7 @@ SMALL = LlamaConfig(768, 6, 12, 12, 2048, 32000, 2048)
 WIDE = LlamaConfig(2048, 1, 16, 16, 5504, 32, 2048)  # a block of a model of 1.3 G parameters
 PROMPT, NEW_TOKENS = 16, 64
 DEFAULT = "recompute-cheap"
+PATCHED = f"{OURS}:hf"
 # Relative root-mean-square difference from eager PyTorch in the same dtype. The error budget is the ops' own tests'.
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-3}
 
@@ -343,6 +346,8 @@ def _training_step(s: Scenario) -> Iterator[tuple[str, Callable[[], Side] | str]
 
     def theirs(way: str) -> Side:
         their = _transformers_model(c, model, liger=way == "transformers+liger")
+        if way == PATCHED:
+            llama_fast.hf.patch(their, fused_loss=True)
         if way == "transformers+checkpoint":
             their.gradient_checkpointing_enable({"use_reentrant": False})
             their.train()
@@ -351,6 +356,7 @@ def _training_step(s: Scenario) -> Iterator[tuple[str, Callable[[], Side] | str]
 
     for policy in (DEFAULT, *(p for p in POLICIES if p != DEFAULT)):
         yield f"{OURS}:{policy}", partial(ours, policy)
+    yield PATCHED, _missing(s.device, _THEIRS) or partial(theirs, PATCHED)
     yield "eager", eager
     for way, needs in _WAYS.items():
         yield way, _missing(s.device, *needs) or partial(theirs, way)
@@ -383,8 +389,10 @@ def _decode(s: Scenario) -> Iterator[tuple[str, Callable[[], Side] | str]]:
 
         return Side(run, no_grad(plain))
 
-    def theirs() -> Side:
+    def theirs(way: str) -> Side:
         their = _transformers_model(c, model)
+        if way == PATCHED:
+            llama_fast.hf.patch(their)
         length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
         arguments = {**length, "do_sample": False, "pad_token_id": 0}
         mask = torch.ones_like(prompt)
@@ -392,8 +400,8 @@ def _decode(s: Scenario) -> Iterator[tuple[str, Callable[[], Side] | str]]:
         return Side(run, no_grad(lambda p: their(p).logits))
 
     yield OURS, lambda: Side(lambda: model.generate(prompt, max_new_tokens=NEW_TOKENS), no_grad(model))
-    yield "eager", eager
-    yield "transformers", _missing(s.device, _THEIRS) or theirs
+    for way in (PATCHED, "eager", "transformers"):
+        yield way, eager if way == "eager" else _missing(s.device, _THEIRS) or partial(theirs, way)
 
 
 # ---- which ones -----------------------------------------------------------------------------------------------------

@@ -33,7 +33,9 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:
+if TYPE_CHECKING:
+    from llama_fast import hf as hf
+else:
 
     def __getattr__(name: str) -> Any:
         """`llama_fast.hf`, imported when first used, since it imports transformers."""

@@ -254,9 +254,10 @@ def test_every_way_to_run_a_model_gives_a_line(op: str, monkeypatch: pytest.Monk
     wrong = [(n, x.reason) for n, x in lines.items() if x.status == "wrong"]
     assert not wrong
     if op == "decode":
-        assert list(lines) == ["llama_fast", "eager", "transformers"]
+        assert list(lines) == ["llama_fast", "llama_fast:hf", "eager", "transformers"]
     else:
         ours = [f"llama_fast:{p}" for p in ("recompute-cheap", "save", "recompute-all")]
+        ours += ["llama_fast:hf"] * (op == "training_step")
         expected = [*ours, "eager", "transformers", "transformers+checkpoint", "transformers+liger"]
         assert list(lines) == expected
     absent = {n: x.reason for n, x in lines.items() if x.status == "not run"}
