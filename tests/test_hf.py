@@ -125,7 +125,7 @@ def test_the_attention_implementation_comes_back(implementation: str) -> None:
     lf.hf.unpatch(lf.hf.patch(model))
     assert model.config._attn_implementation == implementation
     lf.hf.patch(model)
-    model.set_attn_implementation("sdpa")  # the user's later choice stands, in the patched model too
+    model.config._attn_implementation = "sdpa"  # the user's later choice stands, in the patched model too
     model(tokens())
     assert ran(model) == "the attention implementation is sdpa"
     lf.hf.unpatch(model)

@@ -161,7 +161,7 @@ def test_other_architectures_take_the_attention(kind: str) -> None:
         model = getattr(transformers, f"{kind}ForCausalLM")(config).double().eval()
         found = []
         for name in ("sdpa", NAME):
-            model.set_attn_implementation(name)
+            model.config._attn_implementation = name
             found.append([model(tokens()).logits, model(tokens(), attention_mask=_PADDED.long()).logits[_PADDED]])
         torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-6)
     finally:

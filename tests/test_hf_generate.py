@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from typing import Any
 
 import pytest
@@ -94,7 +95,12 @@ def test_a_cache_is_continued(pair: tuple[Any, Any]) -> None:
 
 def test_a_static_cache_is_filled_by_hand(pair: tuple[Any, Any]) -> None:
     ids = tokens(length=24)
-    cache = transformers.StaticCache(config=pair[1].config, max_cache_len=32)
+    sizes = (
+        {"max_batch_size": 3, "dtype": torch.float64}
+        if "max_batch_size" in inspect.signature(transformers.StaticCache).parameters
+        else {}
+    )
+    cache = transformers.StaticCache(config=pair[1].config, max_cache_len=32, **sizes)
     with torch.no_grad():
         whole = pair[0](ids).logits
         for begin, end in ((0, 10), (10, 11), (11, 24)):
