@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llama_fast.files import new_folder
+from llama_fast.weights.gguf import GGUFSource
 from llama_fast.weights.hf import CONFIG, HFSource, write_hf
 from llama_fast.weights.meta import PARAMS, MetaSource, write_meta
 from llama_fast.weights.source import ModelSource, Progress, Source, tensor_shapes
@@ -46,9 +47,12 @@ def open_checkpoint(path: Path | str, max_seq_len: int | None = None) -> Source:
 
     Raises:
         FileNotFoundError: nothing is there, or a file of it is missing.
+        ImportError: a .gguf file needs the extra `gguf`.
         ValueError: it is none of these, damaged, or not a LLaMA; the message names the file and the tensors.
     """
     path = Path(path)
+    if path.is_file():
+        return GGUFSource(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such folder or file")
     if (path / CONFIG).is_file():

@@ -1,0 +1,216 @@
+"""GGUF files of architecture llama, read through PyPI's `gguf` (the extra `gguf`), their weights dequantised.
+
+llama.cpp keeps the rows of the query and key projections in Meta's rotary order, rounds numbers of the config to
+float32, and writes Llama 3.1's rotary scaling as a tensor, `rope_freqs.weight`: by what each frequency is divided.
+
+Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; llama.cpp, convert_hf_to_gguf.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llama_fast.config import LinearRopeScaling, Llama3RopeScaling, LlamaConfig, RopeScaling
+from llama_fast.weights.source import (
+    EMBEDDING,
+    HEAD,
+    Source,
+    check_tensors,
+    copy_pairs_to_halves,
+    main_dtype,
+    tensor_shapes,
+)
+
+_LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_TOP = {EMBEDDING: "token_embd.weight", "norm.weight": "output_norm.weight", HEAD: "output.weight"}
+_OURS = {v: k for k, v in (_LAYER | _TOP).items()}
+_ROPE = "rope_freqs.weight"
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_LLAMA3_SCALING = (1.0, 4.0, 8192)  # what the converter assumes where the config names nothing else
+
+
+def gguf_name(name: str) -> str:
+    """Llama's name of a tensor to GGUF's."""
+    if name in _TOP:
+        return _TOP[name]
+    _, layer, rest = name.split(".", 2)
+    return f"blk.{layer}.{_LAYER[rest.removesuffix('.weight')]}.weight"
+
+
+def _our_name(stored: str) -> str | None:
+    if stored in _OURS:
+        return _OURS[stored]
+    match = re.fullmatch(r"blk\.(\d+)\.(.+)\.weight", stored)
+    return f"layers.{match[1]}.{_OURS[match[2]]}.weight" if match and match[2] in _OURS else None
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """The metadata of a GGUF file by key: numbers, strings and lists of these.
+
+    Raises:
+        ImportError: the package `gguf` is not installed.
+        ValueError: no GGUF file, or a truncated one; names the tensors that are cut off.
+    """
+    return _fields(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)
+def _fields(path: Path, changed: int) -> dict[str, Any]:
+    return {name: field.contents() for name, field in _reader(path, changed).fields.items()}
+
+
+@functools.lru_cache(maxsize=1)  # its metadata take seconds: the weights and the tokenizer share one reading
+def _reader(path: Path, changed: int) -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise ImportError(f"{path}: reading GGUF needs the package gguf: pip install 'llama_fast[gguf]'") from None
+
+    class Reader(gguf.GGUFReader):
+        def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+            cut = []
+            for field in fields:
+                _, name, _, dims, kind, offset = field.parts
+                per_block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(int(kind[0]))]
+                nbytes = math.prod(int(n) for n in dims) // per_block * block_bytes
+                if start_offs + int(offset[0]) + nbytes > len(self.data):
+                    cut.append(bytes(name).decode())
+            if cut:
+                raise ValueError(f"truncated, tensors cut off: {', '.join(cut[:8])}")
+            super()._build_tensors(start_offs, fields)
+
+    try:
+        return Reader(path)
+    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {error}: expected a whole GGUF file") from None
+
+
+def config_from_gguf(
+    fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], rope_divisors: Tensor | None = None
+) -> LlamaConfig:
+    """The LlamaConfig of a file's metadata.
+
+    Args:
+        fields: as `read_fields` gives them.
+        shapes: of its tensors by Llama's name; the vocabulary and whether the output projection is tied stand there.
+        rope_divisors: [D/2], the tensor `rope_freqs.weight`.
+
+    Raises:
+        ValueError: another architecture, a missing size, or an option that this architecture does not have.
+    """
+    if fields.get("general.architecture") != "llama":
+        raise ValueError(f"general.architecture = {fields.get('general.architecture')!r}: expected 'llama'")
+    if fields.get("llama.expert_count", 0):
+        raise ValueError(f"llama.expert_count = {fields['llama.expert_count']}: expected 0, no mixture of experts")
+    if fields.get("split.count", 1) > 1:
+        raise ValueError(
+            f"split.count = {fields['split.count']}: expected one file; llama.cpp's gguf-split merges them"
+        )
+    try:
+        dim, heads = fields["llama.embedding_length"], fields["llama.attention.head_count"]
+        head_dim = fields.get("llama.attention.key_length", fields.get("llama.rope.dimension_count", dim // heads))
+        theta = _as_written(fields.get("llama.rope.freq_base", 10000.0))
+        config = LlamaConfig(
+            dim=dim,
+            n_layers=fields["llama.block_count"],
+            n_heads=heads,
+            n_kv_heads=fields.get("llama.attention.head_count_kv", heads),
+            ffn_dim=fields["llama.feed_forward_length"],
+            vocab_size=shapes.get(EMBEDDING, (fields.get("llama.vocab_size", 0),))[0],
+            max_seq_len=fields["llama.context_length"],
+            norm_eps=_as_written(fields["llama.attention.layer_norm_rms_epsilon"]),
+            rope_theta=theta,
+            rope_scaling=_scaling(fields, head_dim, theta, rope_divisors),
+            tie_embeddings=HEAD not in shapes,
+            explicit_head_dim=None if head_dim * heads == dim else head_dim,
+        )
+    except KeyError as error:
+        raise ValueError(f"{error.args[0]} is missing") from None
+    turned = fields.get("llama.rope.dimension_count", config.head_dim)
+    if turned != config.head_dim:
+        raise ValueError(f"llama.rope.dimension_count = {turned}: expected head_dim = {config.head_dim}")
+    return config
+
+
+def _as_written(value: float) -> float:
+    """The shortest number that rounds to the float32 `value`: 1e-05 for 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _scaling(fields: Mapping[str, Any], head_dim: int, theta: float, divisors: Tensor | None) -> RopeScaling | None:
+    kind = fields.get("llama.rope.scaling.type", "none")
+    if divisors is not None:
+        scaling = Llama3RopeScaling(_as_written(divisors.max().item()), *_LLAMA3_SCALING)
+        freqs = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        expected = freqs / scaling.scale(freqs)
+        if divisors.shape != expected.shape or not torch.allclose(divisors.double(), expected, rtol=1e-4):
+            raise ValueError(f"{_ROPE} holds {divisors.tolist()}: expected those of Llama 3.1's scaling")
+        return scaling
+    if kind == "linear":
+        return LinearRopeScaling(_as_written(fields["llama.rope.scaling.factor"]))
+    if kind != "none":
+        raise ValueError(f"llama.rope.scaling.type = {kind!r}: expected none or linear")
+    return None
+
+
+class GGUFSource(Source):
+    """The file `path`. It is mapped: only the tensor that is being read takes memory of the process.
+
+    Raises:
+        ImportError: the package `gguf` is not installed.
+        ValueError: the file is damaged, no LLaMA's, or its tensors are not those of its config.
+    """
+
+    def __init__(self, path: Path) -> None:
+        fields = read_fields(path)
+        stored = {t.name: t for t in _reader(path, path.stat().st_mtime_ns).tensors}
+        divisors = stored.pop(_ROPE, None)
+        self._tensors = {ours: t for name, t in stored.items() if (ours := _our_name(name)) is not None}
+        shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
+        try:
+            freqs = None if divisors is None else torch.from_numpy(divisors.data.astype(np.float64))
+            config = config_from_gguf(fields, shapes, freqs)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        unknown = [name for name in stored if _our_name(name) is None]
+        check_tensors(path, config, shapes, unknown, gguf_name)
+        self._config = config
+        sizes = [(_FLOATS.get(t.tensor_type.name, torch.float32), int(t.n_elements)) for t in self._tensors.values()]
+        super().__init__(path, config, main_dtype(sizes))
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        from gguf.quants import dequantize
+
+        stored = self._tensors[name]
+        kind = stored.tensor_type.name
+        try:
+            numbers = stored.data if kind == "F64" else dequantize(stored.data, stored.tensor_type)
+        except NotImplementedError:
+            raise ValueError(
+                f"{self.path}: tensor {stored.name} is {kind}: expected a type that gguf dequantises"
+            ) from None
+        t = torch.from_numpy(numbers if numbers.flags.writeable else numbers.copy())
+        t = t.view(tensor_shapes(self._config)[name])
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            copy_pairs_to_halves(out, t, self._config.head_dim)
+        else:
+            out.copy_(t)
