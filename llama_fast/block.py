@@ -91,11 +91,15 @@ class AnyCache(Protocol):
 
 
 class Cache(NamedTuple):
-    """Keys and values of one layer for generation: room [B, S_max, G, D] of which `used` rows are filled."""
+    """Keys and values of one layer for generation: room [B, S_max, G, D] of which `used` rows are filled.
+
+    With `starts`, B numbers, the tokens of row b begin there: what stands before is neither read nor attended to.
+    """
 
     k_BSGD: Tensor
     v_BSGD: Tensor
     used: int
+    starts: tuple[int, ...] | None = None
 
     def append(self, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
         """Writes new rows at `used` and gives all that are filled."""
@@ -143,7 +147,12 @@ def _forward(
     q, k, v_BTGD = (linear.nt(n1_all, m).view(B, tokens, m.shape[0] // D, D) for m in (w.wq_HDxC, w.wk_GDxC, w.wv_GDxC))
     q_BTHD, k_BTGD = _rope_fwd(q, k, cos, sin, options.interleaved, backend=backend)
     keys, values = (k_BTGD, v_BTGD) if cache is None else cache.append(k_BTGD, v_BTGD)
-    out_BTHD, lse_BHT = _attention_fwd(q_BTHD, keys, values, cu_seqlens, D**-0.5, True, options.window, backend=backend)
+    if isinstance(cache, Cache) and cache.starts is not None:
+        out_BTHD, lse_BHT = _attend_from(cache.starts, q_BTHD, keys, values, options, backend)
+    else:
+        out_BTHD, lse_BHT = _attention_fwd(
+            q_BTHD, keys, values, cu_seqlens, D**-0.5, True, options.window, backend=backend
+        )
     attended_RC = join.reduce(linear.nt(out_BTHD.flatten(2).flatten(0, 1), w.wo_CxHD))
     n2_RC, h_RC, rstd2_R = _add_rms_norm_fwd(attended_RC, x_RC, w.norm2_C, options.eps, backend=backend)
     n2_all = join.gather(n2_RC)
@@ -153,6 +162,27 @@ def _forward(
     return y_RC.view(B, T, C), _Activations(
         n1_RC, rstd1_R, q_BTHD, k_BTGD, v_BTGD, out_BTHD, lse_BHT, h_RC, n2_RC, rstd2_R, gate_RF, up_RF, act_RF
     )
+
+
+def _attend_from(
+    starts: tuple[int, ...],
+    q_BTHD: Tensor,
+    k_BSGD: Tensor,
+    v_BSGD: Tensor,
+    options: BlockOptions,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of rows that begin at `starts`, one after the other; queries before that give zeros."""
+    B, T, H, _ = q_BTHD.shape
+    before = k_BSGD.shape[1] - T
+    out_BTHD, lse_BHT = torch.zeros_like(q_BTHD), q_BTHD.new_zeros(B, H, T, dtype=torch.float32)
+    for b, start in enumerate(starts):
+        first = min(max(start - before, 0), T)
+        if first < T:
+            q, k, v = q_BTHD[b : b + 1, first:], k_BSGD[b : b + 1, start:], v_BSGD[b : b + 1, start:]
+            out, _ = _attention_fwd(q, k, v, None, options.head_dim**-0.5, True, options.window, backend=backend)
+            out_BTHD[b, first:] = out[0]
+    return out_BTHD, lse_BHT
 
 
 def _backward(
@@ -321,6 +351,8 @@ def _check_cache(cache: Cache, shape: tuple[int, ...], G: int, D: int, dtype: to
             raise ValueError(f"block: cache.{name} has dtype {room.dtype}, expected {dtype}")
     if cache.used < 0:
         raise ValueError(f"block: cache.used is {cache.used}, expected 0 or more")
+    if cache.starts is not None and (len(cache.starts) != B or not all(s >= 0 for s in cache.starts)):
+        raise ValueError(f"block: cache.starts is {cache.starts}, expected {B} numbers of 0 or more")
 
 
 def transformer_block(
@@ -363,8 +395,8 @@ def transformer_block(
     """
     if cos.ndim == 2:
         cos, sin = cos.unsqueeze(0), sin.unsqueeze(0)
-    if isinstance(cache, Cache) and not return_keys and _may_decode(x, options):
-        y = native.decode_block(x, weights, cos, sin, *cache, options.eps, options.interleaved, options.window)
+    if isinstance(cache, Cache) and cache.starts is None and not return_keys and _may_decode(x, options):
+        y = native.decode_block(x, weights, cos, sin, *cache[:3], options.eps, options.interleaved, options.window)
         if y is not None:
             return y
     dtype = _compute_dtype(x)

@@ -1,21 +1,27 @@
-"""Generation with a preallocated key/value cache: the prompt in one pass, then a token at a time.
+"""Generation with a preallocated key/value cache: the prompts in chunks, then a token at a time.
 
-Legend: L layers, B batch, S tokens so far, G key/value heads, D head dim, V vocabulary.
+Prompts of different lengths are aligned at their ends: row b of the cache holds its keys from `starts[b]` on, its
+positions count from there, and nothing attends to what lies before. So each row is what it is alone.
+
+Legend: L layers, B batch, T tokens of a call, S tokens so far, G key/value heads, D head dim, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from llama_fast.block import Cache
 from llama_fast.config import LlamaConfig
+from llama_fast.sampling import Sampler
 
 if TYPE_CHECKING:
     from llama_fast.model import Llama
+
+PREFILL_CHUNK = 1024  # tokens of a prompt in one pass: bounds the memory of its activations
 
 
 class KVCache:
@@ -26,15 +32,23 @@ class KVCache:
         batch: B.
         room: the most tokens that it will hold.
         device, dtype: of keys and values.
+        starts: B numbers, where the tokens of each row begin; None for 0.
     """
 
     def __init__(
-        self, config: LlamaConfig, batch: int, room: int, device: torch.device | str, dtype: torch.dtype
+        self,
+        config: LlamaConfig,
+        batch: int,
+        room: int,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        starts: Sequence[int] | None = None,
     ) -> None:
         shape = (config.n_layers, batch, room, config.n_kv_heads, config.head_dim)
         self.k_LBSGD = torch.empty(shape, device=device, dtype=dtype)
         self.v_LBSGD = torch.empty(shape, device=device, dtype=dtype)
         self.used = 0
+        self.starts = tuple(starts) if starts is not None and any(starts) else None
         self._layers = list(zip(self.k_LBSGD, self.v_LBSGD, strict=True))
 
     @property
@@ -42,92 +56,151 @@ class KVCache:
         """Tokens that still fit."""
         return self.k_LBSGD.shape[2] - self.used
 
+    def grow(self, room: int) -> None:
+        """Makes room for `room` tokens in all, keeping what is there; never shrinks."""
+        old_k, old_v = self.k_LBSGD, self.v_LBSGD
+        L, B, S, G, D = old_k.shape
+        if room > S:
+            self.k_LBSGD, self.v_LBSGD = (t.new_empty(L, B, room, G, D) for t in (old_k, old_v))
+            self.k_LBSGD[:, :, : self.used] = old_k[:, :, : self.used]
+            self.v_LBSGD[:, :, : self.used] = old_v[:, :, : self.used]
+            self._layers = list(zip(self.k_LBSGD, self.v_LBSGD, strict=True))
+
     def layer(self, i: int) -> Cache:
         """Keys and values of layer i, as the block takes them."""
-        return Cache(*self._layers[i], self.used)
+        return Cache(*self._layers[i], self.used, self.starts)
 
 
-class Sampler:
-    """Chooses a token from each row of logits.
+class Step(NamedTuple):
+    """One new token of each row.
 
     Args:
-        temperature: 0 takes the likeliest; else divides the logits.
-        top_k: keep the k likeliest; None for all.
-        top_p: keep the likeliest whose probabilities reach p together; None for all.
-        seed: of the draws; None for torch's generator.
-        device: where the logits are.
-
-    Raises:
-        ValueError: names the argument, its value and what was expected.
+        tokens: [B] int64, on the device of the model.
+        logprobs: [B] float32, the natural logarithm of each one's probability under the model, before any filter; or
+            None where they were not asked for.
     """
 
-    def __init__(
-        self,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        if not 0.0 <= temperature < float("inf"):
-            raise ValueError(f"temperature = {temperature}: expected a finite number of 0 or more")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k = {top_k}: expected 1 or more")
-        if top_p is not None and not 0.0 < top_p <= 1.0:
-            raise ValueError(f"top_p = {top_p}: expected a number above 0 and at most 1")
-        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
-        self.generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    tokens: Tensor
+    logprobs: Tensor | None
 
-    def __call__(self, logits_BV: Tensor) -> Tensor:
-        """[B, V] -> [B] int64."""
-        logits = logits_BV.float()
-        if self.temperature == 0.0:
-            return logits.argmax(-1)
-        logits = logits / self.temperature
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
-            least = logits.topk(self.top_k, dim=-1).values[:, -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
-        if self.top_p is not None and self.top_p < 1.0:
-            ordered, order = logits.sort(dim=-1, descending=True)
-            before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-            drop = (before >= self.top_p).scatter(-1, order, before >= self.top_p)
-            logits = logits.masked_fill(drop, -torch.inf)
-        return torch.multinomial(logits.softmax(-1), 1, generator=self.generator).squeeze(-1)
+
+@torch.no_grad()
+def stream(
+    model: Llama,
+    tokens: Tensor | Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampler: Sampler,
+    eos_ids: Sequence[int] = (),
+    *,
+    logprobs: bool = False,
+    prefill_chunk: int = PREFILL_CHUNK,
+    cache: KVCache | None = None,
+) -> Iterator[Step]:
+    """The new tokens, one step after the other; see `Llama.stream`.
+
+    Args:
+        model: the model.
+        tokens: prompts, [B, T] int64 or B lists.
+        max_new_tokens: how many to add at most.
+        sampler: chooses.
+        eos_ids: a row that gives one of them is filled with the first from there on; all rows done ends it.
+        logprobs: give them in each step.
+        prefill_chunk: tokens of the prompt in one pass.
+        cache: of the tokens that stand before the prompt (B = 1); it is left with those of all but the last new token.
+
+    Raises:
+        ValueError: an argument is out of its range, or the prompt and the new tokens exceed max_seq_len.
+    """
+    weight = model.lm_head.weight
+    prompts, starts = _aligned(tokens, weight.device)
+    B, T = prompts.shape
+    _check(model.config, T, 0 if cache is None else cache.used, max_new_tokens, prefill_chunk)
+    if cache is None:
+        cache = KVCache(model.config, B, T + max_new_tokens, weight.device, weight.dtype, starts)
+    else:
+        cache.grow(cache.used + T + max_new_tokens)
+    if max_new_tokens == 0:
+        return
+    seen_BV = _seen(prompts, starts, model.config.vocab_size) if sampler.penalises else None
+    stops = torch.tensor(list(eos_ids), device=prompts.device)
+    done = torch.zeros(B, dtype=torch.bool, device=prompts.device)
+    for at in range(0, T - prefill_chunk, prefill_chunk):
+        model.hidden(prompts[:, at : at + prefill_chunk], cache)
+    step = prompts[:, (T - 1) // prefill_chunk * prefill_chunk :]
+    for _ in range(max_new_tokens):
+        logits_BV = model.lm_head(model.hidden(step, cache)[:, -1])
+        chosen = sampler(logits_BV, seen_BV)
+        if len(stops):
+            chosen = torch.where(done, stops[0], chosen)
+        if seen_BV is not None:
+            seen_BV.scatter_(1, chosen[:, None], True)
+        yield Step(chosen, _logprobs(logits_BV, chosen) if logprobs else None)
+        if len(stops):
+            done |= (chosen[:, None] == stops).any(1)
+            if bool(done.all()):
+                return
+        step = chosen.unsqueeze(1)
 
 
 def generate(
     model: Llama,
-    tokens: Tensor,
+    tokens: Tensor | Sequence[Sequence[int]],
     max_new_tokens: int,
     sampler: Sampler,
-    eos_id: int | None = None,
-    on_token: Callable[[Tensor], object] | None = None,
-) -> Tensor:
+    eos_ids: Sequence[int] = (),
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> Any:
     """See `Llama.generate`."""
-    if tokens.ndim != 2 or tokens.shape[1] < 1:
-        raise ValueError(f"tokens is {tuple(tokens.shape)}: expected [B, T] with T of 1 or more")
+    steps = stream(model, tokens, max_new_tokens, sampler, eos_ids, prefill_chunk=prefill_chunk)
+    columns = [step.tokens for step in steps]
+    if isinstance(tokens, Tensor):
+        return torch.cat([tokens, *(c.unsqueeze(1) for c in columns)], dim=1)
+    added = torch.stack(columns, dim=1).tolist() if columns else [[] for _ in tokens]
+    return [[*prompt, *until(new, eos_ids)] for prompt, new in zip(tokens, added, strict=True)]
+
+
+def until(ids: Sequence[int], stops: Sequence[int]) -> list[int]:
+    """`ids` up to and with the first of `stops`."""
+    for i, token in enumerate(ids):
+        if token in stops:
+            return list(ids[: i + 1])
+    return list(ids)
+
+
+def _aligned(tokens: Tensor | Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, list[int] | None]:
+    """Prompts [B, T] that end together, and where each begins; None where all begin at 0."""
+    if isinstance(tokens, Tensor):
+        if tokens.ndim != 2 or tokens.shape[1] < 1:
+            raise ValueError(f"tokens is {tuple(tokens.shape)}: expected [B, T] with T of 1 or more")
+        return tokens, None
+    lengths = [len(row) for row in tokens]
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"tokens has rows of {lengths} ids: expected one row or more, each of 1 id or more")
+    T = max(lengths)
+    prompts = torch.tensor([[0] * (T - len(row)) + list(row) for row in tokens], dtype=torch.int64, device=device)
+    return prompts, [T - n for n in lengths]
+
+
+def _check(config: LlamaConfig, T: int, used: int, max_new_tokens: int, prefill_chunk: int) -> None:
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens = {max_new_tokens}: expected 0 or more")
-    total = tokens.shape[1] + max_new_tokens
-    if total > model.config.max_seq_len:
+    if prefill_chunk < 1:
+        raise ValueError(f"prefill_chunk = {prefill_chunk}: expected 1 or more")
+    left = config.max_seq_len - used - T
+    if max_new_tokens > left:
         raise ValueError(
-            f"max_new_tokens = {max_new_tokens}: with a prompt of {tokens.shape[1]} tokens, expected at most "
-            f"{model.config.max_seq_len - tokens.shape[1]} (max_seq_len is {model.config.max_seq_len})"
+            f"max_new_tokens = {max_new_tokens}: with a prompt of {used + T} tokens, expected at most {left} "
+            f"(max_seq_len is {config.max_seq_len})"
         )
-    weight = model.lm_head.weight
-    cache = KVCache(model.config, tokens.shape[0], total, weight.device, weight.dtype)
-    columns, step = [tokens], tokens
-    done = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-    for _ in range(max_new_tokens):
-        logits_BV = model.lm_head(model.hidden(step, cache)[:, -1])
-        chosen = sampler(logits_BV)
-        if eos_id is not None:
-            chosen = torch.where(done, eos_id, chosen)
-            done |= chosen == eos_id
-        if on_token is not None:
-            on_token(chosen)
-        step = chosen.unsqueeze(1)
-        columns.append(step)
-        if eos_id is not None and bool(done.all()):
-            break
-    return torch.cat(columns, dim=1)
+
+
+def _seen(prompts: Tensor, starts: list[int] | None, vocab_size: int) -> Tensor:
+    """[B, V] bool: the tokens of each prompt, without those that only fill it up."""
+    seen = torch.zeros(prompts.shape[0], vocab_size, dtype=torch.bool, device=prompts.device)
+    for b, row in enumerate(prompts):
+        seen[b, row[0 if starts is None else starts[b] :]] = True
+    return seen
+
+
+def _logprobs(logits_BV: Tensor, chosen: Tensor) -> Tensor:
+    return logits_BV.float().log_softmax(-1).gather(1, chosen[:, None]).squeeze(1)

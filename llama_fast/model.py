@@ -6,9 +6,9 @@ Legend: B batch, T tokens, C width, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from llama_fast.generate import KVCache
 from llama_fast.nn import Linear, RMSNorm, TransformerBlock
 from llama_fast.ops.linear_cross_entropy import linear_cross_entropy
 from llama_fast.plain import check_targets, check_tokens, init_weights_
+from llama_fast.sampling import Sampler
+
+Prompts = TypeVar("Prompts", bound=Tensor | Sequence[Sequence[int]])
 
 
 class Llama(nn.Module):
@@ -102,6 +105,13 @@ class Llama(nn.Module):
         cos, sin = self._rope
         return cos[start:end], sin[start:end]
 
+    def _rope_from(self, start: int, end: int, starts: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos, sin [B, T, D/2] of rows whose position 0 is at `starts`; what lies before has that of 0."""
+        cos, sin = self.rope_tables(0, end, device)
+        positions = torch.arange(start, end, device=device) - torch.tensor(starts, device=device)[:, None]
+        positions.clamp_(min=0)
+        return cos[positions], sin[positions]
+
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Normalised last hidden states [B, T, C] of `tokens` [B, T] int64; with a cache, of the tokens after its own.
 
@@ -116,6 +126,8 @@ class Llama(nn.Module):
         if cache is not None and tokens.shape[1] > cache.room:
             raise ValueError(f"tokens has T = {tokens.shape[1]}: expected at most the cache's room of {cache.room}")
         cos, sin = self.rope_tables(start, end, tokens.device)
+        if cache is not None and cache.starts is not None:
+            cos, sin = self._rope_from(start, end, cache.starts, tokens.device)
         x = F.embedding(tokens, self.embed_tokens.weight)
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, cache=None if cache is None else cache.layer(i))
@@ -200,36 +212,77 @@ class Llama(nn.Module):
         """
         weights.write(weights.ModelSource(self), path, format, shards=shards, dtype=dtype, progress=progress)
 
-    @torch.no_grad()
     def generate(
         self,
-        tokens: Tensor,
+        tokens: Prompts,
         *,
         max_new_tokens: int,
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
         seed: int | None = None,
-        eos_id: int | None = None,
-        on_token: Callable[[Tensor], object] | None = None,
-    ) -> Tensor:
-        """Continue `tokens`, greedily at temperature 0, else by sampling.
+        eos_id: int | Sequence[int] | None = None,
+        prefill_chunk: int = generation.PREFILL_CHUNK,
+    ) -> Prompts:
+        """Continue prompts, greedily at temperature 0, else by sampling (sampling.py).
 
         Args:
-            tokens: [B, T] int64, T >= 1, prompts of equal length.
+            tokens: [B, T] int64, T >= 1; or B lists of ids, which may differ in length.
             max_new_tokens: how many to add at most.
             temperature: divides the logits before sampling.
             top_k: sample among the k likeliest.
             top_p: sample among the likeliest whose probabilities reach p together.
+            min_p: sample among those whose probability is at least min_p times the largest.
+            repetition_penalty: above 1 makes tokens that stand in the text already less likely, also at temperature 0.
             seed: of the sampling; None draws from torch's generator.
-            eos_id: a row that gives it is filled with it from there on; all rows done ends the call.
-            on_token: called with each new column [B] int64 as it is made.
+            eos_id: one or several ids that end a row; all rows done ends the call.
+            prefill_chunk: tokens of the prompt in one pass.
 
         Returns:
-            [B, T + new] int64, new <= max_new_tokens.
+            For a tensor [B, T + new] int64, new <= max_new_tokens, a row that is done filled with the first eos_id; for
+            lists, lists, each ending with its own eos_id.
 
         Raises:
             ValueError: an argument is out of its range, or T + max_new_tokens exceeds max_seq_len.
         """
-        sampler = generation.Sampler(temperature, top_k, top_p, seed, tokens.device)
-        return generation.generate(self, tokens, max_new_tokens, sampler, eos_id, on_token)
+        sampler = Sampler(temperature, top_k, top_p, min_p, repetition_penalty, seed, self.lm_head.weight.device)
+        return generation.generate(self, tokens, max_new_tokens, sampler, _ids(eos_id), prefill_chunk)
+
+    def stream(
+        self,
+        tokens: Tensor | Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        eos_id: int | Sequence[int] | None = None,
+        logprobs: bool = False,
+        prefill_chunk: int = generation.PREFILL_CHUNK,
+        cache: KVCache | None = None,
+        **sampling: Any,
+    ) -> Iterator[generation.Step]:
+        """As `generate`, a step at a time: the next token of each row is computed when it is asked for.
+
+        Args:
+            tokens, max_new_tokens, eos_id, prefill_chunk: as for `generate`.
+            logprobs: give each token's log-probability too, under the model, before temperature and filters.
+            cache: of earlier tokens, which the prompt goes on from (B = 1).
+            sampling: temperature, top_k, top_p, min_p, repetition_penalty, seed.
+
+        Returns:
+            An iterator of steps: `tokens` [B] int64, `logprobs` [B] float32 or None.
+
+        Raises:
+            ValueError: as `generate`.
+        """
+        sampler = Sampler(**sampling, device=self.lm_head.weight.device)
+        return generation.stream(
+            self, tokens, max_new_tokens, sampler, _ids(eos_id),
+            logprobs=logprobs, prefill_chunk=prefill_chunk, cache=cache,
+        )  # fmt: skip
+
+
+def _ids(eos_id: int | Sequence[int] | None) -> Sequence[int]:
+    if eos_id is None:
+        return ()
+    return (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)

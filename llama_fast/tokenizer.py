@@ -45,7 +45,11 @@ _SAMPLE_BYTES = 10_000_000  # trains in seconds; more text moves few of the 32,0
 
 
 class Tokenizer:
-    """A SentencePiece BPE model with byte fallback, from the file at `path` (LLaMA 1 and 2's `tokenizer.model` fits).
+    """A SentencePiece BPE model with byte fallback (LLaMA 1 and 2's `tokenizer.model` fits).
+
+    Args:
+        path: the model's file; with `model`, only the name in messages.
+        model: the file's contents, where they stand elsewhere.
 
     Raises:
         FileNotFoundError: there is no file at `path`.
@@ -53,11 +57,15 @@ class Tokenizer:
             piece, no beginning- or end-of-text id, or a normaliser that changes text); the message names `path`.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    adds_bos = True  # LLaMA was trained on texts that begin with it
+
+    def __init__(self, path: str | os.PathLike[str], *, model: bytes | None = None) -> None:
         self.path = Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"tokenizer: {self.path} is not a file; expected a SentencePiece model")
-        model = self.path.read_bytes()
+        if model is None:
+            if not self.path.is_file():
+                raise FileNotFoundError(f"tokenizer: {self.path} is not a file; expected a SentencePiece model")
+            model = self.path.read_bytes()
+        self.model = model
         self._fingerprint = hashlib.sha256(model).hexdigest()
         self._sp = _load(model, self.path)
         size = self._sp.get_piece_size()
@@ -71,6 +79,7 @@ class Tokenizer:
                 f"tokenizer: {self.path} has bos id {self.bos_id} and eos id {self.eos_id}; "
                 f"expected both in [0, {size})"
             )
+        self._controls: tuple[re.Pattern[str], dict[str, int]] | None = None
         self._pieces = [self._piece_bytes(i) for i in range(size)]
         self._after_newline = {
             char for piece in self._pieces for char in _BEHIND_NEWLINE.findall(piece.decode(errors="replace"))
@@ -150,6 +159,11 @@ class Tokenizer:
         return int(self._sp.eos_id())
 
     @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer."""
+        return (self.eos_id,)
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the model file, in hexadecimal."""
         return self._fingerprint
@@ -202,6 +216,22 @@ class Tokenizer:
             yield [i for ids in self._encode_segments(part, num_threads) for i in ids]
         if eos:
             yield [self.eos_id]
+
+    def encode_marked(self, text: str) -> list[int]:
+        """As `encode`, but the names of control pieces in it, "<s>" say, are these pieces: for chat templates.
+
+        What stands between them is encoded as texts of their own, as LLaMA 2's own code does.
+        """
+        if self._controls is None:
+            names = {str(self._sp.id_to_piece(i)): i for i in range(self.vocab_size) if self._sp.is_control(i)}
+            self._controls = re.compile("|".join(map(re.escape, names))), names
+        pattern, ids = self._controls
+        parts = pattern.split(text)
+        marks = [ids[name] for name in pattern.findall(text)]
+        result = self.encode(parts[0])
+        for mark, part in zip(marks, parts[1:], strict=True):
+            result += [mark, *self.encode(part)]
+        return result
 
     def decode_bytes(self, ids: Iterable[int], *, continuation: bool = False) -> bytes:
         """The bytes that `ids` stand for; control ids stand for none.

@@ -1,0 +1,114 @@
+"""What stands beside the weights of a checkpoint: its tokenizer and its chat template, whatever the format.
+
+tokenizer.json                    Hugging Face's                       bpe.py
+tokenizer.model                   SentencePiece's, or Llama 3's        tokenizer.py, bpe.py
+inside a .gguf file               either kind                          sentencepiece_model below, bpe.py
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from llama_fast import bpe
+from llama_fast.bpe import BPETokenizer
+from llama_fast.files import read_json
+from llama_fast.tokenizer import Tokenizer
+from llama_fast.weights.gguf import read_fields
+
+AnyTokenizer = Tokenizer | BPETokenizer
+
+
+def load_tokenizer(path: Path | str) -> AnyTokenizer:
+    """The tokenizer of the checkpoint at `path`; of a training run's checkpoint, that of the run.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ImportError: it needs an extra that is not installed; the message names it.
+        ValueError: it is damaged, or of a kind that is not known here.
+    """
+    path = Path(path)
+    if path.is_file():
+        fields = read_fields(path)
+        kind = fields.get("tokenizer.ggml.model")
+        if kind == "gpt2":
+            return bpe.from_gguf(path, fields)
+        if kind == "llama":
+            return Tokenizer(path, model=sentencepiece_model(path, fields))
+        raise ValueError(f"{path}: tokenizer.ggml.model = {kind!r}: expected gpt2 or llama")
+    if (path / "tokenizer.json").is_file():
+        return bpe.from_folder(path)
+    for file in (path / "tokenizer.model", path.parent / "tokenizer.model"):
+        if file.is_file():
+            with open(file, "rb") as opened:
+                return bpe.from_tiktoken(file) if bpe.is_tiktoken(opened.read(256)) else Tokenizer(file)
+    raise FileNotFoundError(f"{path}: expected tokenizer.json or tokenizer.model, in it or in the run that it is of")
+
+
+def chat_template(path: Path | str) -> str | None:
+    """The source of the chat template of the checkpoint at `path`, None where it has none.
+
+    Where `tokenizer_config.json` has several, it is the one called "default".
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    path = Path(path)
+    if path.is_file():
+        return read_fields(path).get("tokenizer.chat_template")
+    if (path / "chat_template.jinja").is_file():
+        return (path / "chat_template.jinja").read_text(encoding="utf-8")
+    file = path / "tokenizer_config.json"
+    template = read_json(file).get("chat_template") if file.is_file() else None
+    if isinstance(template, list):
+        return {t["name"]: t["template"] for t in template}.get("default")
+    return template
+
+
+def sentencepiece_model(path: Path, fields: Mapping[str, Any]) -> bytes:
+    """A SentencePiece model of the vocabulary in the metadata of a GGUF file (`tokenizer.ggml.model` is "llama").
+
+    Raises:
+        ValueError: the metadata lack a part, or ask for texts without a space in front.
+    """
+    if not fields.get("tokenizer.ggml.add_space_prefix", True):
+        raise ValueError(f"{path}: tokenizer.ggml.add_space_prefix = False: expected True, as LLaMA's")
+    try:
+        pieces = zip(
+            fields["tokenizer.ggml.tokens"],
+            fields["tokenizer.ggml.scores"],
+            fields["tokenizer.ggml.token_type"],  # SentencePiece's own numbers
+            strict=True,
+        )
+        message = b"".join(_field(1, _piece(*piece)) for piece in pieces)
+    except KeyError as error:
+        raise ValueError(f"{path}: {error.args[0]} is missing") from None
+    ids = (("unknown", 0), ("bos", 1), ("eos", 2))
+    numbers = [fields.get(f"tokenizer.ggml.{name}_token_id", i) for name, i in ids]
+    # model_type BPE; byte_fallback; unk_id, bos_id, eos_id; pad_id -1
+    trainer = [(3, 2), (35, 1), *zip((40, 41, 42), numbers, strict=True), (43, (1 << 64) - 1)]
+    message += _field(2, b"".join(_varint(field << 3) + _varint(value) for field, value in trainer))
+    normalizer = _field(1, b"identity") + b"".join(_varint(n << 3) + _varint(v) for n, v in ((3, 1), (4, 0), (5, 1)))
+    return message + _field(3, normalizer)
+
+
+def _piece(text: str, score: float, kind: int) -> bytes:
+    return _field(1, text.encode()) + b"\x15" + struct.pack("<f", score) + b"\x18" + _varint(int(kind))
+
+
+def _field(number: int, data: bytes) -> bytes:
+    """A protobuf field of length-delimited type."""
+    return _varint(number << 3 | 2) + _varint(len(data)) + data
+
+
+def _varint(value: int) -> bytes:
+    return bytes(_varint_bytes(value))
+
+
+def _varint_bytes(value: int) -> Iterator[int]:
+    while value > 0x7F:
+        yield value & 0x7F | 0x80
+        value >>= 7
+    yield value
