@@ -15,7 +15,17 @@ from typing import Any
 from llama_fast.files import read_json
 
 # Llama 3's own, in tokenizer.py of meta-llama/llama-models; splits text before any merge.
-LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_PATTERN = "|".join(
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
 _SPECIAL_COUNT = 256
 _NAMED_SPECIAL = (
     "begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1", "finetune_right_pad_id",
@@ -98,8 +108,8 @@ class BPETokenizer:
 class BPEStreamDecoder:
     """Text of a growing list of ids; the strings that `feed` and one final `finish` return join to the whole.
 
-    Some decoders treat the first token apart or join tokens, so a token's text is the difference of two decodings of the
-    last few: one without and one with it.
+    Some decoders treat the first token apart or join tokens, so a token's text is the difference of two decodings of
+    the last few: one without and one with it.
     """
 
     def __init__(self, tokenizer: BPETokenizer, before: list[int]) -> None:

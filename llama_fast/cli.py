@@ -365,7 +365,7 @@ def generate(
         text = decoder.feed(int(column[0]))
         print(before.pop() + text if before else text, end="", flush=True)
 
-    model.generate(
+    steps = model.stream(
         torch.tensor([ids]),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -373,8 +373,9 @@ def generate(
         top_p=top_p,
         seed=seed,
         eos_id=tokenizer.eos_id,
-        on_token=show,
     )
+    for step in steps:
+        show(step.tokens)
     print("".join(before) + decoder.finish())
 
 
