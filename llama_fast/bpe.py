@@ -6,13 +6,12 @@ From a folder's `tokenizer.json`, from Llama 3's tiktoken file, or from the voca
 from __future__ import annotations
 
 import base64
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_fast.files import read_json
+from llama_fast.files import read_json, write_json
 
 # Llama 3's own, in tokenizer.py of meta-llama/llama-models; splits text before any merge.
 LLAMA3_PATTERN = "|".join(
@@ -296,7 +295,7 @@ def save(tokenizer: BPETokenizer, folder: Path, chat_template: str | None) -> No
     config |= {name: tokenizer.token(i) for name, i in named.items() if i is not None}
     if chat_template is not None:
         config["chat_template"] = chat_template
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def _tokenizers(path: Path) -> Any:

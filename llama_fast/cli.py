@@ -30,7 +30,7 @@ def main() -> None:
 
     try:
         app()
-    except (ValueError, OSError, NotSupported, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, NotSupported, FloatingPointError) as error:
         if os.environ.get("LLAMA_FAST_LOG") == "debug":
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -343,40 +343,63 @@ def train(
 
 @app.command()
 def generate(
-    checkpoint: Annotated[Path, typer.Option(help="Run folder of `llama-fast train`, or one checkpoint in it.")],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
+    checkpoint: Annotated[
+        Path,
+        typer.Option(
+            help="Folder of Hugging Face or Meta, .gguf file, run of `llama-fast train` or a checkpoint of it."
+        ),
+    ],
+    prompt: Annotated[
+        str | None, typer.Option(help="Text to continue; with --chat, the one message to answer.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Converse, by the checkpoint's chat template.")] = False,
+    system: Annotated[str | None, typer.Option(help="With --chat: how to answer. Default: the template's.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest that reach p together.")] = 0.95,
+    min_p: Annotated[
+        float | None, typer.Option(help="Sample among those of min_p times the largest probability.")
+    ] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens that were there are less likely.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this string; can be given again.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the weights. Default: the checkpoint's.")] = None,
+    device: Annotated[str | None, typer.Option(help="Default: the CPU.")] = None,
 ) -> None:
-    """Continue a prompt with a trained model; the text appears as it is made."""
-    import torch
+    """Continue a text, or converse, with the model of a checkpoint; the text appears as it is made."""
+    from llama_fast import terminal
 
-    from llama_fast.train import run
+    if system is not None and not chat:
+        raise ValueError(f"--system {system!r}: expected --chat beside it")
+    model, tokenizer, path = terminal.load(checkpoint, dtype, device)
+    sampling = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+    }
+    if chat:
+        terminal.converse(model, tokenizer, path, system, prompt, max_new_tokens, stop or (), **sampling)
+    else:
+        terminal.complete(model, tokenizer, prompt or "", max_new_tokens, stop or (), **sampling)
 
-    model, tokenizer, _ = run.load_run(checkpoint)
-    ids = tokenizer.encode(prompt, bos=True)
-    decoder = tokenizer.stream_decoder(continuation=bool(prompt))
-    before = [prompt]  # printed with the first token: an argument out of its range prints nothing
 
-    def show(column: torch.Tensor) -> None:
-        text = decoder.feed(int(column[0]))
-        print(before.pop() + text if before else text, end="", flush=True)
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="As --checkpoint of generate.")],
+    target: Annotated[Path, typer.Argument(help="A new folder.")],
+    to: Annotated[str, typer.Option(help="hf or meta.")] = "hf",
+    shards: Annotated[int, typer.Option(help="Files of weights; for Meta, model-parallel ranks.")] = 1,
+    dtype: Annotated[str | None, typer.Option(help="Of the weights written. Default: the source's.")] = None,
+    max_seq_len: Annotated[int | None, typer.Option(help="Context of a Meta source, which does not name it.")] = None,
+) -> None:
+    """Rewrite a checkpoint in another program's format, one tensor at a time, with its tokenizer."""
+    from llama_fast import terminal
 
-    steps = model.stream(
-        torch.tensor([ids]),
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        eos_id=tokenizer.eos_id,
-    )
-    for step in steps:
-        show(step.tokens)
-    print("".join(before) + decoder.finish())
+    terminal.convert(source, target, to, shards, dtype, max_seq_len)
 
 
 @app.command()

@@ -230,9 +230,9 @@ def _draw(found: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def _sample(run_dir: Path, console: Console) -> None:
-    from llama_fast.train import run
+    from llama_fast import terminal
 
-    model, tokenizer, _ = run.load_run(run_dir)
+    model, tokenizer, _ = terminal.load(run_dir, None, None)
     ids = torch.tensor([tokenizer.encode(PROMPT, bos=True)])
     generated = model.generate(ids, max_new_tokens=160, temperature=0.7, top_p=0.95, seed=1)
     console.print(tokenizer.decode(generated[0].tolist()), markup=False, highlight=False)

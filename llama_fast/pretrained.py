@@ -7,6 +7,7 @@ inside a .gguf file               either kind                          sentencep
 
 from __future__ import annotations
 
+import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,11 +15,20 @@ from typing import Any
 
 from llama_fast import bpe
 from llama_fast.bpe import BPETokenizer
-from llama_fast.files import read_json
+from llama_fast.files import read_json, write_json
 from llama_fast.tokenizer import Tokenizer
 from llama_fast.weights.gguf import read_fields
 
 AnyTokenizer = Tokenizer | BPETokenizer
+# What a tokenizer or a chat needs, beside the weights; a conversion takes these along.
+_COMPANIONS = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 def load_tokenizer(path: Path | str) -> AnyTokenizer:
@@ -65,6 +75,30 @@ def chat_template(path: Path | str) -> str | None:
     if isinstance(template, list):
         return {t["name"]: t["template"] for t in template}.get("default")
     return template
+
+
+def write_companions(path: Path, folder: Path) -> None:
+    """Writes into `folder` the tokenizer and the chat template of the checkpoint at `path`: its own files, and what
+    Hugging Face's programs need where these are none of theirs.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: as `load_tokenizer`; nothing was written then.
+    """
+    tokenizer = load_tokenizer(path)
+    template = chat_template(path)
+    if path.is_dir():
+        for name in _COMPANIONS:
+            if (path / name).is_file():
+                shutil.copyfile(path / name, folder / name)
+    if isinstance(tokenizer, BPETokenizer):
+        if not (folder / "tokenizer.json").is_file():
+            bpe.save(tokenizer, folder, template)
+        return
+    (folder / "tokenizer.model").write_bytes(tokenizer.model)
+    if not (folder / "tokenizer_config.json").is_file():
+        named = {"bos_token": tokenizer.token(tokenizer.bos_id), "eos_token": tokenizer.token(tokenizer.eos_id)}
+        config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, **named}
+        write_json(folder / "tokenizer_config.json", config | ({} if template is None else {"chat_template": template}))
 
 
 def sentencepiece_model(path: Path, fields: Mapping[str, Any]) -> bytes:

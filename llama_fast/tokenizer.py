@@ -265,6 +265,10 @@ class Tokenizer:
             raise ValueError(f"token id {i} is outside [0, {len(self._pieces)})")
         return self._pieces[i]
 
+    def token(self, i: int) -> str:
+        """The text of id `i` as the vocabulary has it, control pieces by their name."""
+        return str(self._sp.id_to_piece(i))
+
     def _piece_bytes(self, i: int) -> bytes:
         name = str(self._sp.id_to_piece(i))
         if self._sp.is_control(i):

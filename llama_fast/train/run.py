@@ -10,7 +10,7 @@ import dataclasses
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,9 +18,6 @@ from llama_fast import checkpoint
 from llama_fast.config import LlamaConfig
 from llama_fast.tokenizer import Tokenizer
 from llama_fast.train.data import Source, TokenDataset, build_token_file, default_sources, parse_data_args
-
-if TYPE_CHECKING:
-    from llama_fast.model import Llama
 
 TOKENIZER = "tokenizer.model"
 
@@ -131,15 +128,15 @@ def config_for(name: str, seq_len: int, vocab_size: int | None) -> LlamaConfig:
     return config if vocab_size is None else dataclasses.replace(config, vocab_size=vocab_size)
 
 
-def load_run(path: Path) -> tuple[Llama, Tokenizer, Path]:
-    """Model, tokenizer and checkpoint of a run folder (its newest good checkpoint) or of one checkpoint in it.
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that `path` is, or the newest good one of the run that it is; verified.
 
     Raises:
-        FileNotFoundError: there is no such folder, no checkpoint in it, or no tokenizer beside it.
+        FileNotFoundError: there is no such folder, or no good checkpoint in it.
         ValueError: the checkpoint is damaged.
     """
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} is no folder: expected a run of `llama-fast train`, or a checkpoint in it")
+        raise FileNotFoundError(f"{path} is no folder: expected a run of `llama-fast train`, or a checkpoint")
     folder: Path | None = path
     if not (path / checkpoint.MANIFEST).is_file():
         problems: list[str] = []
@@ -148,14 +145,4 @@ def load_run(path: Path) -> tuple[Llama, Tokenizer, Path]:
             raise FileNotFoundError(f"{path} holds no good checkpoint" + "".join(f"; {p}" for p in problems))
     assert folder is not None
     checkpoint.verify(folder)
-    for place in (folder, folder.parent):
-        if (place / TOKENIZER).is_file():
-            tokenizer = Tokenizer(place / TOKENIZER)
-            break
-    else:
-        raise FileNotFoundError(f"no {TOKENIZER} in {folder.parent}: expected it beside the checkpoints")
-    from llama_fast.model import Llama
-
-    model = Llama(checkpoint.load_config(folder))
-    checkpoint.load_into(model, checkpoint.load_model_weights(folder))
-    return model.eval(), tokenizer, folder
+    return folder

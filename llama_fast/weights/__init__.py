@@ -11,7 +11,7 @@ Peak memory of a load is the model and one tensor; of a conversion, one tensor. 
 from __future__ import annotations
 
 import math
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,21 +21,12 @@ from llama_fast.files import new_folder
 from llama_fast.weights.gguf import GGUFSource
 from llama_fast.weights.hf import CONFIG, HFSource, write_hf
 from llama_fast.weights.meta import PARAMS, MetaSource, write_meta
-from llama_fast.weights.source import ModelSource, Progress, Source, tensor_shapes
+from llama_fast.weights.source import FLOATS, ModelSource, Progress, Source, tensor_shapes
 
 if TYPE_CHECKING:
     from llama_fast.model import Llama
 
 FORMATS = {"hf": write_hf, "meta": write_meta}
-# What a tokenizer or a chat needs, beside the weights; a conversion takes these along.
-COMPANIONS = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 def open_checkpoint(path: Path | str, max_seq_len: int | None = None) -> Source:
@@ -96,7 +87,7 @@ def write(
     *,
     shards: int = 1,
     dtype: torch.dtype | None = None,
-    companions: Path | None = None,
+    beside: Callable[[Path], object] | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Writes `source` into the new folder `path`, one tensor at a time, whole or not at all.
@@ -107,7 +98,7 @@ def write(
         format: "hf" or "meta".
         shards: files of weights; for Meta, model-parallel ranks.
         dtype: of the weights; None for the source's.
-        companions: folder whose tokenizer files are copied too.
+        beside: called with the folder that the weights are in, to write more files there.
         progress: called after each tensor.
 
     Raises:
@@ -123,9 +114,19 @@ def write(
         numbers += source.config.vocab_size * source.config.dim
     with new_folder(Path(path), numbers * dtype.itemsize) as folder:
         FORMATS[format](source, folder, dtype, shards, progress)
-        for name in COMPANIONS:
-            if companions is not None and (companions / name).is_file():
-                shutil.copyfile(companions / name, folder / name)
+        if beside is not None:
+            beside(folder)
 
 
-__all__ = ["FORMATS", "ModelSource", "Progress", "Source", "load_model", "open_checkpoint", "write"]
+__all__ = [
+    "CONFIG",
+    "FLOATS",
+    "FORMATS",
+    "PARAMS",
+    "ModelSource",
+    "Progress",
+    "Source",
+    "load_model",
+    "open_checkpoint",
+    "write",
+]
