@@ -50,7 +50,7 @@ def text(tmp_path: Path) -> Path:
 def test_help_lists_the_commands(llama_fast_program: Any) -> None:
     found = llama_fast_program("--help")
     assert found.status == 0
-    for command in ("info", "verify", "bench", "train", "generate", "demo"):
+    for command in ("info", "verify", "bench", "train", "generate", "convert", "demo"):
         assert command in found.out
 
 
@@ -142,6 +142,8 @@ def test_plain_starts_from_the_same_loss(llama_fast_program: Any, text: Path, tm
         (["train", "--out", "OUT", "--dtype", "int8"], "dtype = 'int8': expected one of float32, bfloat16"),
         (["train", "--out", "OUT", "--policy", "most"], "policy"),
         (["generate", "--checkpoint", "OUT"], "is no folder: expected a run"),
+        (["generate", "--checkpoint", "OUT", "--system", "Be kind."], "--system 'Be kind.': expected --chat"),
+        (["convert", "OUT", "elsewhere"], "is no folder: expected a run"),
     ],
 )
 def test_errors_are_one_line_and_status_2(

@@ -1,5 +1,6 @@
 """Tokenizer: every byte string round-trips, ids are LLaMA's, training is repeatable, errors name what is wrong."""
 
+import importlib.util
 import itertools
 import os
 import random
@@ -261,3 +262,41 @@ def test_streaming_gives_the_same_text_and_no_half_characters(tok: Tokenizer) ->
     stream = tok.stream_decoder(continuation=True)
     ids = tok.encode("\u4e2d")
     assert [stream.feed(i) for i in ids] == [" ", "", "", "\u4e2d"]
+
+
+def test_marks_of_a_template_and_names(tok: Tokenizer, model_path: Path) -> None:
+    """Control pieces written in a template's text; each text between them is one of its own."""
+    assert tok.encode_marked("<s>the</s><s>def f") == [1, *tok.encode("the"), 2, 1, *tok.encode("def f")]
+    assert tok.encode_marked("") == []
+    assert 1 not in tok.encode("<s>the")
+    assert [tok.token(i) for i in (1, 2)] == ["<s>", "</s>"]
+    assert (tok.eos_ids, tok.adds_bos) == ((2,), True)
+    from_bytes = Tokenizer("elsewhere", model=model_path.read_bytes())
+    assert from_bytes.encode(TRICKY[8]) == tok.encode(TRICKY[8])
+    assert from_bytes.fingerprint == tok.fingerprint
+
+
+# ---- a real vocabulary: PyPI's mistral-common carries one of LLaMA's kind (Apache-2.0) -------------------------------
+
+
+def test_a_real_vocabulary_of_32000_pieces() -> None:
+    spec = importlib.util.find_spec("mistral_common")
+    file = Path(str(spec and spec.origin)).parent / "data" / "tokenizer.model.v1"
+    if not file.is_file():
+        pytest.skip("mistral-common 1.13.1 is not installed (pip install mistral-common==1.13.1)")
+    real = Tokenizer(file)
+    plain = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    assert (real.vocab_size, real.bos_id, real.eos_id) == (32000, 1, 2)
+    for text in [
+        "Hello, world!",
+        "the",
+        " two  spaces",
+        "1234 \n\n x = [1,2]",
+        "\u65e5\u672c\u8a9e \U0001f600",
+        *TRICKY,
+    ]:
+        if not text.startswith(" ") and "\u2581" not in text:  # the two that the class mends
+            assert real.encode(text) == plain.encode(text), text
+        check_round_trip(real, text.encode())
+    source = stdlib_texts()[0]
+    assert real.encode(source) == plain.encode(source)

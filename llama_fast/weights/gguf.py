@@ -27,7 +27,6 @@ from llama_fast.weights.source import (
     check_tensors,
     copy_pairs_to_halves,
     main_dtype,
-    tensor_shapes,
 )
 
 _LAYER = {
@@ -202,14 +201,14 @@ class GGUFSource(Source):
 
         stored = self._tensors[name]
         kind = stored.tensor_type.name
+        data = np.asarray(stored.data)
         try:
-            numbers = stored.data if kind == "F64" else dequantize(stored.data, stored.tensor_type)
+            numbers = data if kind == "F64" else dequantize(data, stored.tensor_type)
         except NotImplementedError:
             raise ValueError(
                 f"{self.path}: tensor {stored.name} is {kind}: expected a type that gguf dequantises"
             ) from None
-        t = torch.from_numpy(numbers if numbers.flags.writeable else numbers.copy())
-        t = t.view(tensor_shapes(self._config)[name])
+        t = torch.from_numpy(numbers if numbers.flags.writeable else numbers.copy()).view(out.shape)
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             copy_pairs_to_halves(out, t, self._config.head_dim)
         else:
