@@ -370,8 +370,7 @@ def generate(
     """Continue a text, or converse, with the model of a checkpoint; the text appears as it is made."""
     from llama_fast import terminal
 
-    if system is not None and not chat:
-        raise ValueError(f"--system {system!r}: expected --chat beside it")
+    terminal.check_system(system, chat)
     model, tokenizer, path = terminal.load(checkpoint, dtype, device)
     sampling = {
         "temperature": temperature,

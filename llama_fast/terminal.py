@@ -45,6 +45,12 @@ def load(path: Path, dtype: str | None, device: str | None) -> tuple[Llama, AnyT
     return model, tokenizer, path
 
 
+def check_system(system: str | None, chat: bool) -> None:
+    """Raises ValueError for a system message outside a conversation."""
+    if system is not None and not chat:
+        raise ValueError(f"--system {system!r}: expected --chat beside it")
+
+
 def dtype_of(name: str | None) -> torch.dtype | None:
     """The floating-point dtype called `name`, None for None.
 
