@@ -36,12 +36,12 @@ def test_examples_run(number: int) -> None:
 
 def test_make_targets_exist_and_are_listed() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"^([a-z-]+):.*## ", makefile, re.MULTILINE))
+    targets = set(re.findall(r"^([a-z0-9-]+):.*## ", makefile, re.MULTILINE))
     (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
     assert targets == set(phony.split())
     for document in ("README.md", "CONTRIBUTING.md"):
         named = re.findall(
-            r"\bmake ([a-z-]+)\b(?=[`  ]|$)", "".join(re.findall(r"`[^`]+`", (ROOT / document).read_text()))
+            r"\bmake ([a-z0-9-]+)\b(?=[`  ]|$)", "".join(re.findall(r"`[^`]+`", (ROOT / document).read_text()))
         )
         assert set(named) <= targets
 
