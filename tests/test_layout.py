@@ -52,6 +52,7 @@ SHARED = {
         "gpu_cases": "what is checked and timed",
         "gpu_run": "units of work in processes",
         "gpu_time": "timing on a GPU",
+        "sass_cuda": "what nvcc made of the CUDA kernels",
         "providers": "who can compute an op",
         "compare": "two versions in turn",
         "worker": "one side of compare",

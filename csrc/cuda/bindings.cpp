@@ -102,6 +102,10 @@ PYBIND11_MODULE(_native_cuda, module) {
   bind(module, "swiglu_bwd", &cuda::swiglu_bwd, "dy", "gate", "up", "dgate", "dup");
   bind(module, "rope_fwd", &cuda::rope_fwd, "q", "k", "cos", "sin", "interleaved", "q_out", "k_out");
   bind(module, "rope_bwd", &cuda::rope_bwd, "dq_out", "dk_out", "cos", "sin", "interleaved", "dq", "dk");
+  bind(module, "attention_fwd", &cuda::attention_fwd, "q", "k", "v", "cu_seqlens", "scale", "causal", "window", "out",
+       "lse");
+  bind(module, "attention_bwd", &cuda::attention_bwd, "dout", "q", "k", "v", "out", "lse", "cu_seqlens", "scale",
+       "causal", "window", "dq", "dk", "dv", "scratch");
   bind(module, "cross_entropy_rows", &cuda::cross_entropy_rows, "logits", "targets", "row_scale", "ignore_index",
        "label_smoothing", "z_loss", "loss", "lse");
 #ifdef LLAMA_FAST_SM90
@@ -111,6 +115,8 @@ PYBIND11_MODULE(_native_cuda, module) {
        "scale", "causal", "window", "dq", "dk", "dv", "scratch");
   module.def("attention_sm90_bwd_scratch", &cuda::attention_sm90_bwd_scratch, py::arg("q"), py::arg("cu_seqlens"));
 #endif
+  module.def("attention_bwd_scratch", &cuda::attention_bwd_scratch, py::arg("q"), py::arg("k"), py::arg("v"),
+             py::arg("cu_seqlens"), py::arg("scale"), py::arg("device"));
   module.def("norm_parts", &cuda::norm_parts, py::arg("R"), py::arg("C"), py::arg("item"), py::arg("device"));
 #ifdef LLAMA_FAST_EMULATE
   module.attr("architectures") = "";
@@ -120,6 +126,15 @@ PYBIND11_MODULE(_native_cuda, module) {
         llama_fast::emulator::options() = {seed, race_check, workers};
       },
       py::arg("seed") = 0, py::arg("race_check") = true, py::arg("workers") = 2);
+  module.def("counters", [] {
+    const llama_fast::emulator::Counters c = llama_fast::emulator::counters();
+    py::dict counts;
+    counts["mma"] = c.mma;
+    counts["wgmma"] = c.wgmma;
+    counts["ldmatrix"] = c.ldmatrix;
+    counts["bank_conflicts"] = c.bank_conflicts;
+    return counts;
+  });
 #else
   module.attr("architectures") = LLAMA_FAST_CUDA_ARCHITECTURES;
   module.def("set_synchronous", &cuda::set_synchronous, py::arg("value"));

@@ -45,9 +45,11 @@ void cross_entropy_rows(const Tensor& logits, const Tensor& targets, const Tenso
 // q, out: [B, T, H, D], k, v: [B, S, G, D] bf16 | f16; lse: [B, H, T] f32, natural logarithm; see csrc/ops.h.
 void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, double scale,
                    bool causal, int64_t window, const Tensor& out, const Tensor& lse, Stream s);
-// delta: [B, H, T] f32, scratch.
+// scratch: at least attention_bwd_scratch bytes, aligned to 16, of any content.
 void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                    const Tensor& lse, const Tensor& cu_seqlens, double scale, bool causal, int64_t window,
-                   const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& delta, Stream s);
+                   const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& scratch, Stream s);
+int64_t attention_bwd_scratch(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, double scale,
+                              int device);
 
 }  // namespace llama_fast::cuda

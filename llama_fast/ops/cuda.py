@@ -118,6 +118,44 @@ rope_fwd = _launcher(table.ROPE, "fwd")
 rope_bwd = _launcher(table.ROPE, "bwd")
 
 
+# ---- attention -------------------------------------------------------------------------------------------------------
+def _heads(x: Tensor) -> Tensor:
+    """`x` [B, T, heads, D] as the kernels read it: every row of D contiguous and on a 16-byte boundary."""
+    strides = x.stride()
+    aligned = x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s, n in zip(strides[:-1], x.shape, strict=False) if n > 1)
+    return x if aligned and strides[-1] == 1 else x.contiguous()
+
+
+def attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float, causal: bool, window: int
+) -> tuple[Tensor, ...]:
+    q, k, v = _heads(q), _heads(k), _heads(v)
+    results = table.ATTENTION.allocate("fwd", (q, k, v, cu_seqlens, scale, causal, window))
+    _library.attention_fwd(q, k, v, cu_seqlens, scale, causal, window, *results, _stream(q))
+    return results
+
+
+def attention_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    causal: bool,
+    window: int,
+) -> tuple[Tensor, ...]:
+    dout, q, k, v, out, lse = _heads(dout), _heads(q), _heads(k), _heads(v), _heads(out), lse.contiguous()
+    args = (dout, q, k, v, out, lse, cu_seqlens, scale, causal, window)
+    results = table.ATTENTION.allocate("bwd", args)
+    size = _library.attention_bwd_scratch(q, k, v, cu_seqlens, scale, q.device.index or 0)
+    scratch = lse.new_empty(-(-size // 4))
+    _library.attention_bwd(*args, *results, scratch, _stream(q))
+    return results
+
+
 def _cross_entropy_rows(logits: Tensor, *args: Any) -> None:
     _library.cross_entropy_rows(logits, *args, _stream(logits))
 

@@ -38,6 +38,11 @@ def multiple_of(letter: str, step: int) -> Limit:
     return lambda dims: None if dims[letter] % step == 0 else f"{letter} = {dims[letter]} is not a multiple of {step}"
 
 
+def one_of(letter: str, *sizes: int) -> Limit:
+    allowed = ", ".join(map(str, sizes))
+    return lambda dims: None if dims[letter] in sizes else f"{letter} = {dims[letter]} not in {allowed}"
+
+
 def between(letter: str, low: int, high: int) -> Limit:
     return lambda dims: None if low <= dims[letter] <= high else f"{letter} = {dims[letter]} not in {low}..{high}"
 
@@ -252,7 +257,7 @@ def _size(token: str, dims: Dims) -> int:
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
-_SINGLE = frozenset({F32, BF16, F16})
+_SINGLE, _HALF = frozenset({F32, BF16, F16}), frozenset({BF16, F16})
 _REFERENCE = Backend("reference", "llama_fast.ops.reference", None, FLOATS)
 # Triton's interpreter runs the kernels on a CPU's tensors, for tests: TRITON_INTERPRET=1 before the first import.
 _TRITON_DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -366,6 +371,7 @@ ATTENTION = Op(
     dtypes={"lse": F32, "cu_seqlens": torch.int32},
     rules=(divides("G", "H"),),
     backends=(
+        _cuda(one_of("D", 64, 96, 128, 256), dtypes=_HALF),
         _triton("attention", multiple_of("D", 8), between("D", 16, 256)),
         _cpu(multiple_of("D", 8), between("D", 16, 256)),
         _torch(multiple_of("D", 8), between("D", 8, 256)),
