@@ -78,7 +78,7 @@ bench-gpu: build  ## on a GPU: every op beside PyTorch's and other libraries' ke
 asan: build  ## the tests of the ops under AddressSanitizer and UndefinedBehaviorSanitizer
 	@rm -rf $(ASAN)/package && mkdir -p $(ASAN)/package
 	@cp -R llama_fast $(ASAN)/package/ && rm -f $(ASAN)/package/llama_fast/_native*
-	@$(BIN)/cmake -S . -B $(ASAN)/native -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DLLAMA_FAST_SANITIZE=ON \
+	@$(BIN)/cmake -S . -B $(ASAN)/native -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DLLAMA_FAST_SANITIZE=ON -DLLAMA_FAST_CUDA=OFF \
 	    -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/pybind11-config --cmakedir) \
 	    -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(abspath $(ASAN)/package/llama_fast) >$(ASAN)/configure.log \
 	    || { cat $(ASAN)/configure.log; exit 1; }

@@ -64,6 +64,24 @@ def test_budget(dtype: torch.dtype) -> None:
         assert_within_budget(case, "cuda", dtype)
 
 
+def test_budget_on_sm_90() -> None:
+    """wgmma and TMA where they take the call, which tests/test_attention_sm90.py tests; here, that the op comes there."""
+    cuda._library.set_architecture(90)
+    try:
+        for case, wgmma in (
+            (_case(70, 70), True),
+            (_packed(0, 30, 70, D=128), True),
+            (_case(40, 40, D=256), False),
+            (_case(0, 30), False),
+            (_case(30, 0), False),
+        ):
+            before = cuda._library.counters()["wgmma"]
+            assert_within_budget(case, "cuda", torch.bfloat16)
+            assert (cuda._library.counters()["wgmma"] > before) == wgmma, case
+    finally:
+        cuda._library.set_architecture(80)
+
+
 def _run(inputs: list[Tensor], **options: Any) -> list[Tensor]:
     with lf.backend("cuda"):
         out = lf.attention(*inputs, **options)

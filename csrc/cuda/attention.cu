@@ -1,5 +1,6 @@
 // Attention: chooses the kernels of a call.
 #include "attention.h"
+#include "attention_sm90.h"
 #include "stream.cuh"
 
 namespace llama_fast::cuda {
@@ -25,6 +26,13 @@ void with_head_dim(const char* op, int64_t D, F&& f) {
   }
 }
 
+#ifdef LLAMA_FAST_SM90
+// Whether the kernels for sm_90a run the call.
+bool on_sm90(const Tensor& q, const Tensor& k, const Tensor& v, double scale, int device) {
+  return architecture(device) == 90 && attention_sm90_objection(q, k, v, scale) == nullptr;
+}
+#endif
+
 }  // namespace
 
 void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, double scale,
@@ -32,6 +40,10 @@ void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
   const char* op = "attention_fwd";
   const OnDevice device(op, s);
   if (q.size[0] * q.size[1] == 0) return;
+#ifdef LLAMA_FAST_SM90
+  if (on_sm90(q, k, v, scale, s.device))
+    return attention_sm90_fwd(q, k, v, cu_seqlens, scale, causal, window, out, lse, 0, s);
+#endif
   with_head_dim(op, q.size[3],
                 [&](auto D) { attention_sm80_fwd<D>(q, k, v, cu_seqlens, scale, causal, window, out, lse, s); });
 }
@@ -42,12 +54,21 @@ void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const T
   const char* op = "attention_bwd";
   const OnDevice device(op, s);
   if (q.size[0] == 0) return;
+#ifdef LLAMA_FAST_SM90
+  if (on_sm90(q, k, v, scale, s.device))
+    return attention_sm90_bwd(dout, q, k, v, out, lse, cu_seqlens, scale, causal, window, dq, dk, dv, scratch, s);
+#endif
   with_head_dim(op, q.size[3], [&](auto D) {
     attention_sm80_bwd<D>(dout, q, k, v, out, lse, cu_seqlens, scale, causal, window, dq, dk, dv, scratch, s);
   });
 }
 
-int64_t attention_bwd_scratch(const Tensor& q, const Tensor&, const Tensor&, const Tensor&, double, int) {
+int64_t attention_bwd_scratch(const Tensor& q, [[maybe_unused]] const Tensor& k, [[maybe_unused]] const Tensor& v,
+                              [[maybe_unused]] const Tensor& cu_seqlens, [[maybe_unused]] double scale,
+                              [[maybe_unused]] int device) {
+#ifdef LLAMA_FAST_SM90
+  if (on_sm90(q, k, v, scale, device)) return attention_sm90_bwd_scratch(q, cu_seqlens);
+#endif
   return q.size[0] * q.size[1] * q.size[2] * static_cast<int64_t>(sizeof(float));  // delta
 }
 

@@ -15,6 +15,9 @@ struct Stream {
 // Whether every launch is waited for, so that a fault in a kernel is reported by its own op.
 void set_synchronous(bool value);
 
+// The architecture, 80 or 90, whose kernels the emulator runs: 80 unless set.
+void set_architecture(int value);
+
 // y[r,c] = x[r,c] rstd[r] weight[c];  x, y: [R, C] T; weight: [C] T; rstd: [R] f32
 void rms_norm_fwd(const Tensor& x, const Tensor& weight, double eps, const Tensor& y, const Tensor& rstd, Stream s);
 // partial: [norm_parts, C] f32, scratch: each part sums dweight over its rows, and the parts are summed in order.

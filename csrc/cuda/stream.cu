@@ -5,4 +5,8 @@ namespace llama_fast::cuda {
 
 void set_synchronous(bool value) { synchronous() = value; }
 
+#ifdef LLAMA_FAST_EMULATE
+void set_architecture(int value) { emulated_architecture() = value; }
+#endif
+
 }  // namespace llama_fast::cuda

@@ -47,6 +47,22 @@ inline int64_t multiprocessors(int device) {
 #endif
 }
 
+// 10 major + minor of a device's compute capability; when emulated what set_architecture says.
+#ifdef LLAMA_FAST_EMULATE
+inline int& emulated_architecture() {
+  static int value = 80;
+  return value;
+}
+inline int architecture(int) { return emulated_architecture(); }
+#else
+inline int architecture(int device) {
+  int major = 0, minor = 0;
+  check("architecture", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  check("architecture", cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  return 10 * major + minor;
+}
+#endif
+
 // A launch of `blocks` blocks of `threads` threads.
 inline Launch launch_of(const char* op, Stream s, dim3 blocks, int64_t threads, size_t dynamic_shared = 0) {
   return {op, blocks, dim3(static_cast<unsigned>(threads)), dynamic_shared, static_cast<cudaStream_t>(s.handle)};
