@@ -65,7 +65,7 @@ def test_budget(dtype: torch.dtype) -> None:
 
 
 def test_budget_on_sm_90() -> None:
-    """The op comes to the kernels on wgmma and TMA where they take the call; tests/test_attention_sm90.py tests those."""
+    """Where the kernels on wgmma and TMA take the call, it comes to them; tests/test_attention_sm90.py tests them."""
     cuda._library.set_architecture(90)
     try:
         for case, wgmma in (
