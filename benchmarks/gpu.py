@@ -278,6 +278,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, help=f"seconds; without: {LIMITS}")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="one small case an op: a dry run")
+    parser.add_argument("--cases", type=int, help="bench, tune: only the first so many of an op")
     parser.add_argument("--workers", type=int, default=min(14, os.cpu_count() or 1), help="processes of test")
     parser.add_argument("--todo", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -30,7 +30,7 @@ def command_bench(args: argparse.Namespace) -> int:
     device = torch.device(args.device)
     clock = Clock(device)
     rows: list[Row] = []
-    todo = [t for op in args.ops for t in bench_cases(op, args.tiny)]
+    todo = [t for op in args.ops for t in bench_cases(op, args.tiny)[: args.cases]]
     if args.workers > 1:
         in_processes(warm_units(args), args, args.limit / 2)
     with clock.current():
@@ -58,7 +58,7 @@ def warm_units(args: argparse.Namespace) -> list[Row]:
     """Each provider that compiles, on each case: several processes fill the caches of Triton and torch.compile."""
     found = []
     for op in args.ops:
-        for index, timed in enumerate(bench_cases(op, args.tiny)):
+        for index, timed in enumerate(bench_cases(op, args.tiny)[: args.cases]):
             compiled = [
                 p.name for p in providers(timed, args.backends, args.tiny) if p.name in ("triton", "compile", "liger")
             ]
@@ -253,7 +253,7 @@ def command_tune(args: argparse.Namespace) -> int:
 def _tuned(args: argparse.Namespace) -> list[tuple[str, int]]:
     """(op, case) of what has a Triton kernel."""
     ops = [op for op in args.ops if any(b.name == "triton" for b in OPS[op].backends)]
-    return [(op, i) for op in ops for i in range(len(bench_cases(op, args.tiny)))]
+    return [(op, i) for op in ops for i in range(len(bench_cases(op, args.tiny)[: args.cases]))]
 
 
 def _triton_run(timed: Timed, args: argparse.Namespace) -> Any:

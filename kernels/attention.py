@@ -508,7 +508,7 @@ def attention_fwd(
 
     with on_device_of(q):
         heuristic = forward_tiles(rows if pack > 1 else T, D, q.dtype, q.device)
-        return run(choose("attention_fwd", (D, q.dtype, rows > PACKED_ROWS), q.device, heuristic, (), run))
+        return run(choose("attention_fwd", (D, q.dtype, rows > PACKED_ROWS), q.device, heuristic, tuple, run))
 
 
 def attention_bwd(
@@ -538,6 +538,6 @@ def attention_bwd(
             return gradient_of_queries(dout, q, k, v, lse, delta, *rest, tiles)
 
         sizes = (D, q.dtype)
-        dk, dv = keys(choose("attention_dkdv", sizes, device, dkdv_tiles(D, q.dtype, device), (), keys))
-        dq = queries(choose("attention_dq", sizes, device, dq_tiles(D, q.dtype, device), (), queries))
+        dk, dv = keys(choose("attention_dkdv", sizes, device, dkdv_tiles(D, q.dtype, device), tuple, keys))
+        dq = queries(choose("attention_dq", sizes, device, dq_tiles(D, q.dtype, device), tuple, queries))
     return dq, dk, dv

@@ -20,6 +20,8 @@ import torch
 import triton
 from torch import Tensor
 
+from llama_fast.ops import proven
+
 P = TypeVar("P")
 
 # Triton's interpreter runs the kernels in NumPy on a CPU's tensors; it needs TRITON_INTERPRET=1 before Triton's import.
@@ -33,6 +35,25 @@ def unavailable() -> str | None:
     return None
 
 
+_pretended: str | None = None
+
+
+def device_class(device: torch.device) -> str:
+    """What heuristics go by: "sm_90" and the like."""
+    return _pretended or proven.device_class(device)
+
+
+@contextlib.contextmanager
+def pretend(name: str) -> Iterator[None]:
+    """Within the block every device is of the class `name`: for compiling without one."""
+    global _pretended  # noqa: PLW0603
+    before, _pretended = _pretended, name
+    try:
+        yield
+    finally:
+        _pretended = before
+
+
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Makes the device of `x` the current one: Triton launches there."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
@@ -44,6 +65,47 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; 4 under the interpreter, so that loops over them have more than one turn."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+# ---- launching ------------------------------------------------------------------------------------------------------
+_compiled: dict[tuple[Any, ...], Any] = {}
+_MOST_COMPILED = 4096
+
+
+def start(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: tuple[Any, ...], **options: Any
+) -> None:
+    """kernel[grid](*args, *constants, **options), with less of the processor's time from the second call on.
+
+    Triton looks at every argument at every launch for what it has specialised: a pointer's or a size's alignment to 16,
+    a size of 1, sizes of 64 bits. The same is looked at here, for tensors and numbers only, and the compiled kernel is
+    then launched as the result of Triton's `warmup` is.
+
+    Args:
+        kernel: the JIT function; its parameters are the arguments and then the constants.
+        grid: programs in each direction.
+        args: tensors, ints and floats, a tensor first.
+        constants: compile-time values, hashable.
+        options: num_warps and other options of the compiler.
+    """
+    if INTERPRETED:
+        kernel[grid](*args, *constants, **options)
+        return
+    key = (id(kernel), args[0].device, constants, *options.values(), *map(_specialized, args))
+    compiled = _compiled.get(key)
+    if compiled is None:
+        if len(_compiled) >= _MOST_COMPILED:
+            _compiled.clear()
+        _compiled[key] = kernel[grid](*args, *constants, **options)
+        return
+    compiled[(*grid, 1, 1)[:3]](*args, *constants)
+
+
+def _specialized(a: Any) -> Any:
+    """What Triton compiles a kernel anew for."""
+    if isinstance(a, Tensor):
+        return a.dtype, a.data_ptr() & 15
+    return (a & 15, a == 1, a > 0x7FFFFFFF) if type(a) is int else None
 
 
 def rows(x: Tensor) -> Tensor:
@@ -107,7 +169,7 @@ def choose(
     sizes: tuple[Any, ...],
     device: torch.device,
     heuristic: P,
-    candidates: Sequence[P],
+    candidates: Callable[[], Sequence[P]],
     run: Callable[[P], object],
 ) -> P:
     """The launch parameters of a call.
@@ -116,19 +178,19 @@ def choose(
         kernel: name of the kernel, as in `force`.
         sizes: what the choice depends on, besides the device.
         heuristic: the parameters unless others are forced or measured.
-        candidates: what to measure within `autotune()`.
+        candidates: gives what to measure within `autotune()`.
         run: launches the kernel with given parameters, as often as wanted with the same result.
     """
     if _choices is not None:
-        _choices[kernel] = (heuristic, tuple(candidates))
-    if kernel in _forced:
+        _choices[kernel] = (heuristic, tuple(candidates()))
+    if _forced and kernel in _forced:
         return _forced[kernel]
     if _cache_file is None or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return heuristic
     key = f"{kernel} {' '.join(map(str, sizes))} {torch.cuda.get_device_name(device)} triton {triton.__version__}"
     known = _read(_cache_file)
     if key not in known:
-        times = {c: triton.testing.do_bench(lambda c=c: run(c)) for c in dict.fromkeys([heuristic, *candidates])}
+        times = {c: triton.testing.do_bench(lambda c=c: run(c)) for c in dict.fromkeys([heuristic, *candidates()])}
         known = _read(_cache_file) | {key: asdict(min(times, key=lambda c: times[c]))}  # type: ignore[call-overload]
         _write(_cache_file, known)
     return type(heuristic)(**known[key])

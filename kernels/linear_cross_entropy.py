@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama_fast.kernels.launch import on_device_of, power_of_two, unavailable
+from llama_fast.kernels.launch import on_device_of, power_of_two, start, unavailable
 from llama_fast.ops import chunks
 
 __all__ = ["linear_cross_entropy_bwd", "linear_cross_entropy_fwd", "unavailable"]
@@ -127,12 +127,11 @@ def cross_entropy_rows(
 ) -> None:
     R, V = logits.shape
     launch = heuristic(V)
+    scale = loss if row_scale is None else row_scale
+    args = (logits, targets, scale, loss, lse, logits.stride(0), V, ignore_index, label_smoothing, z_loss)
+    constants = (row_scale is not None, label_smoothing != 0.0, launch.BLOCK_V)
     with on_device_of(logits):
-        _cross_entropy_rows_kernel[(R,)](
-            logits, targets, loss if row_scale is None else row_scale, loss, lse, logits.stride(0), V, ignore_index,
-            label_smoothing, z_loss, row_scale is not None, label_smoothing != 0.0, launch.BLOCK_V,
-            num_warps=launch.num_warps,
-        )  # fmt: skip
+        start(_cross_entropy_rows_kernel, (R,), args, constants, num_warps=launch.num_warps)
 
 
 linear_cross_entropy_fwd, linear_cross_entropy_bwd = chunks.primitives(cross_entropy_rows)

@@ -9,6 +9,7 @@ overwritten, no atomics.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -16,13 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama_fast.kernels.launch import choose, multiprocessors, on_device_of, power_of_two, rows, unavailable
+from llama_fast.kernels.launch import choose, multiprocessors, on_device_of, power_of_two, rows, start, unavailable
 from llama_fast.ops import table
 
 __all__ = ["add_rms_norm_bwd", "add_rms_norm_fwd", "rms_norm_bwd", "rms_norm_fwd", "unavailable"]
 
 _FWD_COLUMNS = 16384  # 16 warps hold a row in 32 registers a thread; 32768 would spill
-_BWD_COLUMNS = 16384  # 16 warps hold a row of dy, x and dweight's sum in 96
+_BWD_COLUMNS = 16384  # 16 warps hold a row of dweight's sum in 32, and as much of each of dy and x
+_HELD_COLUMNS = 8192  # the weight too: beyond, it is loaded for each row, from the first cache
 _LOOP_COLUMNS = 4096  # of a longer row at a time
 _PART_ROWS = 128  # rows that one program of dweight's own kernel adds
 _TILE = 4096  # elements of a tile of several short rows
@@ -38,11 +40,12 @@ class Forward:
 
 @dataclass(frozen=True)
 class Backward:
-    """`per_multiprocessor` programs for each one go through the rows, BLOCK_R at once."""
+    """`per_multiprocessor` programs for each one go through the rows, BLOCK_R at once, STAGES - 1 times that ahead."""
 
     BLOCK_R: int
     num_warps: int
     per_multiprocessor: int
+    STAGES: int
 
 
 def _warps(elements: int, each: int) -> int:
@@ -50,32 +53,41 @@ def _warps(elements: int, each: int) -> int:
     return min(max(power_of_two(elements) // (32 * each), 1), 32)
 
 
+@functools.cache
 def forward_heuristic(C: int) -> Forward:
     """16 elements a thread: two 16-byte loads in flight of each tensor in half precision; 32 where there are many."""
     BLOCK_C = power_of_two(C)
     BLOCK_R = max(_TILE // BLOCK_C // 2, 1)
-    return Forward(BLOCK_R, _warps(BLOCK_R * BLOCK_C, 16))
+    return Forward(BLOCK_R, min(_warps(BLOCK_R * BLOCK_C, 16), 16))
 
 
-def backward_heuristic(C: int) -> Backward:
-    """16 elements a thread, 32 from 16 warps on; as many programs as the registers of a multiprocessor hold."""
+@functools.cache
+def backward_heuristic(C: int, column_bytes: int) -> Backward:
+    """16 elements a thread; as many programs as registers allow; ahead what 96 kB of shared memory hold, at most 3.
+
+    Args:
+        C: columns.
+        column_bytes: that a row reads for each column.
+    """
     BLOCK_C = power_of_two(C)
     BLOCK_R = max(_TILE // BLOCK_C, 1)
-    warps = min(_warps(BLOCK_R * BLOCK_C, 16), 16)
-    return Backward(BLOCK_R, warps, max(16 // warps, 1))
+    warps = _warps(BLOCK_R * BLOCK_C, 16)
+    ahead = min((96 << 10) // (BLOCK_R * BLOCK_C * column_bytes), 3)
+    return Backward(BLOCK_R, warps, max(16 // warps, 1), 1 + ahead)
 
 
 def forward_candidates(C: int) -> tuple[Forward, ...]:
     BLOCK_C = power_of_two(C)
-    tiles = {max(t // BLOCK_C, 1) for t in (1024, 2048, 4096, 8192)}
-    return tuple(Forward(r, _warps(r * BLOCK_C, each)) for r in sorted(tiles) for each in (8, 16, 32))
+    tiles = sorted({max(t // BLOCK_C, 1) for t in (2048, 4096, 8192)})
+    return tuple(dict.fromkeys(Forward(r, _warps(r * BLOCK_C, each)) for r in tiles for each in (8, 16, 32, 64)))
 
 
 def backward_candidates(C: int) -> tuple[Backward, ...]:
     BLOCK_C = power_of_two(C)
-    tiles = {max(t // BLOCK_C, 1) for t in (2048, 4096, 8192)}
-    pairs = dict.fromkeys((r, min(_warps(r * BLOCK_C, each), 16)) for r in sorted(tiles) for each in (8, 16, 32))
-    return tuple(Backward(r, w, n) for r, w in pairs for n in (1, 2, 3, 4, 8) if n * w <= 48)
+    tiles = sorted({max(t // BLOCK_C, 1) for t in (2048, 4096)})
+    pairs = dict.fromkeys((r, _warps(r * BLOCK_C, each)) for r in tiles for each in (8, 16, 32))
+    shapes = [(r, w, n, s) for r, w in pairs for n in (1, 2, 4) for s in (1, 2, 3, 4) if 8 <= n * w <= 64]
+    return tuple(Backward(*shape) for shape in shapes)
 
 
 @triton.jit
@@ -178,37 +190,34 @@ def _rms_norm_bwd_kernel(
     ADD: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,  # power of two >= C
+    HELD: tl.constexpr,  # the weight stays in registers
+    STAGES: tl.constexpr,  # tiles of dy, x and dsum on their way, by asynchronous copies
 ):
     programs = tl.num_programs(0)
     tiles = tl.cdiv(R, BLOCK_R)
     c = tl.arange(0, BLOCK_C)[None, :]
-    w = tl.load(w_ptr + c, mask=c < C, other=0.0)
+    if HELD:
+        w = tl.load(w_ptr + c, mask=c < C, other=0.0)
     part = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    mask = (r < R)[:, None] & (c < C)
-    row = r.to(tl.int64)[:, None]
-    dy = tl.load(dy_ptr + row * dy_stride_r + c, mask=mask, other=0.0)
-    x = tl.load(x_ptr + row * x_stride_r + c, mask=mask, other=0.0)
-    for tile in range(tl.program_id(0), tiles, programs):
-        # the next rows' loads are in flight while these are computed
-        r_next = (tile + programs) * BLOCK_R + tl.arange(0, BLOCK_R)
-        mask_next = (r_next < R)[:, None] & (c < C)
-        row_next = r_next.to(tl.int64)[:, None]
-        dy_next = tl.load(dy_ptr + row_next * dy_stride_r + c, mask=mask_next, other=0.0)
-        x_next = tl.load(x_ptr + row_next * x_stride_r + c, mask=mask_next, other=0.0)
+    for tile in tl.range(tl.program_id(0), tiles, programs, num_stages=STAGES):
+        r = tile * BLOCK_R + tl.arange(0, BLOCK_R)
+        mask = (r < R)[:, None] & (c < C)
+        row = r.to(tl.int64)[:, None]
+        dy = tl.load(dy_ptr + row * dy_stride_r + c, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row * x_stride_r + c, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + r, mask=r < R, other=0.0)[:, None]
         if ADD:
             dsum = tl.load(dsum_ptr + row * dsum_stride_r + c, mask=mask, other=0.0)
-        dy_up = dy.to(tl.float32)
-        x_hat = x.to(tl.float32) * rstd
-        part += dy_up * x_hat
-        g = dy_up * w.to(tl.float32)
+        x_hat = x * rstd
+        part += dy * x_hat
+        if not HELD:
+            w = tl.load(w_ptr + c, mask=c < C, other=0.0)
+        g = dy * w.to(tl.float32)
         mean = tl.sum(g * x_hat, axis=1)[:, None] / C
         dx = (g - x_hat * mean) * rstd
         if ADD:
             dx += dsum.to(tl.float32)
         tl.store(dx_ptr + row * C + c, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-        r, row, mask, dy, x = r_next, row_next, mask_next, dy_next, x_next
     tl.store(part_ptr + tl.program_id(0).to(tl.int64) * C + c, tl.sum(part, axis=0)[None, :], mask=c < C)
 
 
@@ -300,16 +309,16 @@ def _forward(
     strides = (x.stride(0), residual.stride(0))
 
     def run(launch: Forward) -> None:
-        _rms_norm_fwd_kernel[(triton.cdiv(R, launch.BLOCK_R),)](
-            *tensors, *strides, R, C, eps, ADD, launch.BLOCK_R, power_of_two(C), num_warps=launch.num_warps
-        )
+        constants = (ADD, launch.BLOCK_R, power_of_two(C))
+        grid = (triton.cdiv(R, launch.BLOCK_R),)
+        start(_rms_norm_fwd_kernel, grid, (*tensors, *strides, R, C, eps), constants, num_warps=launch.num_warps)
 
     with on_device_of(x):
         if C > _FWD_COLUMNS:
-            _rms_norm_fwd_loop_kernel[(R,)](*tensors, *strides, C, eps, ADD, _LOOP_COLUMNS, num_warps=8)
+            start(_rms_norm_fwd_loop_kernel, (R,), (*tensors, *strides, C, eps), (ADD, _LOOP_COLUMNS), num_warps=8)
         else:
-            candidates = forward_candidates(C)
-            run(choose(name, (x.dtype, C, power_of_two(R)), x.device, forward_heuristic(C), candidates, run))
+            heuristic, candidates = forward_heuristic(C), functools.partial(forward_candidates, C)
+            run(choose(name, (x.dtype, C, R), x.device, heuristic, candidates, run))
 
 
 def _backward(
@@ -325,30 +334,31 @@ def _backward(
 
     def add_parts(parts: Tensor) -> None:
         # 128-byte lines of a part; enough programs and rows in flight for a few MB
-        _rms_norm_dweight_kernel[(triton.cdiv(C, 32),)](parts, dweight, len(parts), C, 64, 32, num_warps=8)
+        grid = (triton.cdiv(C, 32),)
+        start(_rms_norm_dweight_kernel, grid, (parts, dweight, len(parts), C), (64, 32), num_warps=8)
 
     def run(launch: Backward) -> None:
         programs = min(multiprocessors(x.device) * launch.per_multiprocessor, triton.cdiv(R, launch.BLOCK_R))
-        parts = torch.empty(programs, C, dtype=torch.float32, device=x.device)
-        _rms_norm_bwd_kernel[(programs,)](
-            dy, dsum, x, weight, rstd, dx, parts, *strides, R, C, ADD, launch.BLOCK_R, power_of_two(C),
-            num_warps=launch.num_warps,
-        )  # fmt: skip
+        parts = torch.empty((programs, C), dtype=torch.float32, device=x.device)
+        args = (dy, dsum, x, weight, rstd, dx, parts, *strides, R, C)
+        constants = (ADD, launch.BLOCK_R, power_of_two(C), C <= _HELD_COLUMNS, launch.STAGES)
+        start(_rms_norm_bwd_kernel, (programs,), args, constants, num_warps=launch.num_warps)
         add_parts(parts)
 
     with on_device_of(x):
         if C > _BWD_COLUMNS:
-            tensors = (dy, dsum, x, weight, rstd, dx)
-            _rms_norm_bwd_loop_kernel[(R,)](*tensors, *strides, C, ADD, _LOOP_COLUMNS, num_warps=8)
-            parts = torch.empty(triton.cdiv(R, _PART_ROWS), C, dtype=torch.float32, device=x.device)
+            args = (dy, dsum, x, weight, rstd, dx, *strides, C)
+            start(_rms_norm_bwd_loop_kernel, (R,), args, (ADD, _LOOP_COLUMNS), num_warps=8)
+            parts = torch.empty((triton.cdiv(R, _PART_ROWS), C), dtype=torch.float32, device=x.device)
+            args = (dy, x, rstd, parts, dy.stride(0), x.stride(0), R, C)
             grid = (triton.cdiv(C, 1024), len(parts))
-            _rms_norm_dweight_parts_kernel[grid](
-                dy, x, rstd, parts, dy.stride(0), x.stride(0), R, C, _PART_ROWS, 1024, num_warps=4
-            )
+            start(_rms_norm_dweight_parts_kernel, grid, args, (_PART_ROWS, 1024), num_warps=4)
             add_parts(parts)
         else:
-            candidates = backward_candidates(C)
-            run(choose(name, (x.dtype, C, power_of_two(R)), x.device, backward_heuristic(C), candidates, run))
+            tensors = 2 + ADD + (C > _HELD_COLUMNS)
+            heuristic = backward_heuristic(C, tensors * x.element_size())
+            candidates = functools.partial(backward_candidates, C)
+            run(choose(name, (x.dtype, C, R), x.device, heuristic, candidates, run))
 
 
 def rms_norm_fwd(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:

@@ -6,13 +6,14 @@ is the same with -sin. Outputs are contiguous; nothing accumulates, nothing is o
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama_fast.kernels.launch import choose, on_device_of, power_of_two, rows, unavailable
+from llama_fast.kernels.launch import choose, on_device_of, power_of_two, rows, start, unavailable
 from llama_fast.ops import table
 
 __all__ = ["rope_bwd", "rope_fwd", "unavailable"]
@@ -26,6 +27,7 @@ class Launch:
     num_warps: int
 
 
+@functools.cache
 def heuristic(H: int, D: int) -> Launch:
     """32 bytes in half precision for each thread and half of a head: two 16-byte accesses, four in flight."""
     BLOCK_H = min(power_of_two(H), max(4096 // power_of_two(D), 1))
@@ -120,16 +122,21 @@ def _launch(
     angle_strides = [s for x in (cos, sin) for s in (x.stride(0) if x.shape[0] > 1 else 0, x.stride(1))]
     heads = max(H, G)
 
+    strides = (*q.stride()[:3], *k.stride()[:3], *angle_strides)
+
     def run(launch: Launch) -> None:
-        blocks = (launch.BLOCK_H, min(launch.BLOCK_H, power_of_two(G)), power_of_two(D // 2))
-        _rope_kernel[(B * T,)](
-            q, k, cos, sin, q_out, k_out, *q.stride()[:3], *k.stride()[:3], *angle_strides, T, H, G, D,
-            name == "rope_bwd", interleaved, *blocks, num_warps=launch.num_warps,
-        )  # fmt: skip
+        constants = (D, name == "rope_bwd", interleaved, *_blocks(launch, G, D))
+        args = (q, k, cos, sin, q_out, k_out, *strides, T, H, G)
+        start(_rope_kernel, (B * T,), args, constants, num_warps=launch.num_warps)
 
     with on_device_of(q):
-        sizes = (q.dtype, H, G, D, interleaved, power_of_two(B * T))
-        run(choose(name, sizes, q.device, heuristic(heads, D), candidates(heads, D), run))
+        sizes = (q.dtype, H, G, D, interleaved, B * T)
+        run(choose(name, sizes, q.device, heuristic(heads, D), lambda: candidates(heads, D), run))
+
+
+@functools.cache
+def _blocks(launch: Launch, G: int, D: int) -> tuple[int, int, int]:
+    return launch.BLOCK_H, min(launch.BLOCK_H, power_of_two(G)), power_of_two(D // 2)
 
 
 def rope_fwd(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama_fast.kernels.launch import choose, on_device_of, power_of_two, rows, unavailable
+from llama_fast.kernels.launch import choose, on_device_of, rows, start, unavailable
 from llama_fast.ops import table
 
 __all__ = ["swiglu_bwd", "swiglu_fwd", "unavailable"]
@@ -80,8 +80,9 @@ def _swiglu_bwd_kernel(
     tl.store(dup_ptr + r * dx_stride_r + f, dup.to(dup_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch(name: str, kernel: triton.JITFunction, inputs: list[Tensor], outputs: tuple[Tensor, ...]) -> None:
-    R, F = inputs[0].shape
+def _launch(name: str, kernel: triton.JITFunction, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
+    first = inputs[0]
+    R, F = first.shape
     if R * F == 0:
         return
     strides = [x.stride(0) for x in (*inputs, outputs[0])]
@@ -90,20 +91,19 @@ def _launch(name: str, kernel: triton.JITFunction, inputs: list[Tensor], outputs
 
     def run(launch: Launch) -> None:
         grid = (R * triton.cdiv(F, launch.BLOCK_F),)
-        kernel[grid](*inputs, *outputs, *strides, F, BLOCK_F=launch.BLOCK_F, num_warps=launch.num_warps)
+        start(kernel, grid, (*inputs, *outputs, *strides, F), (launch.BLOCK_F,), num_warps=launch.num_warps)
 
-    with on_device_of(inputs[0]):
-        sizes = (inputs[0].dtype, power_of_two(R * F))
-        run(choose(name, sizes, inputs[0].device, HEURISTIC, CANDIDATES, run))
+    with on_device_of(first):
+        run(choose(name, (first.dtype, R, F), first.device, HEURISTIC, lambda: CANDIDATES, run))
 
 
 def swiglu_fwd(gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
     results = table.SWIGLU.allocate("fwd", (gate, up))
-    _launch("swiglu_fwd", _swiglu_fwd_kernel, [rows(gate), rows(up)], results)
+    _launch("swiglu_fwd", _swiglu_fwd_kernel, (rows(gate), rows(up)), results)
     return results
 
 
 def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
     results = table.SWIGLU.allocate("bwd", (dy, gate, up))
-    _launch("swiglu_bwd", _swiglu_bwd_kernel, [rows(dy), rows(gate), rows(up)], results)
+    _launch("swiglu_bwd", _swiglu_bwd_kernel, (rows(dy), rows(gate), rows(up)), results)
     return results

@@ -53,6 +53,7 @@ SHARED = {
         "gpu_run": "units of work in processes",
         "gpu_time": "timing on a GPU",
         "sass_cuda": "what nvcc made of the CUDA kernels",
+        "sass": "what the compiler made of the Triton kernels",
         "providers": "who can compute an op",
         "compare": "two versions in turn",
         "worker": "one side of compare",

@@ -55,7 +55,7 @@ def test_a_listed_primitive_runs_by_default(fresh_choices: None, monkeypatch: py
 
 
 def _choose(run: Any, device: torch.device) -> Any:
-    return launch.choose("swiglu_fwd", (torch.float32, 64), device, HEURISTIC, CANDIDATES, run)
+    return launch.choose("swiglu_fwd", (torch.float32, 64), device, HEURISTIC, lambda: CANDIDATES, run)
 
 
 def test_parameters_are_the_heuristic_unless_forced() -> None:
@@ -89,3 +89,40 @@ def test_autotuning_measures_once_and_keeps_the_fastest(monkeypatch: pytest.Monk
     file.write_text("{ not JSON")
     with launch.autotune(file):
         assert _choose(ran.append, device) == best
+
+
+class FakeKernel:
+    """Records (first call or later one, grid, arguments)."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        class Compiled:
+            def __getitem__(_, grid: tuple[int, ...]) -> Any:
+                return lambda *args: self.calls.append(("again", grid, args))
+
+        def first(*args: Any, **options: Any) -> Any:
+            self.calls.append(("first", grid, args, options))
+            return Compiled()
+
+        return first
+
+
+def test_start_compiles_for_what_triton_specialises_and_then_launches_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    kernel, x = FakeKernel(), torch.zeros(64)
+
+    def kind(*args: Any, constants: tuple[Any, ...] = (8,), warps: int = 4) -> str:
+        launch.start(kernel, (3,), args, constants, num_warps=warps)
+        return kernel.calls[-1][0]
+
+    assert kind(x, 32, 0.5) == "first"
+    assert kernel.calls[-1] == ("first", (3,), (x, 32, 0.5, 8), {"num_warps": 4})
+    assert kind(x, 48, 0.25) == "again"
+    assert kernel.calls[-1] == ("again", (3, 1, 1), (x, 48, 0.25, 8))
+    for different in ((x[1:], 32, 0.5), (x, 33, 0.5), (x, 1, 0.5), (x, 1 << 40, 0.5), (x.half(), 32, 0.5)):
+        assert kind(*different) == "first"
+    assert kind(x, 32, 0.5, constants=(16,)) == "first"
+    assert kind(x, 32, 0.5, warps=8) == "first"
+    assert kind(x[4:], 32, 0.5) == "again"
