@@ -28,7 +28,15 @@ import torch
 from torch import Tensor
 
 import llama_fast as lf
-from benchmarks.gpu_bench import check_candidates, check_warm, command_bench, command_prove, command_tune, disagreement
+from benchmarks.gpu_bench import (
+    check_candidates,
+    check_warm,
+    command_bench,
+    command_prove,
+    command_timer,
+    command_tune,
+    disagreement,
+)
 from benchmarks.gpu_cases import DTYPES, test_cases
 from benchmarks.gpu_run import (
     BACKENDS,
@@ -54,10 +62,11 @@ LIMITS = {"test": 90.0, "bench": 120.0, "sanitize": 60.0, "tune": 120.0}
 
 # ---- correctness ----------------------------------------------------------------------------------------------------
 def units(ops: list[str], tiny: bool) -> list[Row]:
-    """The checks of `test`, the slow ones first."""
+    """The checks of `test`: the slow ones first, then a case of every op in turn, so that a short run has seen all."""
     found: list[Row] = [{"kind": kind, "op": op} for kind in ("compile", "repeat") for op in ops]
-    for op in ops:
-        for index in range(len(test_cases(op, tiny))):
+    longest = max((len(test_cases(op, tiny)) for op in ops), default=0)
+    for index in range(longest):
+        for op in (op for op in ops if index < len(test_cases(op, tiny))):
             found += [{"kind": "budget", "op": op, "case": index, "dtype": name} for name in DTYPES]
     return found
 
@@ -238,7 +247,7 @@ def command_sanitize(args: argparse.Namespace) -> int:
             log = Path(folder) / f"{tool}.log"
             command = [program, "--tool", tool, "--log-file", str(log), "--error-exitcode", "9"]
             worker = worker_command(args, Path(folder), 0)
-            worker[-1] = str(Path(folder) / f"{tool}.rows")
+            worker[worker.index("--out") + 1] = str(Path(folder) / f"{tool}.rows")
             running[tool] = (subprocess.Popen([*command, *worker], cwd=ROOT, env=environment, stdout=2), log)
         end = time.perf_counter() + args.limit
         for tool, (process, log) in running.items():
@@ -270,7 +279,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         return [n for n in text.split(",") if n]
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("command", choices=(*LIMITS, "prove", "worker"))
+    parser.add_argument("command", choices=(*LIMITS, "prove", "worker", "timer"))
     parser.add_argument("files", nargs="*", help="prove: the results of test and of bench")
     parser.add_argument("--ops", type=names, default=list(OPS), help="names with commas between; all without")
     parser.add_argument("--backends", type=names, default=list(BACKENDS))
@@ -304,6 +313,7 @@ COMMANDS = {
     "tune": command_tune,
     "prove": command_prove,
     "worker": command_worker,
+    "timer": command_timer,
 }
 
 

@@ -6,8 +6,10 @@ import argparse
 import contextlib
 import importlib
 import json
+import subprocess
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch import Tensor
 
 import llama_fast as lf
 from benchmarks.gpu_cases import DTYPES, Rival, Timed, bench_cases, rivals, test_cases
-from benchmarks.gpu_run import OURS, Row, backends_of, first_line, header, in_processes, write
+from benchmarks.gpu_run import OURS, ROOT, Row, backends_of, first_line, header, in_processes, worker_command, write
 from benchmarks.gpu_time import Clock, Time, forward_and_backward
 from llama_fast.ops import proven
 from llama_fast.ops.table import OPS
@@ -26,32 +28,92 @@ SLACK = 1.02  # a kernel of ours may take this much of the vendor's time and sti
 
 # ---- speed ----------------------------------------------------------------------------------------------------------
 def command_bench(args: argparse.Namespace) -> int:
+    """Times every case in a process of its own, which is started again without the provider that ended it."""
     begin = time.perf_counter()
-    device = torch.device(args.device)
-    clock = Clock(device)
-    rows: list[Row] = []
-    todo = [t for op in args.ops for t in bench_cases(op, args.tiny)[: args.cases]]
     if args.workers > 1:
-        in_processes(warm_units(args), args, args.limit / 2)
-    with clock.current():
-        rates = {"copy": clock.copy_rate(), "matrix": clock.matrix_rate()}
-        for n, timed in enumerate(todo):
-            left = begin + args.limit - time.perf_counter()
-            if left < 0:
-                rows.append({"op": timed.case.op, "case": timed.label, "problem": "no time left"})
-                continue
-            share = min(left / (len(todo) - n), 8.0)
+        in_processes(warm_units(args), args, args.limit / 3)
+    cases = [(op, i) for op in args.ops for i in range(len(bench_cases(op, args.tiny)[: args.cases]))]
+    todo: list[Row] = [{"op": op, "case": i, "skip": []} for op, i in cases]
+    todo += [{"op": op, "case": None, "skip": []} for op in args.ops]
+    rows: list[Row] = []
+    rates: Row = {}
+    launches: Row = {}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows0"
+        while todo and time.perf_counter() - begin < args.limit:
+            out.unlink(missing_ok=True)
+            args.limit_left = begin + args.limit - time.perf_counter()
+            (Path(folder) / "todo0").write_text(json.dumps(todo))
+            command = worker_command(args, Path(folder), 0, "timer")
+            process = subprocess.Popen(command, cwd=ROOT, stdout=2)
             try:
-                rows += bench_one(clock, timed, args, share)
-            except Exception as error:
-                rows.append({"op": timed.case.op, "case": timed.label, "problem": first_line(error)})
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-        launches = launch_costs(clock, args)
-    _rate(rows, todo, rates)
+                status = process.wait(args.limit_left + 5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                status = process.wait()
+            events = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+            todo = _take(events, todo, rows, rates, launches, f"ended the process (exit status {status})")
+            if not events and status:
+                break
+            result = header(args) | {"rates": rates, "rows": rows, "launch_seconds": launches}
+            _rate(rows, args, rates)
+            write(args, result | {"seconds": time.perf_counter() - begin}, quiet=True)
+    for item in todo:
+        if item["case"] is not None:
+            label = bench_cases(item["op"], args.tiny)[item["case"]].label
+            rows.append({"op": item["op"], "case": label, "problem": "no time left"})
     result = header(args) | {"rates": rates, "rows": rows, "launch_seconds": launches}
     write(args, result | {"seconds": time.perf_counter() - begin})
     return _print_bench(rows, rates, launches, time.perf_counter() - begin)
+
+
+def _take(events: list[Row], todo: list[Row], rows: list[Row], rates: Row, launches: Row, fate: str) -> list[Row]:
+    """Adds what a process reported; gives what is left to do, without the provider at which it ended."""
+    started: Row | None = None
+    for event in events:
+        rows += [event["row"]] if "row" in event else []
+        rates.update(event.get("rates", {}))
+        launches.update(event.get("launches", {}))
+        started = event.get("started", None if "done" in event else started)
+        if "done" in event:
+            todo = [item for item in todo if (item["op"], item["case"]) != tuple(event["done"])]
+    if not todo or started is None:
+        return todo
+    op, case, provider = started["op"], started["case"], started["provider"]
+    label = bench_cases(op, started["tiny"])[case].label if case is not None else "launch cost"
+    told = any(r["op"] == op and r["case"] == label and r.get("provider") == provider and "problem" in r for r in rows)
+    if not told:
+        rows.append({"op": op, "case": label, "provider": provider, "problem": fate})
+    if provider == "all":  # while they were timed together: nobody in particular
+        return [item for item in todo if (item["op"], item["case"]) != (op, case)]
+    for item in todo:
+        if (item["op"], item["case"]) == (op, case):
+            item["skip"].append(provider)
+    return todo
+
+
+def command_timer(args: argparse.Namespace) -> int:
+    """Process of `bench`: writes what it starts, rows and what is done, each a line; ends where the device fails."""
+    begin, todo = time.perf_counter(), json.loads(Path(args.todo).read_text())
+    clock = Clock(torch.device(args.device))
+    with Path(args.out).open("a", buffering=1) as file, clock.current():
+
+        def tell(**event: Any) -> None:
+            file.write(json.dumps(event) + "\n")
+
+        tell(rates={"copy": clock.copy_rate(), "matrix": clock.matrix_rate()})
+        for n, item in enumerate(todo):
+            left = begin + args.limit - time.perf_counter()
+            if left < 0:
+                return 0
+            if item["case"] is None:
+                launch_costs(clock, item, args, tell)
+            else:
+                bench_one(clock, item, args, min(left / (len(todo) - n), 8.0), tell)
+            tell(done=[item["op"], item["case"]])
+            if clock.gpu:
+                torch.cuda.empty_cache()
+    return 0
 
 
 def warm_units(args: argparse.Namespace) -> list[Row]:
@@ -91,28 +153,31 @@ def providers(timed: Timed, asked: list[str], tiny: bool = False) -> list[Rival]
     return found if masked else [*found, *rivals(op, "aot_eager" if tiny else "inductor")]
 
 
-def bench_one(clock: Clock, timed: Timed, args: argparse.Namespace, seconds: float) -> list[Row]:
-    """Rows of one case: each provider's times, or why it has none."""
+def bench_one(clock: Clock, item: Row, args: argparse.Namespace, seconds: float, tell: Callable[..., None]) -> None:
+    """Tells the rows of one case: each provider's times, or why it has none."""
+    timed = bench_cases(item["op"], args.tiny)[item["case"]]
     case, inputs = timed.case, _inputs(timed, args)
     base = {"op": case.op, "case": timed.label, "dtype": timed.dtype, "proves": timed.proves}
-    rows: list[Row] = []
+    place = {"op": item["op"], "case": item["case"], "tiny": args.tiny}
     calls: dict[str, dict[str, Any]] = {"fwd": {}, "bwd": {}, "both": {}}
     expected: tuple[Tensor, ...] | None = None
     # what the others are compared with comes first: eager PyTorch, or the vendor's kernel
     order = sorted(providers(timed, args.backends, args.tiny), key=lambda p: {"eager": 0, "torch": 1}.get(p.name, 2))
-    for rival in order:
+    for rival in (p for p in order if p.name not in item["skip"]):
         row = base | {"provider": rival.name}
         if rival.function is None:
-            rows.append(row | {"problem": rival.reason[:200]})
+            tell(row=row | {"problem": rival.reason[:200]})
             continue
+        tell(started=place | {"provider": rival.name})
         try:
             fwd, bwd, both = forward_and_backward(rival.function, inputs, case.options, rival.context)
             found = tuple(x.detach().clone() for x in both())
+            clock.wait()
             if expected is None:
                 expected = found
             wrong = disagreement(found, expected)
             if wrong:
-                rows.append(row | {"problem": wrong})
+                tell(row=row | {"problem": wrong})
                 continue
             if timed.together:
                 peak = clock.peak_bytes(both)
@@ -121,15 +186,16 @@ def bench_one(clock: Clock, timed: Timed, args: argparse.Namespace, seconds: flo
                 calls["fwd"][rival.name] = (clock.prepare(fwd), 0)
                 calls["bwd"][rival.name] = (clock.prepare(bwd), 0)
         except lf.NotSupported as error:
-            rows.append(row | {"problem": str(error).splitlines()[-1].strip()[:200]})
+            tell(row=row | {"problem": str(error).splitlines()[-1].strip()[:200]})
         except Exception as error:
-            rows.append(row | {"problem": first_line(error)})
+            tell(row=row | {"problem": first_line(error)})
+            clock.wait()  # raises where the device is lost, and ends this process
+    tell(started=place | {"provider": "all"})
     for direction, prepared in calls.items():
         if prepared:
             times = clock.compare({name: p for name, (p, _) in prepared.items()}, seconds / 6)
             for name, t in times.items():
-                rows.append(base | {"provider": name, "direction": direction, "peak": prepared[name][1]} | _times(t))
-    return rows
+                tell(row=base | {"provider": name, "direction": direction, "peak": prepared[name][1]} | _times(t))
 
 
 def _times(t: Time) -> Row:
@@ -169,25 +235,24 @@ def disagreement(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> str
     return ""
 
 
-def launch_costs(clock: Clock, args: argparse.Namespace) -> Row:
-    """Processor time of one eager forward call on small tensors, by op and provider."""
-    found: Row = {}
-    for op in args.ops:
-        inputs = test_cases(op, True)[0].inputs(torch.bfloat16, args.device)
-        for rival in providers(Timed("", test_cases(op, True)[0]), args.backends, args.tiny):
-            if rival.function is None or rival.name.startswith("sdpa"):
-                continue
-            try:
-                fwd, _, _ = forward_and_backward(rival.function, inputs, {}, rival.context)
-                found[f"{op} {rival.name}"] = clock.launch_cost(fwd, 100 if clock.gpu else 1)
-            except Exception:  # its reason stands in the rows already
-                continue
-    return found
+def launch_costs(clock: Clock, item: Row, args: argparse.Namespace, tell: Callable[..., None]) -> None:
+    """Tells the processor's time of one eager forward call on small tensors, of each provider of an op."""
+    op, case = item["op"], test_cases(item["op"], True)[0]
+    inputs = case.inputs(torch.bfloat16, args.device)
+    for rival in providers(Timed("", case), args.backends, args.tiny):
+        if rival.function is None or rival.name.startswith("sdpa") or rival.name in item["skip"]:
+            continue
+        tell(started={"op": op, "case": None, "provider": rival.name, "tiny": args.tiny})
+        try:
+            fwd, _, _ = forward_and_backward(rival.function, inputs, {}, rival.context)
+            tell(launches={f"{op} {rival.name}": clock.launch_cost(fwd, 100 if clock.gpu else 1)})
+        except Exception:  # its reason stands in the rows already
+            clock.wait()
 
 
-def _rate(rows: list[Row], todo: list[Timed], rates: Row) -> None:
+def _rate(rows: list[Row], args: argparse.Namespace, rates: Row) -> None:
     """Adds what a row's time means: bytes or operations a second, and the share of the device's."""
-    cases = {(t.case.op, t.label): t.case for t in todo}
+    cases = {(op, t.label): t.case for op in args.ops for t in bench_cases(op, args.tiny)}
     for row in rows:
         if "seconds" not in row:
             continue
@@ -209,7 +274,8 @@ def _rate(rows: list[Row], todo: list[Timed], rates: Row) -> None:
 
 
 def _print_bench(rows: list[Row], rates: Row, launches: Row, seconds: float) -> int:
-    print(f"copy {rates['copy'] / 1e9:.0f} GB/s, bfloat16 product {rates['matrix'] / 1e12:.0f} TFLOP/s")
+    if rates:
+        print(f"copy {rates['copy'] / 1e9:.0f} GB/s, bfloat16 product {rates['matrix'] / 1e12:.0f} TFLOP/s")
     print("median ms, share of the copy rate (attention and linear_cross_entropy: TFLOP/s, peak memory); *: no graph")
     lines: dict[str, list[str]] = {}
     for r in (r for r in rows if "seconds" in r):

@@ -111,11 +111,12 @@ def _in_processes(todo: list[Row], args: argparse.Namespace, limit: float, folde
     return [row for i in shares for row in rows_of(i)]
 
 
-def worker_command(args: argparse.Namespace, folder: Path, i: int) -> list[str]:
-    """A process that runs the units in todo<i> of the folder."""
+def worker_command(args: argparse.Namespace, folder: Path, i: int, command: str = "worker") -> list[str]:
+    """A process that runs what todo<i> of the folder lists, and adds its rows to rows<i>."""
     flags = ["--device", args.device, "--backends", ",".join(args.backends), *["--tiny"] * args.tiny]
     files = ["--todo", str(folder / f"todo{i}"), "--out", str(folder / f"rows{i}")]
-    return [sys.executable, "-m", "benchmarks.gpu", "worker", *flags, *files]
+    limit = ["--limit", str(getattr(args, "limit_left", args.limit))]
+    return [sys.executable, "-m", "benchmarks.gpu", command, *flags, *files, *limit]
 
 
 def header(args: argparse.Namespace) -> Row:
@@ -140,11 +141,13 @@ def header(args: argparse.Namespace) -> Row:
     }
 
 
-def write(args: argparse.Namespace, result: Row) -> None:
+def write(args: argparse.Namespace, result: Row, quiet: bool = False) -> None:
     slug = re.sub(r"[^a-z0-9]+", "-", str(result["device"]).lower()).strip("-")
     out = Path(args.out or ROOT / "results" / f"{args.command}-{slug}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
+    if quiet:
+        return
     print(f"{result['device']} ({result['device_class']}), commit {result['commit'][:10]}, written: {out}")
     print(", ".join(f"{k} {str(v)[:24]}" for k, v in result["versions"].items()))
     print("backends: " + ", ".join(f"{k} {str(v)[:60]}" for k, v in result["available"].items()))

@@ -67,6 +67,8 @@ class Clock:
         try:
             with torch.cuda.graph(captured, stream=self.stream):
                 kept = call()
+            captured.replay()
+            self.wait()  # what fails is this function and not the next
         except Exception:  # a host synchronisation inside: the call is timed as it is
             self.wait()
             return Prepared(call, False)

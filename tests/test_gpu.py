@@ -66,6 +66,41 @@ def test_bench_and_proof(tmp_path: Path) -> None:
     assert any("liger" in r["provider"] for r in result["rows"])
 
 
+@pytest.mark.parametrize(
+    ("way", "told"), [("os.abort()", "ended the process (exit status -6)"), ("1 / 0", "ZeroDivision")]
+)
+def test_bench_goes_on_without_the_provider_that_ends_its_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, way: str, told: str
+) -> None:
+    code = (
+        "import os, sys\n"
+        "from benchmarks import gpu, gpu_bench\n"
+        "from benchmarks.gpu_cases import Rival\n"
+        "rivals = gpu_bench.rivals\n"
+        f"gpu_bench.rivals = lambda *a: [*rivals(*a), Rival('bad', lambda *a, **k: {way})]\n"
+        "raise SystemExit(gpu.main(sys.argv[1:]))\n"
+    )
+    command = gpu_run.worker_command
+
+    def bad(*args: Any) -> list[str]:
+        python, _, _, *rest = command(*args)
+        return [python, "-c", code, *rest]
+
+    monkeypatch.setattr(gpu_bench, "worker_command", bad)
+    out = tmp_path / "bench.json"
+    flags = ["--device", "cpu", "--tiny", "--ops", "swiglu", "--workers", "1", "--limit", "60"]
+    assert gpu.main(["bench", *flags, "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    (row,) = (r for r in result["rows"] if r.get("provider") == "bad" and r["case"] == "tiny")
+    assert told in row["problem"]
+    assert {(r["provider"], r["direction"]) for r in result["rows"] if "seconds" in r} >= {
+        ("eager", "fwd"),
+        ("eager", "bwd"),
+    }
+    assert all("share" in r for r in result["rows"] if "seconds" in r)
+    assert "swiglu eager" in result["launch_seconds"]
+
+
 def test_tune(tmp_path: Path) -> None:
     result, _ = dry(tmp_path, "tune", "--ops", "swiglu", "--workers", "1")
     assert {r["kernel"] for r in result["rows"]} == {"swiglu_fwd", "swiglu_bwd"}

@@ -78,6 +78,13 @@ def _cpu_mask(q: Tensor, k: Tensor, causal: bool, window: int) -> Tensor | None:
     return torch.zeros(T, S, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """`x` with rows of 16 bytes and their multiples apart, which a GPU's kernels take for granted."""
+    step = 16 // x.element_size()
+    whole = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s % step == 0 for s in x.stride()[:-1])
+    return x if whole else x.clone(memory_format=torch.contiguous_format)
+
+
 def _window(window: int) -> dict[str, int]:
     return {"window_size_left": window - 1, "window_size_right": 0} if window else {}
 
@@ -91,6 +98,12 @@ def attention_fwd(
             (B, H, T), -torch.inf, dtype=torch.float32
         )
     causal, path = causal or window > 0, _path(q, k, cu_seqlens, causal, window)
+    if cu_seqlens is None and causal and T > S:  # the first queries see no key: some kernels get these wrong
+        seen = attention_fwd(q[:, T - S :], k, v, None, scale, causal, window)
+        out, lse = torch.zeros_like(q, memory_format=torch.contiguous_format), seen[1].new_full((B, H, T), -torch.inf)
+        out[:, T - S :], lse[:, :, T - S :] = seen
+        return out, lse
+    q, k, v = _aligned(q), _aligned(k), _aligned(v)
     if cu_seqlens is not None and path != "flash":
         parts = [attention_fwd(q[:, s], k[:, s], v[:, s], None, scale, causal, window) for s in _sequences(cu_seqlens)]
         return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 2)
@@ -122,11 +135,7 @@ def attention_fwd(
             *_heads_first(q, _expand(k, H), _expand(v, H)), 0.0, causal and mask is None, attn_mask=mask, scale=scale
         )
         out = out.transpose(1, 2)
-    out, lse = out.contiguous(), lse.contiguous()
-    if causal and T > S:  # these queries see no key
-        out[:, : T - S] = 0.0
-        lse[:, :, : T - S] = -torch.inf
-    return out, lse
+    return out.contiguous(), lse.contiguous()
 
 
 def attention_bwd(
@@ -145,6 +154,15 @@ def attention_bwd(
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     causal, path = causal or window > 0, _path(q, k, cu_seqlens, causal, window)
+    if cu_seqlens is None and causal and T > S:
+        last = slice(T - S, None)
+        seen = attention_bwd(
+            dout[:, last], q[:, last], k, v, out[:, last], lse[:, :, last], None, scale, causal, window
+        )
+        dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        dq[:, T - S :] = seen[0]
+        return dq, seen[1], seen[2]
+    dout, q, k, v, out = _aligned(dout), _aligned(q), _aligned(k), _aligned(v), _aligned(out)
     if cu_seqlens is not None and path != "flash":
         found = [
             attention_bwd(
