@@ -17,6 +17,7 @@ import llama_fast as lf
 from llama_fast.verify import BACKWARD_FACTOR, ulp
 
 B, T, VOCABULARY = 3, 19, 97
+BEFORE_4_56 = tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (4, 56)
 # Of the logits' root-mean-square error beside stock's. Each op keeps within 1.0; through a whole model equal errors add
 # up by chance: 0.93 to 1.05 in float32, 0.80 to 0.93 in bfloat16 over six seeds.
 LOGITS_FACTOR = 1.1

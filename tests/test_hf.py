@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import pickle
 import subprocess
@@ -165,6 +166,16 @@ def test_nothing_to_patch_raises() -> None:
         layer.forward = lambda x, **_: x
     with pytest.raises(ValueError, match=r"the forward of model.layers.0 was replaced"):
         lf.hf.patch(model)
+    assert ran_nothing(model)
+
+
+def test_a_fused_loss_needs_a_place() -> None:
+    with pytest.raises(ValueError, match="fused_loss is True, expected a LlamaForCausalLM for it, found none"):
+        lf.hf.patch(make().model, fused_loss=True)
+    model = make()
+    model.forward = functools.partial(model.forward, use_cache=False)
+    with pytest.raises(ValueError, match="found one whose class or forward was replaced"):
+        lf.hf.patch(model, fused_loss="training")
     assert ran_nothing(model)
 
 

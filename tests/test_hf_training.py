@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from hf_pairs import assert_close, exact, make, patched, ran, run, tokens, transformers
+from hf_pairs import BEFORE_4_56, assert_close, exact, make, patched, ran, run, tokens, transformers
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
@@ -50,7 +52,7 @@ def test_compiled_without_graph_break(call: dict[str, Any]) -> None:
 
     torch.compiler.reset()
     backend = aot_autograd(fw_compiler=count, bw_compiler=count)
-    found = run(torch.compile(patched(stock), backend=backend, fullgraph=True), **call)
+    found = run(torch.compile(patched(stock), backend=backend, fullgraph=not BEFORE_4_56), **call)
     found = {name.replace("_orig_mod.", ""): t for name, t in found.items()}
     assert_close(found, run(stock, **call), run(exact(stock), **call))
     ours = "llama_fast.attention_bwd.default" in seen
@@ -139,6 +141,37 @@ def test_frozen_and_half_frozen_models() -> None:
             assert (want is None) == (found[0][name] is None), name
             if want is not None:
                 torch.testing.assert_close(found[0][name], want, rtol=1e-9, atol=1e-9 * float(want.abs().max()))
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
+@pytest.mark.usefixtures("one_process")
+def test_sharded_by_fsdp2() -> None:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    stock = make().double()
+    ours = patched(stock)
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    for layer in ours.model.layers:
+        fully_shard(layer, mesh=mesh)
+    found = run(fully_shard(ours, mesh=mesh))
+    assert {m._llama_fast.last for m in ours.model.layers} == {"block"}
+    whole = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in found.items()}
+    assert_close(whole, run(stock), run(exact(stock)))
+    theirs = make()
+    for layer in theirs.model.layers:
+        fully_shard(layer, mesh=mesh)
+    with pytest.raises(
+        ValueError, match=r"FSDPLlamaDecoderLayer, expected LlamaDecoderLayer itself; .*before fully_shard"
+    ):
+        lf.hf.patch(theirs)
 
 
 # ---- PEFT ------------------------------------------------------------------------------------------------------------

@@ -45,7 +45,8 @@ def patch(model: nn.Module, *, policy: str = "recompute-cheap", fused_loss: bool
         `model` itself.
 
     Raises:
-        ValueError: an option is not one of those, or the model has no LlamaDecoderLayer that can be patched.
+        ValueError: an option is not one of those, or the model has no LlamaDecoderLayer that can be patched, or with
+            `fused_loss` no LlamaForCausalLM.
         NotSupported: the version of transformers or the layout of its layers is unknown.
     """
     if policy not in POLICIES:
@@ -58,19 +59,21 @@ def patch(model: nn.Module, *, policy: str = "recompute-cheap", fused_loss: bool
     takable = [layer for _, layer in layers if type(layer) is LlamaDecoderLayer or _can_swap(layer)]
     if not takable:
         raise ValueError(f"hf.patch: {_nothing_to_patch(model, layers)}")
+    heads = [m for m in model.modules() if isinstance(m, stock.LlamaForCausalLM)]
+    if fused_loss and not any(type(m) is LlamaForCausalLM or _can_swap(m) for m in heads):
+        found = "one whose class or forward was replaced" if heads else "none"
+        raise ValueError(f"hf.patch: fused_loss is {fused_loss!r}, expected a LlamaForCausalLM for it, found {found}")
     _register_attention()
-    module: Any
     for module in model.modules():
         if type(module) in REPLACEMENTS and _can_swap(module):
             _swap(module, REPLACEMENTS[type(module)])
-        if type(module) is LlamaAttention and module.config._attn_implementation != NAME:
-            _switch_attention(model, module.config)
-        if type(module) is LlamaDecoderLayer:
-            module._llama_fast = State(module, policy)
         if fused_loss and type(module) in LOSS_REPLACEMENTS and _can_swap(module):
             _swap(module, LlamaForCausalLM)
+        if type(module) is LlamaDecoderLayer:
+            module._llama_fast = State(module, policy)
         if type(module) is LlamaForCausalLM:
             module._llama_fast_loss = fused_loss
+    _switch_attention([m for m in model.modules() if type(m) is LlamaAttention])
     return model
 
 
@@ -147,12 +150,13 @@ def _register_attention() -> None:
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, mask)
 
 
-def _switch_attention(model: nn.Module, config: Any) -> None:
-    before, module = config._attn_implementation, None  # type: Any, Any
-    for module in model.modules():
-        if type(module) in (LlamaAttention, stock.LlamaAttention) and module.config is config:
-            module.__dict__["_llama_fast_before"] = before
-    config._attn_implementation = NAME
+def _switch_attention(modules: list[Any]) -> None:
+    """Sets the configs of attention layers to this package's attention, and notes in each layer what was set before."""
+    for module in modules:
+        if module.config._attn_implementation != NAME:
+            module._llama_fast_before = module.config._attn_implementation
+    for module in modules:
+        module.config._attn_implementation = NAME
 
 
 def _can_swap(module: nn.Module) -> bool:

@@ -155,10 +155,10 @@ def call_objection(layer: Any, x: Tensor, arguments: dict[str, Any]) -> str | No
         return "is_causal is False"
     if arguments.get("output_attentions"):
         return "the attention weights are asked for"
-    if x.ndim != 3 or not _plain_tensors(x) or x.dtype != layer.input_layernorm.weight.dtype:
-        return f"hidden states of shape {tuple(x.shape)} and dtype {x.dtype}"
-    if any(p.device != x.device for p in block_weights(layer)):
-        return f"weights on other devices than {x.device}"
+    if x.ndim != 3 or not _plain_tensors(x):
+        return f"hidden states that are a {type(x).__name__} of shape {tuple(x.shape)}"
+    if any(p.device != x.device or p.dtype != x.dtype for p in block_weights(layer)):
+        return f"weights that are not all on {x.device} and {x.dtype}"
     if torch.is_autocast_enabled(x.device.type):
         return "autocast: the block would round the residual stream"
     if arguments.get("position_embeddings") is None:
@@ -243,7 +243,7 @@ class _Recorded(type):
     """
 
     def __instancecheck__(cls, instance: object) -> bool:
-        return isinstance(instance, cls.__mro__[1])
+        return super().__instancecheck__(instance) or isinstance(instance, cls.__dict__.get("_stock", ()))
 
 
 class LlamaRMSNorm(_Norm):
@@ -271,6 +271,8 @@ class LlamaMLP(_MLP):
 
 class LlamaAttention(_Attention, metaclass=_Recorded):
     """transformers' LlamaAttention on lf.rope and the attention function of its config."""
+
+    _stock = _Attention
 
     @functools.wraps(_Attention.forward)
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -311,6 +313,8 @@ class LlamaDecoderLayer(_Layer, metaclass=_Recorded):
 
     `_llama_fast`: the policy of the block, and in words what the last call ran.
     """
+
+    _stock = _Layer
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
