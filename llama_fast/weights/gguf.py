@@ -44,6 +44,7 @@ _TOP = {EMBEDDING: "token_embd.weight", "norm.weight": "output_norm.weight", HEA
 _OURS = {v: k for k, v in (_LAYER | _TOP).items()}
 _ROPE = "rope_freqs.weight"
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ROWS = 1024  # of a matrix that are dequantised at a time
 _LLAMA3_SCALING = (1.0, 4.0, 8192)  # what the converter assumes where the config names nothing else
 
 
@@ -197,19 +198,26 @@ class GGUFSource(Source):
         super().__init__(path, config, main_dtype(sizes))
 
     def read_into(self, name: str, out: Tensor) -> None:
+        stored = self._tensors[name]
+        data = np.asarray(stored.data)
+        # whole heads at a time: gguf's dequantisation takes twice the memory of its result
+        rows = self._config.head_dim * max(1, _ROWS // self._config.head_dim) if data.ndim > 1 else len(data)
+        for at in range(0, len(data), rows):
+            piece = out[at : at + rows] if data.ndim > 1 else out
+            t = torch.from_numpy(self._numbers(stored, data[at : at + rows])).view(piece.shape)
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                copy_pairs_to_halves(piece, t, self._config.head_dim)
+            else:
+                piece.copy_(t)
+
+    def _numbers(self, stored: Any, data: np.ndarray) -> np.ndarray:
         from gguf.quants import dequantize
 
-        stored = self._tensors[name]
         kind = stored.tensor_type.name
-        data = np.asarray(stored.data)
         try:
             numbers = data if kind == "F64" else dequantize(data, stored.tensor_type)
         except NotImplementedError:
             raise ValueError(
                 f"{self.path}: tensor {stored.name} is {kind}: expected a type that gguf dequantises"
             ) from None
-        t = torch.from_numpy(numbers if numbers.flags.writeable else numbers.copy()).view(out.shape)
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            copy_pairs_to_halves(out, t, self._config.head_dim)
-        else:
-            out.copy_(t)
+        return numbers if numbers.flags.writeable else numbers.copy()
