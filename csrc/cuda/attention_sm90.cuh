@@ -149,6 +149,30 @@ LLAMA_FAST_DEVICE Span find_span(Global<const int> cu_seqlens, int sequences, in
   return Span{0, -1, -1, 0, 0, 0};
 }
 
+// Works are numbers below `works`. A block's producer warp deals them, `works` or more ending the list, in a ring of
+// two slots of 8 bytes, the number first. Calls f(n, slot) for the n-th of the block; whole warps, each of which frees
+// the slot.
+template <class F>
+LLAMA_FAST_DEVICE void each_dealt_work(uint32_t slots, uint32_t full, uint32_t empty, int works, F&& f) {
+#pragma unroll 1
+  for (uint32_t n = 0;; ++n) {
+    const uint32_t slot = slots + 8 * (n % 2);
+    ptx::mbarrier_wait(full + 8 * (n % 2), n / 2 % 2);
+    if (static_cast<int>(ptx::ld_shared(slot)) >= works) return;
+    f(n, slot);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(empty + 8 * (n % 2));
+  }
+}
+
+// By one thread of the producer warp: hands out the n-th work, with a word that goes with it.
+LLAMA_FAST_DEVICE void deal_work(uint32_t slots, uint32_t full, uint32_t empty, uint32_t n, int work, int word) {
+  ptx::mbarrier_wait(empty + 8 * (n % 2), n / 2 % 2 ^ 1);
+  ptx::st_shared(slots + 8 * (n % 2), work);
+  ptx::st_shared(slots + 8 * (n % 2) + 4, word);
+  ptx::mbarrier_arrive(full + 8 * (n % 2));
+}
+
 // Query i (counted as key, i = t + S - T) sees keys low(i) <= j < high(i).
 struct Mask {
   bool causal;

@@ -6,7 +6,7 @@
 // Work is dealt in the order of that sum, so whoever is waited for has begun.
 //   s = k q^T, p = 2^(scale log2(e) s - lse log2(e)), dp = v dout^T, ds = p (dp - delta)      all [keys, queries]
 //   dv += p dout, dk += ds q, dq += ds^T k; p and ds rounded to T; dk and dq times scale at the end
-// Producer warp 0 loads; warps 1 and 2 add the dq of their consumer group. A consumer warpgroup owns 64 keys.
+// Producer warp 0 loads; warps 1 and 2 add dq, of every other step each. A consumer warpgroup owns 64 keys.
 #pragma once
 
 #include "attention_sm90.cuh"
@@ -17,13 +17,14 @@ struct BwdParams {
   ptx::TensorMap q, k, v, dout;  // (D, row, head, batch)
   Global<const float> stats;     // [tiles of queries][lse log2(e), delta][64]
   Global<float> dq_sum;          // [tiles of queries][2 groups][64 x D/2 accumulators as registers lie]
-  Global<int> turns;             // [tiles of queries][2]: parts of dq_sum that have been added; 0 on entry
+  Global<int> turns;             // [tiles of queries]: parts of dq_sum that have been added; 0 on entry
   Global<int> next_work;         // 0 on entry
   Rows dk, dv;
   Global<const int> cu_seqlens;
   int B, T, S, H, G, D, sequences;
   int query_tiles;  // a head; packed: at most so many in all sequences together
   int key_tiles;    // likewise
+  int section;      // key/value heads whose works are dealt together
   float scale, scale_log2;
   Mask mask;
 };
@@ -47,7 +48,7 @@ struct BwdConfig {
   static constexpr int kFullKeys = kWork + 16, kEmptyKeys = kFullKeys + 8, kFullQ = kEmptyKeys + 8,
                        kEmptyQ = kFullQ + 8 * kStagesQ, kFullDout = kEmptyQ + 8 * kStagesQ,
                        kEmptyDout = kFullDout + 8 * kStagesDout, kFullDq = kEmptyDout + 8 * kStagesDout,
-                       kEmptyDq = kFullDq + 8 * kGroups, kFullWork = kEmptyDq + 8 * kGroups,
+                       kEmptyDq = kFullDq + 16 * kGroups, kFullWork = kEmptyDq + 8 * kGroups,
                        kEmptyWork = kFullWork + 16;
   static constexpr int kSharedBytes = kEmptyWork + 16;
 };
@@ -72,10 +73,14 @@ struct BwdWork {
   int stats_tile;         // of tile 0 of the sequence and head 0 of the batch
 };
 
-// `index`: heads one after the other; in a head the tiles of keys in ascending order, which sees most queries first.
+// `index`: sections of heads one after the other; in a section the tiles of keys in ascending order, each of all heads.
+// So the tiles of keys of a head, whose dq is summed in that order, begin one after the other and not at once.
 template <class Config>
 LLAMA_FAST_DEVICE BwdWork bwd_work(const BwdParams& p, int index) {
-  const int block = index % p.key_tiles, head = index / p.key_tiles;
+  const int heads = p.cu_seqlens != nullptr ? p.G : p.B * p.G;
+  const int first_head = index / (p.section * p.key_tiles) * p.section, rest = index - first_head * p.key_tiles;
+  const int section = min(p.section, heads - first_head);
+  const int block = rest / section, head = first_head + rest % section;
   BwdWork work{};
   work.group = head % p.G;
   if (p.cu_seqlens != nullptr) {
@@ -114,12 +119,9 @@ LLAMA_FAST_DEVICE void bwd_produce(const BwdParams& p, uint32_t shared) {
     index = __shfl_sync(kAllLanes, index, 0);
     BwdWork work{};
     if (index < works<Config>(p)) work = bwd_work<Config>(p, index);
-    if (leader) {
-      ptx::mbarrier_wait(shared + Config::kEmptyWork + 8 * (n % 2), n / 2 % 2 ^ 1);
-      ptx::st_shared(shared + Config::kWork + 8 * (n % 2), index);
-      ptx::st_shared(shared + Config::kWork + 8 * (n % 2) + 4, work.tiles);
-      ptx::mbarrier_arrive(shared + Config::kFullWork + 8 * (n % 2));
-    }
+    if (leader)
+      deal_work(shared + Config::kWork, shared + Config::kFullWork, shared + Config::kEmptyWork, n, index,
+                work.tiles * (p.H / p.G));
     if (index >= works<Config>(p)) return;
     if (leader) ptx::mbarrier_wait(shared + Config::kEmptyKeys, n % 2 ^ 1);
     if (leader && work.tiles == 0) ptx::mbarrier_arrive(shared + Config::kFullKeys);
@@ -167,55 +169,51 @@ LLAMA_FAST_DEVICE void bwd_produce(const BwdParams& p, uint32_t shared) {
   }
 }
 
-// Calls f(n, any, read) for the n-th work that the producer deals to this block; any: whether it has steps; read()
-// decodes it. f may use n as it likes if it leaves it as it was. Called by whole warps.
 template <class Config, class F>
-LLAMA_FAST_DEVICE void each_dealt_work(const BwdParams& p, uint32_t shared, F&& f) {
-#pragma unroll 1
-  for (uint32_t n = 0;; ++n) {
-    const uint32_t slot = shared + Config::kWork + 8 * (n % 2);
-    ptx::mbarrier_wait(shared + Config::kFullWork + 8 * (n % 2), n / 2 % 2);
-    if (static_cast<int>(ptx::ld_shared(slot)) >= works<Config>(p)) return;
-    f(n, ptx::ld_shared(slot + 4) != 0, [&](uint32_t n) {
-      return bwd_work<Config>(p, static_cast<int>(ptx::ld_shared(shared + Config::kWork + 8 * (n % 2))));
-    });
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared + Config::kEmptyWork + 8 * (n % 2));
-  }
+LLAMA_FAST_DEVICE void each_bwd_work(const BwdParams& p, uint32_t shared, F&& f) {
+  each_dealt_work(shared + Config::kWork, shared + Config::kFullWork, shared + Config::kEmptyWork, works<Config>(p), f);
 }
 
-// Adds the dq of consumer group `group` to dq_sum, each tile when the tiles of keys before this one have added theirs.
+// Adds the dq of every other step to dq_sum, when the tiles of keys before this one have added theirs. Two warps take
+// turns, so that one waits for its addition to be complete while the next one begins.
 template <class Config>
-LLAMA_FAST_DEVICE void bwd_add_dq(const BwdParams& p, uint32_t shared, int group) {
+LLAMA_FAST_DEVICE void bwd_add_dq(const BwdParams& p, uint32_t shared, uint32_t parity) {
   uint32_t step = 0;
-  const uint32_t source = shared + Config::kDq + group * Config::kDqBytes;
-  each_dealt_work<Config>(p, shared, [&](uint32_t, bool any, const auto&) {
-    if (any && threadIdx.x % 32 == 0) {
-      bool last;
-      do {
-        const uint32_t info = shared + Config::kStep + step % Config::kSteps * Config::kStepBytes;
-        ptx::mbarrier_wait(shared + Config::kFullDq + 8 * group, step % 2);
-        last = ptx::ld_shared(info + Step::kLast) != 0;
-        const int key_tile = static_cast<int>(ptx::ld_shared(info + Step::kKeyTile));
-        const int position = key_tile * Config::kKeys + static_cast<int>(ptx::ld_shared(info + Step::kRow)) -
-                             static_cast<int>(ptx::ld_shared(info + Step::kDiagonal));
-        const int before = key_tile - p.mask.low(position) / Config::kKeys;
-        const int64_t part = 2 * static_cast<int64_t>(ptx::ld_shared(info + Step::kPart)) + group;
-        while (ptx::ld_acquire_gpu(p.turns + part) != before) ptx::nanosleep(32);
-        const Global<float> sum = p.dq_sum + part * (Config::kDqBytes / 4);
+  each_bwd_work<Config>(p, shared, [&](uint32_t, uint32_t slot) {
+    const uint32_t end = step + ptx::ld_shared(slot + 4);
+#pragma unroll 1
+    for (step += (step ^ parity) & 1; step < end; step += 2) {
+      if (threadIdx.x % 32 != 0) continue;
+      const int stage = step % Config::kStagesQ;
+      const uint32_t info = shared + Config::kStep + step % Config::kSteps * Config::kStepBytes;
+      ptx::mbarrier_wait(shared + Config::kFullQ + 8 * stage, step / Config::kStagesQ % 2);
+      const int key_tile = static_cast<int>(ptx::ld_shared(info + Step::kKeyTile));
+      const int position = key_tile * Config::kKeys + static_cast<int>(ptx::ld_shared(info + Step::kRow)) -
+                           static_cast<int>(ptx::ld_shared(info + Step::kDiagonal));
+      const int before = key_tile - p.mask.low(position) / Config::kKeys;
+      const int part = static_cast<int>(ptx::ld_shared(info + Step::kPart));
+      ptx::mbarrier_arrive(shared + Config::kEmptyQ + 8 * stage);  // so that the phase just seen is not overtaken
+      while (ptx::ld_acquire_gpu(p.turns + part) != before) ptx::nanosleep(20);
+      const Global<float> sum = p.dq_sum + static_cast<int64_t>(part) * (Config::kGroups * Config::kDqBytes / 4);
+#pragma unroll
+      for (int group = 0; group < Config::kGroups; ++group) {
+        const uint32_t source = shared + Config::kDq + group * Config::kDqBytes;
+        ptx::mbarrier_wait(shared + Config::kFullDq + 8 * (2 * group + parity), step / 2 % 2);
         if (before == 0)
-          ptx::bulk_store(sum, source, Config::kDqBytes);
+          ptx::bulk_store(sum + group * (Config::kDqBytes / 4), source, Config::kDqBytes);
         else
-          ptx::bulk_reduce_add_f32(sum, source, Config::kDqBytes);
+          ptx::bulk_reduce_add_f32(sum + group * (Config::kDqBytes / 4), source, Config::kDqBytes);
         ptx::bulk_commit_group();
-        ptx::bulk_wait_group_read<0>();
-        ptx::mbarrier_arrive(shared + Config::kEmptyDq + 8 * group);
-        ptx::bulk_wait_group<0>();
-        ptx::fence_proxy_async_global();
-        ptx::red_release_gpu_add(p.turns + part, 1);
-        ++step;
-      } while (!last);
+      }
+      ptx::bulk_wait_group_read<1>();
+      ptx::mbarrier_arrive(shared + Config::kEmptyDq);
+      ptx::bulk_wait_group_read<0>();
+      ptx::mbarrier_arrive(shared + Config::kEmptyDq + 8);
+      ptx::bulk_wait_group<0>();
+      ptx::fence_proxy_async_global();
+      ptx::red_release_gpu_add(p.turns + part, 1);
     }
+    step = end;
     __syncwarp();
   });
 }
@@ -252,11 +250,11 @@ LLAMA_FAST_DEVICE void bwd_consume(const BwdParams& p, uint32_t shared, int grou
     ptx::wgmma_commit_group();
   };
 
-  each_dealt_work<Config>(p, shared, [&](uint32_t& n, bool any, const auto& read) {
+  each_bwd_work<Config>(p, shared, [&](uint32_t& n, uint32_t slot) {
     ptx::mbarrier_wait(shared + Config::kFullKeys, n % 2);
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) dk[i] = dv[i] = 0.0F;
-    if (any) {
+    if (ptx::ld_shared(slot + 4) != 0) {
       queue_scores(step);
       ptx::wgmma_wait_group<0>();
       ptx::wgmma_use(s);
@@ -362,7 +360,7 @@ LLAMA_FAST_DEVICE void bwd_consume(const BwdParams& p, uint32_t shared, int grou
                             bit_cast<uint4>(float4{dq[i], dq[i + 1], dq[i + 2], dq[i + 3]}));
         ptx::fence_proxy_async();
         __syncwarp();
-        release(Config::kFullDq + 8 * group);
+        release(Config::kFullDq + 8 * (2 * group + step % 2));  // one for each of the warps that take turns
         ++step;
       } while (!last);
       ptx::wgmma_wait_group<0>();
@@ -373,7 +371,7 @@ LLAMA_FAST_DEVICE void bwd_consume(const BwdParams& p, uint32_t shared, int grou
     }
     __syncwarp();  // all lanes have seen the phase end
     release(Config::kEmptyKeys);
-    const BwdWork work = read(n);
+    const BwdWork work = bwd_work<Config>(p, static_cast<int>(ptx::ld_shared(shared + Config::kWork + 8 * (n % 2))));
     const Span& span = work.span;
     if (span.T < 0) return;
     const int key = span.block * kKeys + 64 * group + 16 * warp + lane / 4;
@@ -395,19 +393,20 @@ __global__ void __launch_bounds__(Config::kThreads, 1) attention_bwd_kernel(cons
     ptx::mbarrier_init(shared + Config::kEmptyKeys, kConsumerWarps);
     for (int stage = 0; stage < Config::kStagesQ; ++stage) {
       ptx::mbarrier_init(shared + Config::kFullQ + 8 * stage, 1);
-      ptx::mbarrier_init(shared + Config::kEmptyQ + 8 * stage, kConsumerWarps);
+      ptx::mbarrier_init(shared + Config::kEmptyQ + 8 * stage, kConsumerWarps + 1);
     }
     for (int stage = 0; stage < Config::kStagesDout; ++stage) {
       ptx::mbarrier_init(shared + Config::kFullDout + 8 * stage, 1);
       ptx::mbarrier_init(shared + Config::kEmptyDout + 8 * stage, kConsumerWarps);
     }
     for (int group = 0; group < Config::kGroups; ++group) {
-      ptx::mbarrier_init(shared + Config::kFullDq + 8 * group, 4);
+      for (int parity = 0; parity < 2; ++parity)
+        ptx::mbarrier_init(shared + Config::kFullDq + 8 * (2 * group + parity), 4);
       ptx::mbarrier_init(shared + Config::kEmptyDq + 8 * group, 1);
     }
     for (int stage = 0; stage < 2; ++stage) {
       ptx::mbarrier_init(shared + Config::kFullWork + 8 * stage, 1);
-      ptx::mbarrier_init(shared + Config::kEmptyWork + 8 * stage, kConsumerWarps + Config::kGroups);
+      ptx::mbarrier_init(shared + Config::kEmptyWork + 8 * stage, kConsumerWarps + 2);
     }
     ptx::fence_mbarrier_init();
   }
@@ -418,7 +417,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) attention_bwd_kernel(cons
     const int warp = threadIdx.x / 32 % 4;
     if (warp == 0)
       bwd_produce<Config>(p, shared);
-    else if (warp <= Config::kGroups)
+    else if (warp <= 2)
       bwd_add_dq<Config>(p, shared, warp - 1);
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();

@@ -8,6 +8,14 @@
 
 namespace llama_fast::cuda {
 
+namespace sm90 {
+
+__global__ void clear_kernel(Global<int> word) {
+  if (threadIdx.x == 0) word[0] = 0;
+}
+
+}  // namespace sm90
+
 namespace {
 
 constexpr const char* kFwd = "attention_fwd";
@@ -15,7 +23,7 @@ constexpr int64_t kCacheBytes = 32 << 20;  // of the H100's 50 MB second cache: 
 
 template <class Config>
 void launch_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, double scale, bool causal,
-                int64_t window, const Tensor& out, const Tensor& lse, Stream s) {
+                int64_t window, const Tensor& out, const Tensor& lse, const Tensor& scratch, Stream s) {
   constexpr int kOrder[4] = {3, 1, 2, 0};
   sm90::FwdParams p;
   p.q = make_tensor_map<4>(kFwd, q, kOrder, {sm90::kPanelCols, Config::kRows, 1, 1});
@@ -37,8 +45,10 @@ void launch_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&
   p.scale_log2 = static_cast<float>(scale * sm90::kLog2e);
   p.mask = sm90::make_mask(causal, window);
   const OnDevice on(kFwd, s);
-  const int64_t tiles = heads * p.blocks;
-  launch(launch_of(kFwd, s, grid(std::min(tiles, multiprocessors(s.device))), Config::kThreads, Config::kSharedBytes),
+  const int64_t tiles = heads * p.blocks, blocks = multiprocessors(s.device);
+  p.next_tile = tiles > blocks ? scratch.ptr<int>() : nullptr;
+  if (tiles > blocks) launch(launch_of(kFwd, s, grid(1), 32), sm90::clear_kernel, p.next_tile);
+  launch(launch_of(kFwd, s, grid(std::min(tiles, blocks)), Config::kThreads, Config::kSharedBytes),
          sm90::attention_fwd_kernel<Config>, p);
 }
 
@@ -59,9 +69,10 @@ const char* attention_sm90_objection(const Tensor& q, const Tensor& k, const Ten
 }
 
 void attention_sm90_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, double scale,
-                        bool causal, int64_t window, const Tensor& out, const Tensor& lse, int variant, Stream s) {
+                        bool causal, int64_t window, const Tensor& out, const Tensor& lse, const Tensor& scratch,
+                        int variant, Stream s) {
   const auto run = [&](auto config) {
-    launch_fwd<decltype(config)>(q, k, v, cu_seqlens, scale, causal, window, out, lse, s);
+    launch_fwd<decltype(config)>(q, k, v, cu_seqlens, scale, causal, window, out, lse, scratch, s);
   };
   const auto of_type = [&](auto type) {
     using T = decltype(type);
@@ -71,9 +82,7 @@ void attention_sm90_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const
       run(sm90::FwdConfig<T, 128, 2, 128, 2>{});
   };
   if (variant == 1)
-    run(sm90::FwdConfig<bf16, 128, 2, 128, 2, false>{});
-  else if (variant == 2)
-    run(sm90::FwdConfig<bf16, 128, 2, 176, 2>{});
+    run(sm90::FwdConfig<bf16, 64, 2, 128, 2>{});
   else if (q.dtype == DType::bf16)
     of_type(bf16{});
   else

@@ -16,6 +16,7 @@ struct FwdParams {
   Rows out;
   Global<float> lse;  // [B, H, T]
   Global<const int> cu_seqlens;
+  Global<int> next_tile;  // 0 on entry; null where there is no more than a tile a block
   int B, T, S, H, D, heads_a_group, sequences;
   int blocks;   // of queries a head; packed: at most so many in all sequences together
   int section;  // heads whose tiles are dealt together, so that their keys and values stay in the second cache
@@ -23,11 +24,10 @@ struct FwdParams {
   Mask mask;
 };
 
-template <class T_, int kHeadDim_, int kGroups_, int kBlockKeys_, int kStages_, bool kTurns_ = true>
+template <class T_, int kHeadDim_, int kGroups_, int kBlockKeys_, int kStages_>
 struct FwdConfig {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_, kGroups = kGroups_, kBlockKeys = kBlockKeys_, kStages = kStages_;
-  static constexpr bool kTurns = kTurns_;
   static constexpr int kRows = 64 * kGroups;
   static constexpr int kThreads = kGroupThreads * (kGroups + 1);
   static constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32, kConsumerRegisters = kGroups == 2 ? 232 : 160;
@@ -35,8 +35,9 @@ struct FwdConfig {
   static constexpr int kQBytes = tile_bytes(kRows, kHeadDim), kKeyBytes = tile_bytes(kBlockKeys, kHeadDim);
   static constexpr int kQ = 0, kK = kQBytes, kV = kK + kStages * kKeyBytes, kBarriers = kV + kStages * kKeyBytes;
   static constexpr int kFullQ = kBarriers, kEmptyQ = kFullQ + 8, kFullK = kEmptyQ + 8, kEmptyK = kFullK + 8 * kStages,
-                       kFullV = kEmptyK + 8 * kStages, kEmptyV = kFullV + 8 * kStages;
-  static constexpr int kSharedBytes = kEmptyV + 8 * kStages;
+                       kFullV = kEmptyK + 8 * kStages, kEmptyV = kFullV + 8 * kStages, kWork = kEmptyV + 8 * kStages,
+                       kFullWork = kWork + 16, kEmptyWork = kFullWork + 16;
+  static constexpr int kSharedBytes = kEmptyWork + 16;
 };
 
 struct FwdWork {
@@ -65,33 +66,26 @@ LLAMA_FAST_DEVICE FwdWork fwd_work(const FwdParams& p, int index) {
   const int last_row = min(row + Config::kRows, span.T) - 1;
   const int high = p.mask.high(last_row + offset, span.S);
   work.first_key_block = p.mask.low(row + offset) / Config::kBlockKeys;
-  work.last_key_block = high > 0 ? (high + Config::kBlockKeys - 1) / Config::kBlockKeys : 0;
+  work.last_key_block = span.T >= 0 && high > 0 ? (high + Config::kBlockKeys - 1) / Config::kBlockKeys : 0;
   return work;
 }
 
-// Calls f(work) for each tile of this block: forwards and backwards in turn, so that long and short tiles pair up.
-template <class Config, class F>
-LLAMA_FAST_DEVICE void each_fwd_work(const FwdParams& p, F&& f) {
-  const int tiles = p.blocks * (p.cu_seqlens != nullptr ? 1 : p.B) * p.H;
-  const int grid = gridDim.x, own = blockIdx.x;
-  for (int first = 0, round = 0; first < tiles; first += grid, ++round) {
-    const int index = first + (round % 2 == 0 ? own : grid - 1 - own);
-    if (index >= tiles) continue;
-    const FwdWork work = fwd_work<Config>(p, index);
-    if (work.span.T >= 0) f(work);
-  }
-}
+LLAMA_FAST_DEVICE int fwd_tiles(const FwdParams& p) { return p.blocks * (p.cu_seqlens != nullptr ? 1 : p.B) * p.H; }
 
 template <class Config>
 LLAMA_FAST_DEVICE void fwd_produce(const FwdParams& p, uint32_t shared) {
   constexpr int kStages = Config::kStages;
   const bool leader = threadIdx.x % 32 == 0;
   uint32_t k_count = 0, v_count = 0, q_count = 0;
-  each_fwd_work<Config>(p, [&](const FwdWork& work) {
-    if (work.first_key_block >= work.last_key_block) return;
+  int index = blockIdx.x;
+#pragma unroll 1
+  for (uint32_t n = 0;; ++n) {
+    if (leader) deal_work(shared + Config::kWork, shared + Config::kFullWork, shared + Config::kEmptyWork, n, index, 0);
+    if (index >= fwd_tiles(p)) return;
+    const FwdWork work = fwd_work<Config>(p, index);
     const Span& span = work.span;
     const int group = work.head / p.heads_a_group;
-    if (leader) {
+    if (leader && work.first_key_block < work.last_key_block) {
       const auto load_keys = [&](const ptx::TensorMap& map, int tiles, int full, int empty, uint32_t& count,
                                  int block) {
         const int stage = count % kStages;
@@ -115,8 +109,10 @@ LLAMA_FAST_DEVICE void fwd_produce(const FwdParams& p, uint32_t shared) {
         load_keys(p.v, Config::kV, Config::kFullV, Config::kEmptyV, v_count, block);
       }
     }
-    __syncwarp();
-  });
+    index = fwd_tiles(p);
+    if (leader && p.next_tile != nullptr) index = gridDim.x + atomicAdd(p.next_tile, 1);
+    index = __shfl_sync(kAllLanes, index, 0);
+  }
 }
 
 // Maxima and sums of the two rows of a thread, row 0 and row 8 of its warp's 16, spread over the four threads of a
@@ -126,35 +122,43 @@ struct RowState {
 };
 
 // s: scores of 64 rows on entry, weights p on return. Gives whether `factor` has to be applied to earlier sums of the
-// rows. The maximum is taken over only where it grew by more than kSlack in the exponent: p <= 2^kSlack.
-template <int kCols>
+// rows: the maxima are taken over only where one grew by more than kSlack in the exponent, p <= 2^kSlack. So the first
+// weights need not wait for the maxima: they are computed beside them, and again in the rare case.
+// kFirst: as many exponentials as take the time of the maxima, or as there are registers for.
+template <int kCols, int kFirst>
 LLAMA_FAST_DEVICE bool softmax_step(float (&s)[kCols / 2], RowState& rows, float (&factor)[2], float scale_log2) {
   constexpr float kSlack = 8.0F;
-  float high[2] = {-kInfinity, -kInfinity};
+  float shift[2], first[kFirst], high[4] = {-kInfinity, -kInfinity, -kInfinity, -kInfinity};
+  const auto weigh_first = [&] {
 #pragma unroll
-  for (int i = 0; i < kCols / 2; ++i) high[i / 2 % 2] = fmaxf(high[i / 2 % 2], s[i]);
+    for (int r = 0; r < 2; ++r) shift[r] = rows.m[r] == -kInfinity ? 0.0F : rows.m[r] * scale_log2;
+#pragma unroll
+    for (int i = 0; i < kFirst; ++i) first[i] = ptx::ex2(fmaf(s[i], scale_log2, -shift[i / 2 % 2]));
+  };
+  weigh_first();
+#pragma unroll
+  for (int i = 0; i < kCols / 2; ++i) high[i % 4] = fmaxf(high[i % 4], s[i]);
   bool grown = false;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    high[r] = fmaxf(high[r], __shfl_xor_sync(kAllLanes, high[r], 1));
-    high[r] = fmaxf(fmaxf(high[r], __shfl_xor_sync(kAllLanes, high[r], 2)), rows.m[r]);
+    high[r] = fmaxf(high[2 * r], high[2 * r + 1]);
     grown = grown || (high[r] - rows.m[r]) * scale_log2 > kSlack;
   }
   grown = __any_sync(kAllLanes, grown);
   if (grown) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
+      high[r] = fmaxf(high[r], __shfl_xor_sync(kAllLanes, high[r], 1));
+      high[r] = fmaxf(fmaxf(high[r], __shfl_xor_sync(kAllLanes, high[r], 2)), rows.m[r]);
       factor[r] = high[r] == -kInfinity ? 1.0F : ptx::ex2((rows.m[r] - high[r]) * scale_log2);
       rows.m[r] = high[r];
       rows.sum[r] *= factor[r];
     }
+    weigh_first();
   }
-  float shift[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) shift[r] = rows.m[r] == -kInfinity ? 0.0F : rows.m[r] * scale_log2;
 #pragma unroll
   for (int i = 0; i < kCols / 2; ++i) {
-    s[i] = ptx::ex2(fmaf(s[i], scale_log2, -shift[i / 2 % 2]));
+    s[i] = i < kFirst ? first[i % kFirst] : ptx::ex2(fmaf(s[i], scale_log2, -shift[i / 2 % 2]));
     rows.sum[i / 2 % 2] += s[i];
   }
   return grown;
@@ -174,9 +178,11 @@ LLAMA_FAST_DEVICE void fwd_consume(const FwdParams& p, uint32_t shared, int grou
   const auto release = [&](int barriers) {
     if (lane == 0) ptx::mbarrier_arrive(shared + barriers);
   };
-  float s[kKeys / 2], out[kHeadDim / 2];
+  using Scores = float[kKeys / 2];
+  constexpr int kFirst = Config::kGroups == 2 ? 16 : 4;
+  float out[kHeadDim / 2];
   uint32_t weights[kKeys / 16][4];
-  const auto queue_scores = [&](int stage) {  // s = Q K^T
+  const auto queue_scores = [&](Scores& s, int stage) {  // s = Q K^T
     const uint64_t k = k_operand + stage * (Config::kKeyBytes / 16);
 #pragma unroll
     for (int kk = 0; kk < kHeadDim / 16; ++kk)
@@ -190,14 +196,14 @@ LLAMA_FAST_DEVICE void fwd_consume(const FwdParams& p, uint32_t shared, int grou
     for (int kk = 0; kk < kKeys / 16; ++kk) ptx::wgmma_rs<T, kHeadDim, true>(out, weights[kk], v + column_step(kk), 1);
     ptx::wgmma_commit_group();
   };
-  const auto round_weights = [&] {
+  const auto round_weights = [&](const Scores& s) {
 #pragma unroll
     for (int kk = 0; kk < kKeys / 16; ++kk)
 #pragma unroll
       for (int i = 0; i < 4; ++i) weights[kk][i] = pack<T>(s[8 * kk + 2 * i], s[8 * kk + 2 * i + 1]);
   };
 
-  each_fwd_work<Config>(p, [&](const FwdWork& work) {
+  const auto tile = [&](const FwdWork& work) {
     const Span& span = work.span;
     const int row = span.block * Config::kRows + own_row;  // in the sequence
     const int position = row + span.S - span.T;
@@ -207,7 +213,7 @@ LLAMA_FAST_DEVICE void fwd_consume(const FwdParams& p, uint32_t shared, int grou
 
     if (work.first_key_block < work.last_key_block) {
       const int first_position = position - own_row + 64 * group, last_position = first_position + 63;
-      const auto hide = [&](int block) {  // -inf where a key is not seen
+      const auto hide = [&](Scores& s, int block) {  // -inf where a key is not seen
         const int first = block * kKeys;
         if (first >= p.mask.low(last_position) && first + kKeys <= p.mask.high(first_position, span.S)) return;
 #pragma unroll
@@ -229,29 +235,31 @@ LLAMA_FAST_DEVICE void fwd_consume(const FwdParams& p, uint32_t shared, int grou
       ptx::mbarrier_wait(shared + Config::kFullQ, q_count & 1);
       await_keys();
       ptx::wgmma_fence();
-      queue_scores(k_count % kStages);
+      Scores s;
+      queue_scores(s, k_count % kStages);
       ptx::wgmma_wait_group<0>();
       ptx::wgmma_use(s);
       release(Config::kEmptyK + 8 * (k_count % kStages));
       ++k_count;
-      hide(work.last_key_block - 1);
-      softmax_step<kKeys>(s, rows, factor, p.scale_log2);
-      round_weights();
+      hide(s, work.last_key_block - 1);
+      softmax_step<kKeys, kFirst>(s, rows, factor, p.scale_log2);
+      round_weights(s);
       if (work.last_key_block - 2 >= work.first_key_block) await_keys();
       for (int block = work.last_key_block - 2; block >= work.first_key_block; --block) {
         const int k_stage = k_count % kStages, v_stage = v_count % kStages;
-        if constexpr (Config::kTurns) ptx::bar_sync(1 + group, 2 * kGroupThreads);
+        ptx::bar_sync(1 + group, 2 * kGroupThreads);
         ptx::wgmma_fence();
-        queue_scores(k_stage);
+        Scores s;
+        queue_scores(s, k_stage);
         ptx::mbarrier_wait(shared + Config::kFullV + 8 * v_stage, v_count / kStages & 1);
         ptx::wgmma_fence();
         queue_values(v_stage);
-        if constexpr (Config::kTurns) ptx::bar_arrive(1 + (group + 1) % Config::kGroups, 2 * kGroupThreads);
+        ptx::bar_arrive(1 + (group + 1) % Config::kGroups, 2 * kGroupThreads);
         ptx::wgmma_wait_group<1>();
         ptx::wgmma_use(s);
         release(Config::kEmptyK + 8 * k_stage);
-        hide(block);
-        const bool grown = softmax_step<kKeys>(s, rows, factor, p.scale_log2);
+        hide(s, block);
+        const bool grown = softmax_step<kKeys, kFirst>(s, rows, factor, p.scale_log2);
         ++k_count;
         // Here, so that a branch stands between the weights and the wait for the products that run beside them:
         // without, ptxas puts the wait first.
@@ -263,7 +271,7 @@ LLAMA_FAST_DEVICE void fwd_consume(const FwdParams& p, uint32_t shared, int grou
 #pragma unroll
           for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= factor[i / 2 % 2];
         }
-        round_weights();
+        round_weights(s);
         ++v_count;
       }
       release(Config::kEmptyQ);
@@ -290,7 +298,12 @@ LLAMA_FAST_DEVICE void fwd_consume(const FwdParams& p, uint32_t shared, int grou
     }
     store_rows<T, kHeadDim>(out, inverse, p.out.template at<T>(span.batch, span.begin + row, work.head), p.out.token,
                             span.T - row, p.D);
-  });
+  };
+  each_dealt_work(shared + Config::kWork, shared + Config::kFullWork, shared + Config::kEmptyWork, fwd_tiles(p),
+                  [&](uint32_t, uint32_t slot) {
+                    const FwdWork work = fwd_work<Config>(p, static_cast<int>(ptx::ld_shared(slot)));
+                    if (work.span.T >= 0) tile(work);
+                  });
 }
 
 template <class Config>
@@ -307,6 +320,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1) attention_fwd_kernel(cons
       ptx::mbarrier_init(shared + Config::kFullV + 8 * stage, 1);
       ptx::mbarrier_init(shared + Config::kEmptyV + 8 * stage, kConsumerWarps);
     }
+    for (int slot = 0; slot < 2; ++slot) {
+      ptx::mbarrier_init(shared + Config::kFullWork + 8 * slot, 1);
+      ptx::mbarrier_init(shared + Config::kEmptyWork + 8 * slot, kConsumerWarps);
+    }
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
@@ -316,7 +333,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) attention_fwd_kernel(cons
     if (threadIdx.x / 32 % 4 == 0) fwd_produce<Config>(p, shared);
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
-    if (Config::kTurns && group == Config::kGroups - 1) ptx::bar_arrive(1, 2 * kGroupThreads);
+    if (group == Config::kGroups - 1) ptx::bar_arrive(1, 2 * kGroupThreads);
     fwd_consume<Config>(p, shared, group);
   }
 }

@@ -103,18 +103,19 @@ PYBIND11_MODULE(_native_cuda, module) {
   bind(module, "rope_fwd", &cuda::rope_fwd, "q", "k", "cos", "sin", "interleaved", "q_out", "k_out");
   bind(module, "rope_bwd", &cuda::rope_bwd, "dq_out", "dk_out", "cos", "sin", "interleaved", "dq", "dk");
   bind(module, "attention_fwd", &cuda::attention_fwd, "q", "k", "v", "cu_seqlens", "scale", "causal", "window", "out",
-       "lse");
+       "lse", "scratch");
   bind(module, "attention_bwd", &cuda::attention_bwd, "dout", "q", "k", "v", "out", "lse", "cu_seqlens", "scale",
        "causal", "window", "dq", "dk", "dv", "scratch");
   bind(module, "cross_entropy_rows", &cuda::cross_entropy_rows, "logits", "targets", "row_scale", "ignore_index",
        "label_smoothing", "z_loss", "loss", "lse");
 #ifdef LLAMA_FAST_SM90
   bind(module, "attention_sm90_fwd", &cuda::attention_sm90_fwd, "q", "k", "v", "cu_seqlens", "scale", "causal",
-       "window", "out", "lse", "variant");
+       "window", "out", "lse", "scratch", "variant");
   bind(module, "attention_sm90_bwd", &cuda::attention_sm90_bwd, "dout", "q", "k", "v", "out", "lse", "cu_seqlens",
-       "scale", "causal", "window", "dq", "dk", "dv", "scratch");
+       "scale", "causal", "window", "dq", "dk", "dv", "scratch", "variant");
   module.def("attention_sm90_bwd_scratch", &cuda::attention_sm90_bwd_scratch, py::arg("q"), py::arg("cu_seqlens"));
 #endif
+  module.def("attention_fwd_scratch", &cuda::attention_fwd_scratch);
   module.def("attention_bwd_scratch", &cuda::attention_bwd_scratch, py::arg("q"), py::arg("k"), py::arg("v"),
              py::arg("cu_seqlens"), py::arg("scale"), py::arg("device"));
   module.def("norm_parts", &cuda::norm_parts, py::arg("R"), py::arg("C"), py::arg("item"), py::arg("device"));

@@ -46,8 +46,10 @@ void cross_entropy_rows(const Tensor& logits, const Tensor& targets, const Tenso
                         double label_smoothing, double z_loss, const Tensor& loss, const Tensor& lse, Stream s);
 
 // q, out: [B, T, H, D], k, v: [B, S, G, D] bf16 | f16; lse: [B, H, T] f32, natural logarithm; see csrc/ops.h.
+// scratch: at least attention_fwd_scratch bytes, aligned to 4, of any content.
 void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, double scale,
-                   bool causal, int64_t window, const Tensor& out, const Tensor& lse, Stream s);
+                   bool causal, int64_t window, const Tensor& out, const Tensor& lse, const Tensor& scratch, Stream s);
+int64_t attention_fwd_scratch();
 // scratch: at least attention_bwd_scratch bytes, aligned to 16, of any content.
 void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                    const Tensor& lse, const Tensor& cu_seqlens, double scale, bool causal, int64_t window,

@@ -122,7 +122,8 @@ rope_bwd = _launcher(table.ROPE, "bwd")
 def _heads(x: Tensor) -> Tensor:
     """`x` [B, T, heads, D] as the kernels read it: every row of D contiguous and on a 16-byte boundary."""
     strides = x.stride()
-    aligned = x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s, n in zip(strides[:-1], x.shape, strict=False) if n > 1)
+    used = [s for s, n in zip(strides[:-1], x.shape, strict=False) if n > 1]
+    aligned = x.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in used)
     return x if aligned and strides[-1] == 1 else x.contiguous()
 
 
@@ -131,7 +132,8 @@ def attention_fwd(
 ) -> tuple[Tensor, ...]:
     q, k, v = _heads(q), _heads(k), _heads(v)
     results = table.ATTENTION.allocate("fwd", (q, k, v, cu_seqlens, scale, causal, window))
-    _library.attention_fwd(q, k, v, cu_seqlens, scale, causal, window, *results, _stream(q))
+    scratch = q.new_empty(_library.attention_fwd_scratch() // 4, dtype=torch.int32)
+    _library.attention_fwd(q, k, v, cu_seqlens, scale, causal, window, *results, scratch, _stream(q))
     return results
 
 
