@@ -1,7 +1,7 @@
 """`python -m benchmarks.attention_tune [--seconds N]`: launch parameters of the Triton attention, on a GPU.
 
 Compiles every candidate in parallel, judges each against float64 on a small case, times those that pass and prints
-them, fastest first: forward, dk/dv and dq apart, D 64 and 128, causal, 16k tokens as 4 x 4096 and 1 x 16384; float32's
+them, fastest first: forward, dk/dv and dq apart, D 64 to 256, causal, 16k tokens as 4 x 4096 and 1 x 16384; float32's
 ways of multiplying; a decode by shares of the keys. A candidate that fails is a line that says why.
 """
 
@@ -28,7 +28,7 @@ from llama_fast.kernels.attention_bwd import (
 )
 from llama_fast.kernels.attention_dkdv import _attention_dkdv_kernel
 from llama_fast.kernels.attention_dq import _attention_dq_kernel
-from llama_fast.kernels.attention_tiles import Tiles
+from llama_fast.kernels.attention_launch import Tiles
 from llama_fast.ops import eager, reference
 from llama_fast.verify import judge
 
@@ -53,53 +53,45 @@ class Candidate:
 
     def __str__(self) -> str:
         t = self.tiles
-        flags = "".join(f" {n}" for n, on in (("tma", t.tma), ("overlap", t.overlap)) if on)
+        flags = " tma" if t.tma else ""
         kind = "decode" if self.decode else self.kernel
         precision = f" {t.precision}" if self.dtype == F32 else ""
         return f"{kind:6} D{self.D:<3} {t.block_m:3}x{t.block_n:<3} w{t.num_warps} s{t.num_stages}{flags}{precision}"
 
 
 def candidates() -> list[Candidate]:
-    """Each number is a guess of docs/ops/attention_triton.md, or the neighbour of one."""
+    """The launch parameters in force and their neighbours."""
     found: list[Candidate] = []
 
     def add(kernel: str, D: int, sizes: Sequence[tuple[int, int, int, int]], **flags: Any) -> None:
         found.extend(Candidate(kernel, D, Tiles(m, n, w, s, **flags)) for m, n, w, s in sizes)
 
-    fwd_128 = [(128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3)]
-    add("fwd", 128, fwd_128, tma=True, overlap=True)
-    add("fwd", 128, [*fwd_128, (128, 64, 8, 4), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2)], tma=True)
-    add("fwd", 128, [(128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3)])
-    add("fwd", 128, [(128, 64, 8, 2), (128, 64, 8, 3)], overlap=True)
-    add("fwd", 128, [(64, 64, 4, 2), (64, 128, 4, 2), (256, 64, 16, 2)], tma=True, overlap=True)
-    fwd_64 = [(128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 4, 3), (128, 128, 4, 2), (256, 64, 8, 3)]
-    add("fwd", 64, fwd_64, tma=True, overlap=True)
-    add("fwd", 64, [*fwd_64, (64, 64, 4, 3), (64, 128, 4, 3), (256, 128, 8, 2)], tma=True)
-    add("fwd", 64, [(128, 128, 8, 3), (128, 64, 4, 3)])
-    dkdv_128 = [(64, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2), (64, 64, 8, 2)]
-    add("dkdv", 128, dkdv_128, tma=True)
-    add("dkdv", 128, dkdv_128, tma=True, overlap=True)
-    add("dkdv", 128, [(64, 128, 8, 3), (32, 64, 4, 3), (64, 128, 8, 1)], tma=True)
-    add("dkdv", 128, [(64, 128, 8, 2), (32, 128, 8, 3)])
-    dkdv_64 = [(64, 128, 8, 2), (64, 128, 8, 3), (128, 128, 8, 2), (64, 128, 4, 2), (64, 64, 4, 3)]
-    add("dkdv", 64, dkdv_64, tma=True)
-    add("dkdv", 64, dkdv_64, tma=True, overlap=True)
-    add("dkdv", 64, [(64, 256, 8, 2), (128, 64, 4, 2)], tma=True)
-    add("dkdv", 64, [(64, 128, 8, 3)])
-    dq_128 = [(128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 3), (64, 64, 4, 2), (64, 128, 8, 2)]
-    add("dq", 128, dq_128, tma=True)
-    add("dq", 128, dq_128, tma=True, overlap=True)
-    add("dq", 128, [(128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)], tma=True)
-    add("dq", 128, [(128, 64, 8, 2)])
-    dq_64 = [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 4, 2), (64, 64, 4, 3)]
-    add("dq", 64, dq_64, tma=True)
-    add("dq", 64, dq_64, tma=True, overlap=True)
-    add("dq", 64, [(256, 64, 8, 2)], tma=True)
-    for D, precision in itertools.product((64, 128), ("tf32x3", "bf16x6")):
-        for kernel, m, n, w in (("fwd", 64, 32, 4), ("fwd", 128, 32, 8), ("dkdv", 32, 64, 4), ("dq", 64, 32, 4)):
-            found.append(Candidate(kernel, D, Tiles(m, n, w, 2, precision=precision), F32))
-    found.append(Candidate("fwd", 64, Tiles(64, 32, 4, 2, precision="ieee"), F32))
-    for n, w, s in itertools.product((32, 64, 128), (2, 4), (2, 3, 4)):
+    add("fwd", 64, [(64, 128, 4, 3), (64, 64, 4, 3), (64, 128, 4, 2), (64, 64, 4, 4), (64, 256, 4, 2)], tma=True)
+    add("fwd", 128, [(64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 4), (64, 64, 4, 4), (128, 64, 8, 3)], tma=True)
+    add("fwd", 256, [(64, 32, 4, 2), (64, 64, 4, 2), (64, 32, 4, 3), (128, 64, 8, 2), (128, 32, 8, 2)], tma=True)
+    add("dkdv", 64, [(128, 64, 4, 2), (128, 64, 4, 3), (64, 64, 4, 2), (256, 64, 4, 2), (128, 64, 8, 2)], tma=True)
+    add("dkdv", 128, [(64, 64, 4, 2), (64, 64, 4, 1), (128, 64, 4, 2), (32, 64, 4, 2), (64, 128, 8, 2)], tma=True)
+    add("dkdv", 256, [(32, 64, 8, 2), (16, 64, 8, 2), (32, 32, 4, 2), (32, 64, 8, 3), (64, 64, 8, 1)], tma=True)
+    add("dq", 64, [(64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 4), (64, 128, 4, 2), (64, 32, 4, 4)], tma=True)
+    add("dq", 128, [(128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 4)], tma=True)
+    add("dq", 256, [(64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 3), (64, 64, 4, 1), (128, 32, 8, 2)], tma=True)
+    for kernel, sizes in (("fwd", [(64, 64, 4, 3)]), ("dkdv", [(64, 64, 4, 2)]), ("dq", [(128, 64, 8, 3)])):
+        add(kernel, 128, sizes)  # packed sequences
+
+    def add_float32(kernel: str, D: int, sizes: Sequence[tuple[int, int, int]], precision: str = "bf16x6") -> None:
+        tiles = [Tiles(m, n, w, 2, precision=precision) for m, n, w in sizes]
+        found.extend(Candidate(kernel, D, t, F32) for t in tiles)
+
+    add_float32("fwd", 64, [(64, 32, 4), (128, 32, 8), (64, 64, 4)])
+    add_float32("fwd", 128, [(64, 32, 4), (32, 32, 4), (64, 16, 4)])
+    add_float32("fwd", 256, [(32, 16, 8), (32, 32, 8)], "ieee")
+    add_float32("dkdv", 64, [(32, 64, 4), (32, 64, 8), (64, 64, 8)])
+    add_float32("dkdv", 128, [(32, 64, 4), (32, 32, 4), (16, 64, 4)])
+    add_float32("dkdv", 256, [(16, 32, 8), (16, 16, 8)], "ieee")
+    add_float32("dq", 64, [(64, 32, 4), (64, 64, 8), (128, 32, 8)])
+    add_float32("dq", 128, [(64, 32, 4), (32, 32, 4), (64, 16, 4)])
+    add_float32("dq", 256, [(32, 16, 8), (16, 16, 4)], "ieee")
+    for n, w, s in ((128, 4, 3), (128, 4, 2), (64, 4, 3), (64, 2, 3), (32, 2, 4), (32, 1, 4), (256, 8, 2), (128, 8, 3)):
         found.append(Candidate("fwd", 128, Tiles(16, n, w, s), decode=True))
     return found
 
@@ -118,7 +110,7 @@ def call(c: Candidate, tensors: Sequence[torch.Tensor], splits: int = 1) -> Call
     if c.kernel == "fwd":
         pack = q.shape[2] // k.shape[2]
         return lambda: forward(q, k, v, None, scale, True, 0, c.tiles, pack, splits)[:1]
-    out, lse = forward(q, k, v, None, scale, True, 0, Tiles(64, 32, 4, 2, precision="tf32x3"))
+    out, lse = forward(q, k, v, None, scale, True, 0, Tiles(32, 16, 8, 2, precision="ieee"))
     delta = rowsum(dout, out, lse)
     if c.kernel == "dkdv":
         return lambda: gradient_of_keys(dout, q, k, v, lse, delta, *rest, c.tiles)
@@ -160,6 +152,16 @@ def resources(c: Candidate) -> str:
     return f"{compiled.n_regs:3}r {compiled.n_spills:3}sp {compiled.metadata.shared >> 10:3}K"
 
 
+def captured(f: Callable[[], Any]) -> Callable[[], Any]:
+    """`f` as a CUDA graph: what the GPU does, without the launches of a processor."""
+    f()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        f()
+    return graph.replay
+
+
 def milliseconds(f: Callable[[], Any], repeats: int = 7) -> float:
     for _ in range(2):
         f()
@@ -198,17 +200,18 @@ def time_all(passed: Sequence[Candidate], deadline: float) -> dict[Candidate, li
             if key not in made:
                 made.clear()
                 made[key] = inputs(*shape, c.dtype)
-            for splits in (2, 4, 8, 16) if c.decode else (1,):
+            for splits in (4, 8, 16, 32) if c.decode else (1,):
                 if time.monotonic() > deadline:
                     return rates
                 f = call(c, made[key], splits)
-                rates.setdefault(c, []).append(rate(c, shape, milliseconds(f, 7 if not c.decode else 21)))
+                ms = milliseconds(captured(f), 21) if c.decode else milliseconds(f)
+                rates.setdefault(c, []).append(rate(c, shape, ms))
     return rates
 
 
 def vendor() -> None:
     """PyTorch's own attention, forward and forward + backward, on the same shapes."""
-    for D, T in itertools.product((64, 128), (4096, TOKENS)):
+    for D, T in itertools.product((64, 128, 256), (4096, TOKENS)):
         H = 2048 // D
         dout, q, k, v = (x.transpose(1, 2).requires_grad_() for x in inputs(TOKENS // T, T, T, H, H, D, BF16))
         flops = 2 * TOKENS * T * H * D / 1e9
@@ -258,11 +261,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     passed.sort(key=lambda c: (c.decode, c.dtype == F32, c.D, c.kernel))  # inputs are made anew as seldom as can be
     rates = time_all(passed, start + options.seconds)
     groups = itertools.groupby(passed, key=lambda c: (c.decode, c.dtype, c.D, c.kernel))
-    print("TFLOP/s of the products done at 4 x 4096, 1 x 16384 (decode: GB/s with the keys in 2, 4, 8, 16 shares)")
+    print("TFLOP/s of the products done at 4 x 4096, 1 x 16384 (decode: GB/s with the keys in 4, 8, 16, 32 shares)")
     for _, group in groups:
         for c in sorted(group, key=lambda c: -max(rates.get(c, [0.0]))):
             print(f"{c!s:44}" + "".join(f"{r:7.0f}" for r in rates.get(c, [])) + f"  {checked[c][1]}")
-    for D in (64, 128):
+    for D in (64, 128, 256):
         these = [(c.kernel, r[-1]) for c, r in rates.items() if c.D == D and c.dtype == BF16 and not c.decode]
         of = {kernel: [rate for k, rate in these if k == kernel] for kernel in KERNELS}
         if all(of.values()):

@@ -7,7 +7,7 @@ blocks of BLOCK_N keys that its rows see, with the running maximum and sum of ea
 keys: SPLIT programs share the keys of a tile, and a second kernel joins their results. A row without keys gives zeros
 and lse = -inf. No atomics. Derivation: docs/ops/attention_triton.md. Backward: attention_bwd.py.
 
-Source: Dao 2023, arXiv:2307.08691; Shah et al. 2024, arXiv:2407.08608 (the overlapped loop).
+Source: Dao 2023, arXiv:2307.08691.
 """
 
 from __future__ import annotations
@@ -20,27 +20,26 @@ import triton.language as tl
 from torch import Tensor
 
 from llama_fast.kernels.attention_bwd import gradient_of_keys, gradient_of_queries, rowsum
-from llama_fast.kernels.attention_tiles import (
-    LN2,
-    LOG2E,
+from llama_fast.kernels.attention_launch import (
     PACKED_ROWS,
     RUNTIME_SIZES,
     Tiles,
+    few_rows_tiles,
+    power_of_two,
+    splits_of,
+    tiles_of,
+    wave_of,
+)
+from llama_fast.kernels.attention_tiles import (
+    LN2,
+    LOG2E,
     aligned,
-    bits,
-    dkdv_tiles,
-    dq_tiles,
-    forward_tiles,
-    from_bits,
     head_descriptor,
     keys_seen,
     load_tile,
-    power_of_two,
     sees,
     sequence_of,
-    splits_of,
     unit_of,
-    wave_of,
 )
 from llama_fast.kernels.launch import choose, on_device_of, unavailable
 
@@ -72,35 +71,10 @@ def _distances(s, peak, scale, MASKED: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def _walk(
-    acc,
-    total,
-    peak,
-    q,
-    k,
-    v,
-    b,
-    g,
-    low,
-    high,
-    i,
-    S,
-    k_stride_s,
-    v_stride_s,
-    scale,
-    one,
-    window,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    MASKED: tl.constexpr,
-    TMA: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    EXACT: tl.constexpr,
-    SYNCHRONOUS: tl.constexpr,
-):
+    acc, total, peak, q, k, v, b, g, low, high, i, S, k_stride_s, v_stride_s, scale, window, D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
+    TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
     """The key blocks from low to high, one after the other."""
     for n in tl.range(low, high, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
         k_tile = load_tile(k, b, g, n, S, k_stride_s, D, BLOCK_N, BLOCK_D, TMA, MASKED)
@@ -113,45 +87,6 @@ def _walk(
         acc = acc * alpha[:, None]
         v_tile = load_tile(v, b, g, n, S, v_stride_s, D, BLOCK_N, BLOCK_D, TMA, MASKED)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
-        if SYNCHRONOUS:
-            acc = acc * one
-    return acc, total, peak
-
-
-@triton.jit
-def _walk_overlapped(
-    acc, total, peak, q, k, v, b, g, low, high, S, k_stride_s, v_stride_s, scale,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    EXACT: tl.constexpr,
-):  # fmt: skip
-    """Whole key blocks; the products q k^T of the next block run while this one's exponentials are computed.
-
-    The weights of a block meet its values one turn later: the wait for that product is also the wait for the scores in
-    flight. Between the two products nothing runs in the background, and there all that touches their results is done:
-    an instruction that reads or writes them in flight would make the assembler run all products one after the other.
-    """
-    if low < high:
-        k_tile = load_tile(k, b, g, low, S, k_stride_s, D, BLOCK_N, BLOCK_D, TMA, False)
-        s = tl.dot(q, k_tile.T, input_precision=PRECISION)
-        x, alpha, peak = _distances(s, peak, scale, False, EXACT)
-        acc = acc * alpha[:, None]
-        k_tile = load_tile(k, b, g, low + BLOCK_N, S, k_stride_s, D, BLOCK_N, BLOCK_D, TMA, True)
-        s = tl.dot(q, k_tile.T, input_precision=PRECISION)
-        p = tl.math.exp2(x)
-        total = total * alpha + tl.sum(p, 1)
-        p_bits = bits(p.to(q.dtype))
-        for n in tl.range(low + BLOCK_N, high, BLOCK_N):
-            v_tile = load_tile(v, b, g, n - BLOCK_N, S, v_stride_s, D, BLOCK_N, BLOCK_D, TMA, False)
-            acc = tl.dot(from_bits(p_bits, q.dtype), v_tile, acc, input_precision=PRECISION)
-            x, alpha, peak = _distances(s, peak, scale, False, EXACT)
-            acc = acc * alpha[:, None]
-            k_tile = load_tile(k, b, g, n + BLOCK_N, S, k_stride_s, D, BLOCK_N, BLOCK_D, TMA, True)
-            s = tl.dot(q, k_tile.T, input_precision=PRECISION)
-            p = tl.math.exp2(x)
-            total = total * alpha + tl.sum(p, 1)
-            p_bits = bits(p.to(q.dtype))
-        v_tile = load_tile(v, b, g, high - BLOCK_N, S, v_stride_s, D, BLOCK_N, BLOCK_D, TMA, False)
-        acc = tl.dot(from_bits(p_bits, q.dtype), v_tile, acc, input_precision=PRECISION)
     return acc, total, peak
 
 
@@ -180,7 +115,6 @@ def _attention_fwd_kernel(
     units,  # B H / PACK
     wave,
     scale,
-    one,  # 1.0, which the compiler does not know
     window,
     D: tl.constexpr,
     RATIO: tl.constexpr,  # H / G
@@ -195,7 +129,6 @@ def _attention_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TMA: tl.constexpr,
-    OVERLAP: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
 ):
     unit, slot = unit_of(tl.program_id(0), units, slots, wave, CAUSAL)
@@ -247,119 +180,17 @@ def _attention_fwd_kernel(
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     if WINDOW:
         acc, total, peak = _walk(
-            acc,
-            total,
-            peak,
-            q,
-            k,
-            v,
-            b,
-            g,
-            low,
-            full_low,
-            i,
-            keys,
-            k_stride_s,
-            v_stride_s,
-            scale,
-            one,
-            window,
-            D,
-            BLOCK_N,
-            BLOCK_D,
-            CAUSAL,
-            WINDOW,
-            True,
-            TMA,
-            False,
-            PRECISION,
-            EXACT,
-            OVERLAP,
-        )
-    if OVERLAP:
-        acc, total, peak = _walk_overlapped(
-            acc,
-            total,
-            peak,
-            q,
-            k,
-            v,
-            b,
-            g,
-            full_low,
-            full_high,
-            keys,
-            k_stride_s,
-            v_stride_s,
-            scale,
-            D,
-            BLOCK_N,
-            BLOCK_D,
-            TMA,
-            PRECISION,
-            EXACT,
-        )
-    else:
-        acc, total, peak = _walk(
-            acc,
-            total,
-            peak,
-            q,
-            k,
-            v,
-            b,
-            g,
-            full_low,
-            full_high,
-            i,
-            keys,
-            k_stride_s,
-            v_stride_s,
-            scale,
-            one,
-            window,
-            D,
-            BLOCK_N,
-            BLOCK_D,
-            CAUSAL,
-            WINDOW,
-            False,
-            TMA,
-            WARP_SPECIALIZE,
-            PRECISION,
-            EXACT,
-            False,
-        )
+            acc, total, peak, q, k, v, b, g, low, full_low, i, keys, k_stride_s, v_stride_s, scale, window, D, BLOCK_N,
+            BLOCK_D, CAUSAL, WINDOW, True, TMA, WARP_SPECIALIZE, PRECISION, EXACT,
+        )  # fmt: skip
     acc, total, peak = _walk(
-        acc,
-        total,
-        peak,
-        q,
-        k,
-        v,
-        b,
-        g,
-        full_high,
-        high,
-        i,
-        keys,
-        k_stride_s,
-        v_stride_s,
-        scale,
-        one,
-        window,
-        D,
-        BLOCK_N,
-        BLOCK_D,
-        CAUSAL,
-        WINDOW,
-        True,
-        TMA,
-        False,
-        PRECISION,
-        EXACT,
-        OVERLAP,
-    )
+        acc, total, peak, q, k, v, b, g, full_low, full_high, i, keys, k_stride_s, v_stride_s, scale, window, D,
+        BLOCK_N, BLOCK_D, CAUSAL, WINDOW, False, TMA, WARP_SPECIALIZE, PRECISION, EXACT,
+    )  # fmt: skip
+    acc, total, peak = _walk(
+        acc, total, peak, q, k, v, b, g, full_high, high, i, keys, k_stride_s, v_stride_s, scale, window, D, BLOCK_N,
+        BLOCK_D, CAUSAL, WINDOW, True, TMA, WARP_SPECIALIZE, PRECISION, EXACT,
+    )  # fmt: skip
 
     none = total == 0.0
     out = acc / tl.where(none, 1.0, total)[:, None]
@@ -461,7 +292,6 @@ def forward(
         units,
         wave_of(units, S, 2 * D * q.element_size()),
         factor,
-        1.0,
         window,
         D=D,
         RATIO=H // G,
@@ -472,7 +302,7 @@ def forward(
         SPLIT=splits > 1,
         EXACT=exact,
         BLOCK_D=block_d,
-        **replace(tiles, tma=tma).options(),
+        **replace(tiles, tma=tma, warp_specialize=tiles.warp_specialize and tma).options(),
     )
     if splits > 1:
         _attention_join_kernel[(B * T * H,)](
@@ -496,19 +326,20 @@ def attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """q [B,T,H,D], k and v [B,S,G,D] -> out [B,T,H,D], lse [B,H,T] float32."""
     (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
-    ratio = H // G
-    sequences = max(1, B if cu_seqlens is None else cu_seqlens.numel() - 1)
+    ratio, packed = H // G, cu_seqlens is not None
+    sequences = max(1, cu_seqlens.numel() - 1 if cu_seqlens is not None else B)
     rows = B * T * ratio // sequences  # of a key/value head, in a sequence of mean length
     pack = ratio if rows <= PACKED_ROWS else 1
 
     def run(tiles: Tiles) -> tuple[Tensor, Tensor]:
         programs = B * H // pack * triton.cdiv(T * pack, tiles.block_m)
-        splits = splits_of(programs, S, q.device) if cu_seqlens is None else 1
+        splits = 1 if packed else splits_of(programs, S, q.device)
         return forward(q, k, v, cu_seqlens, scale, causal, window, tiles, pack, splits)
 
     with on_device_of(q):
-        heuristic = forward_tiles(rows if pack > 1 else T, D, q.dtype, q.device)
-        return run(choose("attention_fwd", (D, q.dtype, rows > PACKED_ROWS), q.device, heuristic, tuple, run))
+        few = rows <= PACKED_ROWS
+        heuristic = few_rows_tiles(rows, D, q.dtype) if few else tiles_of("fwd", D, q.dtype, q.device)
+        return run(choose("attention_fwd", (D, q.dtype, few, packed), q.device, heuristic, tuple, run))
 
 
 def attention_bwd(
@@ -537,7 +368,7 @@ def attention_bwd(
         def queries(tiles: Tiles) -> Tensor:
             return gradient_of_queries(dout, q, k, v, lse, delta, *rest, tiles)
 
-        sizes = (D, q.dtype)
-        dk, dv = keys(choose("attention_dkdv", sizes, device, dkdv_tiles(D, q.dtype, device), tuple, keys))
-        dq = queries(choose("attention_dq", sizes, device, dq_tiles(D, q.dtype, device), tuple, queries))
+        sizes = (D, q.dtype, cu_seqlens is not None)
+        dk, dv = keys(choose("attention_dkdv", sizes, device, tiles_of("dkdv", D, q.dtype, device), tuple, keys))
+        dq = queries(choose("attention_dq", sizes, device, tiles_of("dq", D, q.dtype, device), tuple, queries))
     return dq, dk, dv

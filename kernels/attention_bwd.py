@@ -24,7 +24,8 @@ from torch import Tensor
 
 from llama_fast.kernels.attention_dkdv import _attention_dkdv_kernel
 from llama_fast.kernels.attention_dq import _attention_dq_kernel
-from llama_fast.kernels.attention_tiles import LOG2E, Tiles, aligned, head_descriptor, power_of_two, wave_of
+from llama_fast.kernels.attention_launch import Tiles, power_of_two, wave_of
+from llama_fast.kernels.attention_tiles import LOG2E, aligned, head_descriptor
 
 
 @triton.jit(do_not_specialize=["T", "H"])
@@ -113,7 +114,6 @@ def _launch(
         wave_of(units, across, 2 * D * q.element_size()),
         scale if exact else scale * LOG2E.value,
         scale,
-        1.0,
         window,
         D=D,
         RATIO=H // G,
@@ -122,7 +122,7 @@ def _launch(
         PACKED=cu_seqlens is not None,
         EXACT=exact,
         BLOCK_D=block_d,
-        **replace(tiles, tma=tma).options(),
+        **replace(tiles, tma=tma, warp_specialize=tiles.warp_specialize and tma).options(),
     )
 
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from llama_fast.kernels.attention_launch import RUNTIME_SIZES
 from llama_fast.kernels.attention_tiles import (
-    LOG2E,
-    RUNTIME_SIZES,
     load_tile,
     queries_seeing,
     row_statistics,
@@ -23,27 +22,11 @@ from llama_fast.kernels.attention_tiles import (
 
 
 @triton.jit
-def _head(
-    q, dout, lse_ptr, delta_ptr, h, b64, begin64, q_stride_b, q_stride_t, q_stride_h, dout_stride_b, dout_stride_t,
-    dout_stride_h, T, H, TMA: tl.constexpr,
-):  # fmt: skip
-    """Where a query head starts: (q, dout, lse, delta, h); descriptors stay as they are."""
-    h64 = tl.cast(h, tl.int64)
-    if not TMA:
-        q += b64 * tl.multiple_of(q_stride_b, 8) + h64 * tl.multiple_of(q_stride_h, 8) + begin64 * q_stride_t
-        dout += (
-            b64 * tl.multiple_of(dout_stride_b, 8) + h64 * tl.multiple_of(dout_stride_h, 8) + begin64 * dout_stride_t
-        )
-    statistics = (b64 * H + h64) * T + begin64
-    return q, dout, lse_ptr + statistics, delta_ptr + statistics, h
-
-
-@triton.jit
 def _dkdv_walk(
-    dk, dv, k, v, q, dout, lse_ptr, delta_ptr, b, h, low, high, shift, j, T, S, q_stride_t, dout_stride_t, scale, one,
+    dk, dv, k, v, q, dout, lse_ptr, delta_ptr, b, h, low, high, shift, j, T, S, q_stride_t, dout_stride_t, scale,
     window, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr, SYNCHRONOUS: tl.constexpr,
+    PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """The blocks of queries from low to high of one head. Scores stand transposed, [BLOCK_N, BLOCK_M]."""
     for m in tl.range(low, high, BLOCK_M, warp_specialize=WARP_SPECIALIZE):
@@ -59,34 +42,6 @@ def _dkdv_walk(
         dv = tl.dot(p.to(k.dtype), dout_tile, dv, input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(k.dtype), q_tile, dk, input_precision=PRECISION)
-        if SYNCHRONOUS:
-            dv = dv * one
-            dk = dk * one
-    return dk, dv
-
-
-@triton.jit
-def _dkdv_walk_overlapped(
-    dk, dv, k, v, q, dout, lse_ptr, delta_ptr, b, h, low, high, T, q_stride_t, dout_stride_t, scale,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    EXACT: tl.constexpr,
-):  # fmt: skip
-    """Blocks whose queries all see the keys; v dout^T of the next block runs while this one's exponentials do."""
-    if low < high:
-        dout_tile = load_tile(dout, b, h, low, T, dout_stride_t, D, BLOCK_M, BLOCK_D, TMA, True)
-        dp = tl.dot(v, dout_tile.T, input_precision=PRECISION)
-        for m in tl.range(low, high, BLOCK_M):
-            q_tile = load_tile(q, b, h, m, T, q_stride_t, D, BLOCK_M, BLOCK_D, TMA, True)
-            s = tl.dot(k, q_tile.T, input_precision=PRECISION)
-            lse, delta = row_statistics(lse_ptr, delta_ptr, m + tl.arange(0, BLOCK_M), T, EXACT)
-            above = s * scale - lse[None, :]
-            deviation = dp - delta[None, :]
-            dout_next = load_tile(dout, b, h, m + BLOCK_M, T, dout_stride_t, D, BLOCK_M, BLOCK_D, TMA, True)
-            dp = tl.dot(v, dout_next.T, input_precision=PRECISION)
-            p = tl.math.exp2(above * LOG2E) if EXACT else tl.math.exp2(above)
-            dout_tile = load_tile(dout, b, h, m, T, dout_stride_t, D, BLOCK_M, BLOCK_D, TMA, True)
-            dv = tl.dot(p.to(k.dtype), dout_tile, dv, input_precision=PRECISION)
-            dk = tl.dot((p * deviation).to(k.dtype), q_tile, dk, input_precision=PRECISION)
     return dk, dv
 
 
@@ -122,7 +77,6 @@ def _attention_dkdv_kernel(
     wave,
     scale,  # of the scores, in base two or natural (EXACT)
     gradient_scale,
-    one,  # 1.0, which the compiler does not know
     window,
     D: tl.constexpr,
     RATIO: tl.constexpr,  # H / G
@@ -135,7 +89,6 @@ def _attention_dkdv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TMA: tl.constexpr,
-    OVERLAP: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
 ):
     unit, slot = unit_of(tl.program_id(0), units, slots, wave, False)
@@ -169,41 +122,37 @@ def _attention_dkdv_kernel(
     )
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    # The whole blocks of all heads first: a loop that leaves products in flight at its end and comes after one that may
-    # have no turn makes the assembler run all products one after the other.
     for member in range(RATIO):
-        q_head, dout_head, lse, delta, h = _head(
-            q, dout, lse_ptr, delta_ptr, g * RATIO + member, b64, begin64, q_stride_b, q_stride_t, q_stride_h,
-            dout_stride_b, dout_stride_t, dout_stride_h, T, H, TMA,
+        h = g * RATIO + member
+        h64 = tl.cast(h, tl.int64)
+        q_head = q
+        dout_head = dout
+        if not TMA:
+            q_head += b64 * tl.multiple_of(q_stride_b, 8) + h64 * tl.multiple_of(q_stride_h, 8) + begin64 * q_stride_t
+            dout_head += (
+                b64 * tl.multiple_of(dout_stride_b, 8)
+                + h64 * tl.multiple_of(dout_stride_h, 8)
+                + begin64 * dout_stride_t
+            )
+        lse = lse_ptr + (b64 * H + h64) * T + begin64
+        delta = delta_ptr + (b64 * H + h64) * T + begin64
+        dk, dv = _dkdv_walk(
+            dk, dv, k, v, q_head, dout_head, lse, delta, b, h, full_low, full_high, shift, j, tokens, keys,
+            q_stride_t, dout_stride_t, scale, window, D, BLOCK_M, BLOCK_D, CAUSAL, WINDOW, False, TMA,
+            WARP_SPECIALIZE, PRECISION, EXACT,
         )  # fmt: skip
-        if OVERLAP:
-            dk, dv = _dkdv_walk_overlapped(
-                dk, dv, k, v, q_head, dout_head, lse, delta, b, h, full_low, full_high, tokens, q_stride_t,
-                dout_stride_t, scale, D, BLOCK_M, BLOCK_D, TMA, PRECISION, EXACT,
-            )  # fmt: skip
-        else:
+        if CAUSAL:
             dk, dv = _dkdv_walk(
-                dk, dv, k, v, q_head, dout_head, lse, delta, b, h, full_low, full_high, shift, j, tokens, keys,
-                q_stride_t, dout_stride_t, scale, one, window, D, BLOCK_M, BLOCK_D, CAUSAL, WINDOW, False, TMA,
-                WARP_SPECIALIZE, PRECISION, EXACT, False,
+                dk, dv, k, v, q_head, dout_head, lse, delta, b, h, low, full_low, shift, j, tokens, keys,
+                q_stride_t, dout_stride_t, scale, window, D, BLOCK_M, BLOCK_D, CAUSAL, WINDOW, True, TMA,
+                WARP_SPECIALIZE, PRECISION, EXACT,
             )  # fmt: skip
-    if CAUSAL:
-        for member in range(RATIO):
-            q_head, dout_head, lse, delta, h = _head(
-                q, dout, lse_ptr, delta_ptr, g * RATIO + member, b64, begin64, q_stride_b, q_stride_t, q_stride_h,
-                dout_stride_b, dout_stride_t, dout_stride_h, T, H, TMA,
-            )  # fmt: skip
+        if WINDOW:
             dk, dv = _dkdv_walk(
-                dk, dv, k, v, q_head, dout_head, lse, delta, b, h, low, full_low, shift, j, tokens, keys, q_stride_t,
-                dout_stride_t, scale, one, window, D, BLOCK_M, BLOCK_D, CAUSAL, WINDOW, True, TMA, False, PRECISION,
-                EXACT, OVERLAP,
+                dk, dv, k, v, q_head, dout_head, lse, delta, b, h, full_high, high, shift, j, tokens, keys,
+                q_stride_t, dout_stride_t, scale, window, D, BLOCK_M, BLOCK_D, CAUSAL, WINDOW, True, TMA,
+                WARP_SPECIALIZE, PRECISION, EXACT,
             )  # fmt: skip
-            if WINDOW:
-                dk, dv = _dkdv_walk(
-                    dk, dv, k, v, q_head, dout_head, lse, delta, b, h, full_high, high, shift, j, tokens, keys,
-                    q_stride_t, dout_stride_t, scale, one, window, D, BLOCK_M, BLOCK_D, CAUSAL, WINDOW, True, TMA,
-                    False, PRECISION, EXACT, OVERLAP,
-                )  # fmt: skip
 
     rows = ((b64 * S + begin64 + j) * G + g64) * D
     pointers = rows[:, None] + column[None, :]

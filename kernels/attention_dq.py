@@ -8,11 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from llama_fast.kernels.attention_launch import RUNTIME_SIZES
 from llama_fast.kernels.attention_tiles import (
-    LOG2E,
-    RUNTIME_SIZES,
-    bits,
-    from_bits,
     keys_seen,
     load_tile,
     row_statistics,
@@ -25,10 +22,9 @@ from llama_fast.kernels.attention_tiles import (
 
 @triton.jit
 def _dq_walk(
-    dq, q, dout, lse, delta, k, v, b, g, low, high, i, S, k_stride_s, v_stride_s, scale, one, window,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    MASKED: tl.constexpr, TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, PRECISION: tl.constexpr,
-    EXACT: tl.constexpr, SYNCHRONOUS: tl.constexpr,
+    dq, q, dout, lse, delta, k, v, b, g, low, high, i, S, k_stride_s, v_stride_s, scale, window, D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
+    TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """The key blocks from low to high."""
     for n in tl.range(low, high, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
@@ -42,44 +38,6 @@ def _dq_walk(
             p = tl.where(sees(i[:, None], j[None, :], S, window, CAUSAL, WINDOW), p, 0.0)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
-        if SYNCHRONOUS:
-            dq = dq * one
-    return dq
-
-
-@triton.jit
-def _dq_walk_overlapped(
-    dq, q, dout, lse, delta, k, v, b, g, low, high, S, k_stride_s, v_stride_s, scale, one,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    EXACT: tl.constexpr,
-):  # fmt: skip
-    """Whole key blocks; the next block's two products run while this one's ds is computed.
-
-    ds of a block meets its keys one turn later: the wait for that product is also the wait for the two in flight.
-    """
-    if low < high:
-        k_tile = load_tile(k, b, g, low, S, k_stride_s, D, BLOCK_N, BLOCK_D, TMA, False)
-        v_tile = load_tile(v, b, g, low, S, v_stride_s, D, BLOCK_N, BLOCK_D, TMA, False)
-        s = tl.dot(q, k_tile.T, input_precision=PRECISION)
-        dp = tl.dot(dout, v_tile.T, input_precision=PRECISION)
-        ds = bits((weights(s, lse[:, None], scale, EXACT) * (dp - delta[:, None])).to(q.dtype))
-        k_tile = load_tile(k, b, g, low + BLOCK_N, S, k_stride_s, D, BLOCK_N, BLOCK_D, TMA, True)
-        v_tile = load_tile(v, b, g, low + BLOCK_N, S, v_stride_s, D, BLOCK_N, BLOCK_D, TMA, True)
-        s = tl.dot(q, k_tile.T, input_precision=PRECISION)
-        dp = tl.dot(dout, v_tile.T, input_precision=PRECISION)
-        for n in tl.range(low + BLOCK_N, high, BLOCK_N):
-            k_tile = load_tile(k, b, g, n - BLOCK_N, S, k_stride_s, D, BLOCK_N, BLOCK_D, TMA, False)
-            dq = tl.dot(from_bits(ds, q.dtype), k_tile, dq, input_precision=PRECISION) * one
-            above = s * scale - lse[:, None]
-            deviation = dp - delta[:, None]
-            k_tile = load_tile(k, b, g, n + BLOCK_N, S, k_stride_s, D, BLOCK_N, BLOCK_D, TMA, True)
-            s = tl.dot(q, k_tile.T, input_precision=PRECISION)
-            v_tile = load_tile(v, b, g, n + BLOCK_N, S, v_stride_s, D, BLOCK_N, BLOCK_D, TMA, True)
-            dp = tl.dot(dout, v_tile.T, input_precision=PRECISION)
-            p = tl.math.exp2(above * LOG2E) if EXACT else tl.math.exp2(above)
-            ds = bits((p * deviation).to(q.dtype))
-        k_tile = load_tile(k, b, g, high - BLOCK_N, S, k_stride_s, D, BLOCK_N, BLOCK_D, TMA, False)
-        dq = tl.dot(from_bits(ds, q.dtype), k_tile, dq, input_precision=PRECISION)
     return dq
 
 
@@ -114,7 +72,6 @@ def _attention_dq_kernel(
     wave,
     scale,  # of the scores, in base two or natural (EXACT)
     gradient_scale,
-    one,  # 1.0, which the compiler does not know
     window,
     D: tl.constexpr,
     RATIO: tl.constexpr,  # H / G
@@ -127,7 +84,6 @@ def _attention_dq_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TMA: tl.constexpr,
-    OVERLAP: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
 ):
     unit, slot = unit_of(tl.program_id(0), units, slots, wave, CAUSAL)
@@ -172,22 +128,16 @@ def _attention_dq_kernel(
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if WINDOW:
         dq = _dq_walk(
-            dq, q, dout, lse, delta, k, v, b, g, low, full_low, i, keys, k_stride_s, v_stride_s, scale, one, window,
-            D, BLOCK_N, BLOCK_D, CAUSAL, WINDOW, True, TMA, False, PRECISION, EXACT, OVERLAP,
-        )  # fmt: skip
-    if OVERLAP:
-        dq = _dq_walk_overlapped(
-            dq, q, dout, lse, delta, k, v, b, g, full_low, full_high, keys, k_stride_s, v_stride_s, scale, one,
-            D, BLOCK_N, BLOCK_D, TMA, PRECISION, EXACT,
-        )  # fmt: skip
-    else:
-        dq = _dq_walk(
-            dq, q, dout, lse, delta, k, v, b, g, full_low, full_high, i, keys, k_stride_s, v_stride_s, scale, one,
-            window, D, BLOCK_N, BLOCK_D, CAUSAL, WINDOW, False, TMA, WARP_SPECIALIZE, PRECISION, EXACT, False,
+            dq, q, dout, lse, delta, k, v, b, g, low, full_low, i, keys, k_stride_s, v_stride_s, scale, window, D,
+            BLOCK_N, BLOCK_D, CAUSAL, WINDOW, True, TMA, WARP_SPECIALIZE, PRECISION, EXACT,
         )  # fmt: skip
     dq = _dq_walk(
-        dq, q, dout, lse, delta, k, v, b, g, full_high, high, i, keys, k_stride_s, v_stride_s, scale, one, window,
-        D, BLOCK_N, BLOCK_D, CAUSAL, WINDOW, True, TMA, False, PRECISION, EXACT, OVERLAP,
+        dq, q, dout, lse, delta, k, v, b, g, full_low, full_high, i, keys, k_stride_s, v_stride_s, scale, window, D,
+        BLOCK_N, BLOCK_D, CAUSAL, WINDOW, False, TMA, WARP_SPECIALIZE, PRECISION, EXACT,
+    )  # fmt: skip
+    dq = _dq_walk(
+        dq, q, dout, lse, delta, k, v, b, g, full_high, high, i, keys, k_stride_s, v_stride_s, scale, window, D,
+        BLOCK_N, BLOCK_D, CAUSAL, WINDOW, True, TMA, WARP_SPECIALIZE, PRECISION, EXACT,
     )  # fmt: skip
     pointers = (((b64 * T + begin64 + t) * H + h64) * D)[:, None] + column[None, :]
     mask = (t < tokens)[:, None] & (column < D)[None, :]

@@ -1,4 +1,4 @@
-"""What the attention kernels share: which keys a tile of queries sees, how a tile is loaded, and the launch parameters.
+"""What the attention kernels share: which keys a tile of queries sees, how a tile is loaded, what a kernel is given.
 
 Letters: B batch, T queries, S keys, H query heads, G key/value heads, D head dim. Query t stands at key position
 t + S - T. Derivations and the reasons of the numbers: docs/ops/attention_triton.md.
@@ -6,55 +6,14 @@ t + S - T. Derivations and the reasons of the numbers: docs/ops/attention_triton
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from llama_fast.kernels.launch import multiprocessors
-
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Launch parameters of one attention kernel.
-
-    Args:
-        block_m, block_n: queries and keys of a tile.
-        num_warps, num_stages: of the program; stages of the loads that run ahead.
-        tma: tiles of the inner loop come through tensor descriptors (sm_90 and newer, not packed sequences).
-        overlap: the next block's products run while this one's exponentials are computed.
-        warp_specialize: asks Triton to give loads and products warps of their own.
-        precision: how float32 is multiplied: "ieee", "tf32x3", "bf16x6"; of no effect in half precision.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    tma: bool = False
-    overlap: bool = False
-    warp_specialize: bool = False
-    precision: str = "tf32"
-
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments of a launch that say this."""
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "TMA": self.tma,
-            "OVERLAP": self.overlap,
-            "WARP_SPECIALIZE": self.warp_specialize,
-            "PRECISION": self.precision,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
 
 
 # ---- device helpers --------------------------------------------------------------------------------------------------
@@ -180,18 +139,6 @@ def load_tile(
 
 
 @triton.jit
-def bits(x):
-    """`x` as integers of its width. A loop that carries these hands a product its operand in registers; what it carries
-    as floats, Triton takes for loaded data and sends through shared memory."""
-    return x.to(tl.int32, bitcast=True) if x.dtype == tl.float32 else x.to(tl.int16, bitcast=True)
-
-
-@triton.jit
-def from_bits(x, dtype: tl.constexpr):
-    return x.to(dtype, bitcast=True)
-
-
-@triton.jit
 def weights(s, lse, scale, EXACT: tl.constexpr):
     """exp(scale s - lse): `scale` and `lse` are of base two, or natural where EXACT."""
     if EXACT:
@@ -224,40 +171,3 @@ def head_descriptor(x: Tensor, block: int, block_d: int) -> TensorDescriptor:
     step = 16 // x.element_size()
     strides = [s if n > 1 else step * D for n, s in ((B, x.stride(0)), (heads, x.stride(2)), (rows, x.stride(1)))]
     return TensorDescriptor(x, [B, heads, rows, D], [*strides, 1], [1, 1, block, block_d])
-
-
-# Sizes that a kernel is not compiled for anew: neither for 1 nor for multiples of 16.
-RUNTIME_SIZES = ["T", "S", "H", "N", "slots", "wave", "units", "window"]
-
-
-def power_of_two(D: int) -> int:
-    """BLOCK_D: a tile's columns, at least 16 for a product."""
-    return max(16, triton.next_power_of_2(D))
-
-
-def wave_of(heads: int, keys: int, head_bytes: int) -> int:
-    """How many heads run side by side: those whose keys and values fit half the second cache of an H100."""
-    return max(1, min(heads, (25 << 20) // max(1, keys * head_bytes)))
-
-
-PACKED_ROWS = 64  # up to so many rows of a key/value head, its query heads share a tile: keys are read once
-
-
-def splits_of(programs: int, keys: int, device: torch.device) -> int:
-    """Shares of the keys for each tile: where tiles are fewer than multiprocessors, enough for two programs on each."""
-    processors = multiprocessors(device)
-    if 2 * programs > processors:
-        return 1
-    return max(1, min(2 * processors // max(programs, 1), keys // 256, 32))
-
-
-def forward_tiles(rows: int, D: int, dtype: torch.dtype, device: torch.device) -> Tiles:
-    return Tiles(128 if rows > 64 else 16, 64, 8, 2, precision="tf32x3" if dtype == torch.float32 else "tf32")
-
-
-def dkdv_tiles(D: int, dtype: torch.dtype, device: torch.device) -> Tiles:
-    return Tiles(64, 128, 8, 2, precision="tf32x3" if dtype == torch.float32 else "tf32")
-
-
-def dq_tiles(D: int, dtype: torch.dtype, device: torch.device) -> Tiles:
-    return Tiles(128, 64, 8, 2, precision="tf32x3" if dtype == torch.float32 else "tf32")

@@ -1,0 +1,153 @@
+"""Launch parameters of the attention kernels, by device class, dtype and head dim.
+
+Frozen: the first call compiles one variant of each kernel and measures nothing. Where the numbers come from:
+docs/ops/attention_triton.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from llama_fast.kernels.launch import INTERPRETED, multiprocessors
+from llama_fast.ops.proven import device_class
+
+# Sizes that a kernel is not compiled for anew: neither for 1 nor for multiples of 16.
+RUNTIME_SIZES = ["T", "S", "H", "N", "slots", "wave", "units", "window"]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Launch parameters of one attention kernel.
+
+    Args:
+        block_m, block_n: queries and keys of a tile.
+        num_warps, num_stages: of the program; stages of the loads that run ahead.
+        tma: tiles of the inner loop come through tensor descriptors (sm_90 and newer, not packed sequences).
+        warp_specialize: Triton gives loads and products warps of their own (sm_100; on sm_90 its pass fails).
+        precision: how float32 is multiplied: "ieee", "tf32x3", "bf16x6"; of no effect in half precision.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    tma: bool = False
+    warp_specialize: bool = False
+    precision: str = "tf32"
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of a launch that say this; the interpreter knows one precision, float32's."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "TMA": self.tma,
+            "WARP_SPECIALIZE": self.warp_specialize,
+            "PRECISION": "ieee" if INTERPRETED else self.precision,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+# Kernel -> Tiles of head dims padded to at most 64, 128, 256.
+# sm_90: beside each what it did on an H200 (bf16, causal, one sequence of 16384, 2048 / D heads), in TFLOP/s of the
+# products that the kernel does. Small programs of one warp group, two or more to a multiprocessor, hide each other's
+# exponentials; larger tiles read less and lose. D 256 is not measured.
+_SM_90 = {
+    "fwd": (
+        Tiles(64, 128, 4, 3, tma=True),  # 457; 64 x 64 448, 128 x 64 431
+        Tiles(64, 64, 4, 3, tma=True),  # 528; without descriptors 472, 128 x 64 478, 128 x 128 430
+        Tiles(64, 32, 4, 2, tma=True),
+    ),
+    "dkdv": (
+        Tiles(128, 64, 4, 2, tma=True),  # 508; 64 x 64 307
+        Tiles(64, 64, 4, 2, tma=True),  # 487; 64 x 128 437
+        Tiles(32, 64, 8, 2, tma=True),
+    ),
+    "dq": (
+        Tiles(64, 64, 4, 3, tma=True),  # 636; 128 x 64 543
+        Tiles(128, 64, 8, 3, tma=True),  # 623; 64 x 64 593
+        Tiles(64, 32, 4, 2, tma=True),
+    ),
+}
+# sm_100, sm_103: not measured; no spilled registers.
+_SM_100 = {
+    "fwd": (
+        Tiles(128, 128, 8, 2, tma=True, warp_specialize=True),
+        Tiles(128, 128, 8, 2, tma=True, warp_specialize=True),
+        Tiles(128, 64, 8, 2, tma=True),
+    ),
+    "dkdv": (Tiles(64, 128, 8, 2, tma=True), Tiles(64, 128, 8, 2, tma=True), Tiles(32, 64, 8, 2, tma=True)),
+    "dq": (Tiles(128, 64, 8, 2, tma=True), Tiles(128, 64, 8, 2, tma=True), Tiles(64, 32, 8, 2, tma=True)),
+}
+# mma.sync and cp.async: at most 99 KiB of shared memory (sm_86, sm_89, sm_120), few spilled registers; not measured.
+_SM_80 = {
+    "fwd": (Tiles(128, 64, 4, 2), Tiles(128, 64, 8, 2), Tiles(64, 32, 4, 2)),
+    "dkdv": (Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(16, 32, 4, 1)),
+    "dq": (Tiles(64, 64, 4, 2), Tiles(128, 32, 8, 3), Tiles(32, 32, 4, 1)),
+}
+_OTHER = {
+    "fwd": (Tiles(64, 32, 4, 1), Tiles(64, 32, 4, 1), Tiles(32, 16, 4, 1)),
+    "dkdv": (Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(16, 16, 4, 1)),
+    "dq": (Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(16, 16, 4, 1)),
+}
+
+
+def _float32(block_m: int, block_n: int, num_warps: int, precision: str = "bf16x6") -> Tiles:
+    return Tiles(block_m, block_n, num_warps, 2, precision=precision)
+
+
+# Six bfloat16 products: as exact as float32's on an H200 (0.1 to 0.7 of the budget; three tf32 products up to 1.1), and
+# faster, 42 to 48 TFLOP/s at D 64 where tf32x3 gave 38 to 44 and plain multiply-adds 10. At D 256 their operands fill
+# the registers 30 times over; plain multiply-adds fit.
+_FLOAT32 = {
+    "fwd": (_float32(64, 32, 4), _float32(64, 32, 4), _float32(32, 16, 8, "ieee")),
+    "dkdv": (_float32(32, 64, 4), _float32(32, 64, 4), _float32(16, 32, 8, "ieee")),
+    "dq": (_float32(64, 32, 4), _float32(64, 32, 4), _float32(32, 16, 8, "ieee")),
+}
+
+
+def tiles_of(kernel: str, D: int, dtype: torch.dtype, device: torch.device) -> Tiles:
+    """Launch parameters of "fwd", "dkdv" or "dq"."""
+    place = device_class(device)
+    if dtype == torch.float32:
+        table = _FLOAT32
+    elif place == "sm_90" or device.type == "cpu":
+        table = _SM_90
+    elif place in ("sm_100", "sm_103"):
+        table = _SM_100
+    else:
+        table = _SM_80 if place.startswith("sm_") else _OTHER
+    return table[kernel][0 if D <= 64 else 1 if D <= 128 else 2]
+
+
+def few_rows_tiles(rows: int, D: int, dtype: torch.dtype) -> Tiles:
+    """Forward of at most PACKED_ROWS rows of a key/value head (a decode): bound by reading the keys."""
+    block_m = max(16, triton.next_power_of_2(rows))
+    if dtype == torch.float32:
+        return Tiles(min(block_m, 32), 32 if D <= 128 else 16, 4, 2, precision="bf16x6" if D <= 128 else "ieee")
+    return Tiles(block_m, 128 if D <= 64 else 64 if D <= 128 else 32, 4, 3 if D <= 128 else 2)
+
+
+PACKED_ROWS = 64  # up to so many rows of a key/value head, its query heads share a tile: keys are read once
+
+
+def splits_of(programs: int, keys: int, device: torch.device) -> int:
+    """Shares of the keys for each tile: where tiles are fewer than multiprocessors, enough for two programs on each."""
+    processors = multiprocessors(device)
+    if 2 * programs > processors:
+        return 1
+    return max(1, min(2 * processors // max(programs, 1), keys // 256, 32))
+
+
+def wave_of(heads: int, keys: int, head_bytes: int) -> int:
+    """How many heads run side by side: those whose keys and values fit half the second cache of an H100."""
+    return max(1, min(heads, (25 << 20) // max(1, keys * head_bytes)))
+
+
+def power_of_two(D: int) -> int:
+    """BLOCK_D: a tile's columns, at least 16 for a product."""
+    return max(16, triton.next_power_of_2(D))
