@@ -95,7 +95,7 @@ class AsyncUnits {
   void execute(Accumulator& accumulator, Product& product);
   void finish_at_once(Warpgroup& group, Product& product);
   void perform(const Copy& copy);
-  void issue(Copy copy);
+  void issue(Copy& copy);
   void issue(int warpgroup);
   void check_registers(int warpgroup, bool fresh);
   void check_operand(int warpgroup, Clock clock, uint64_t matrix, int size, bool mn_major, const char* op);

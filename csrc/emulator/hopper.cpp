@@ -176,7 +176,7 @@ void bulk_store(GlobalAddress destination, uint32_t source, uint32_t bytes, bool
   units().issue(c);
 }
 
-void AsyncUnits::issue(Copy copy) {
+void AsyncUnits::issue(Copy& copy) {
   copy.thread = block_.self().id;
   PerThread& t = threads[copy.thread];
   copy.group = t.bulk_committed;
@@ -386,14 +386,14 @@ void AsyncUnits::Accumulator::gather() {
   values.resize(static_cast<size_t>(64 * n));
   for (int t = 0; t < kGroup; ++t)
     for (int i = 0; i < n / 2; ++i) {
-      const auto [row, column] = wgmma_d(t, i);
+      const auto [row, column] = fragment_d(t, i);
       values[static_cast<size_t>(row * n + column)] = d[t][i];
     }
 }
 
 void AsyncUnits::Accumulator::scatter(int t) const {
   for (int i = 0; i < n / 2; ++i) {
-    const auto [row, column] = wgmma_d(t, i);
+    const auto [row, column] = fragment_d(t, i);
     d[t][i] = values[static_cast<size_t>(row * n + column)];
   }
 }
@@ -456,7 +456,7 @@ void AsyncUnits::execute(Accumulator& accumulator, Product& p) {
     for (int t = 0; t < kGroup; ++t)
       for (int i = 0; i < 4; ++i)
         for (int half = 0; half < 2; ++half) {
-          const auto [row, column] = wgmma_a(t, i, half);
+          const auto [row, column] = fragment_a(t, i, half);
           a[row * 16 + column] = half_to_float(p.type, static_cast<uint16_t>(p.a[4 * t + i] >> (16 * half)));
         }
   } else {

@@ -54,26 +54,47 @@ uint16_t float_to_half(Half type, float x) {
   return sign | static_cast<uint16_t>((rounded >> 13) - (112u << 10));
 }
 
+Place fragment_a(int thread, int i, int half) {
+  const Place p = place(thread % 32, half);
+  return {16 * (thread / 32) + p.row + 8 * (i & 1), p.column + 8 * (i >> 1)};
+}
+
+Place fragment_b(int lane, int i, int half) {
+  const Place p = place(lane, half);
+  return {p.column + 8 * i, p.row};
+}
+
+Place fragment_d(int thread, int i) {
+  const Place p = place(thread % 32, i & 1);
+  return {16 * (thread / 32) + p.row + 8 * (i >> 1 & 1), 8 * (i >> 2) + p.column};
+}
+
 void mma_m16n8k16(Half type, const uint32_t* const a[32], const uint32_t* const b[32], float* const d[32]) {
   float A[16][16], B[16][8], D[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     for (int half = 0; half < 2; ++half) {
-      const auto [row, column] = place(lane, half);
-      for (int i = 0; i < 4; ++i)
-        A[row + 8 * (i & 1)][column + 8 * (i >> 1)] = half_to_float(type, half_of(a[lane][i], half));
-      for (int i = 0; i < 2; ++i) B[column + 8 * i][row] = half_to_float(type, half_of(b[lane][i], half));
-      for (int i = 0; i < 2; ++i) D[row + 8 * i][column] = d[lane][2 * i + half];
+      for (int i = 0; i < 4; ++i) {
+        const auto [row, column] = fragment_a(lane, i, half);
+        A[row][column] = half_to_float(type, half_of(a[lane][i], half));
+      }
+      for (int i = 0; i < 2; ++i) {
+        const auto [row, column] = fragment_b(lane, i, half);
+        B[row][column] = half_to_float(type, half_of(b[lane][i], half));
+      }
+    }
+    for (int i = 0; i < 4; ++i) {
+      const auto [row, column] = fragment_d(lane, i);
+      D[row][column] = d[lane][i];
     }
   }
   for (int i = 0; i < 16; ++i)
     for (int k = 0; k < 16; ++k)
       for (int j = 0; j < 8; ++j) D[i][j] += A[i][k] * B[k][j];
   for (int lane = 0; lane < 32; ++lane)
-    for (int i = 0; i < 2; ++i)
-      for (int half = 0; half < 2; ++half) {
-        const auto [row, column] = place(lane, half);
-        d[lane][2 * i + half] = D[row + 8 * i][column];
-      }
+    for (int i = 0; i < 4; ++i) {
+      const auto [row, column] = fragment_d(lane, i);
+      d[lane][i] = D[row][column];
+    }
 }
 
 void ldmatrix(int count, bool transposed, const uint16_t* const rows[32], uint32_t* const r[32]) {
@@ -137,16 +158,6 @@ uint32_t chunk_address(const MatrixDescriptor& d, int mn_, int k_, bool mn_major
   else
     offset = mn * 2 / w * d.leading + mn * 2 % w + k / 8 * d.stride + k % 8 * w;
   return swizzled(d.swizzle, d.start + offset);
-}
-
-Place wgmma_d(int thread, int i) {
-  const Place p = place(thread % 32, i & 1);
-  return {16 * (thread / 32) + p.row + 8 * (i >> 1 & 1), 8 * (i >> 2) + p.column};
-}
-
-Place wgmma_a(int thread, int i, int half) {
-  const Place p = place(thread % 32, half);
-  return {16 * (thread / 32) + p.row + 8 * (i & 1), p.column + 8 * (i >> 1)};
 }
 
 LLAMA_FAST_CLONES void multiply_64xNx16(int n, bool accumulate, const float* a, const float* b, float* c) {

@@ -13,6 +13,15 @@ float half_to_float(Half type, uint16_t bits);
 // Round to nearest even.
 uint16_t float_to_half(Half type, float value);
 
+// Where a thread's registers lie in the matrices of mma.m16n8k16 (lanes 0 to 31) and of wgmma (threads 0 to 127, whose
+// warps have 16 rows each): of A [M, 16] and B [16, 8] the half `half` of register i, of D [M, N] the float i.
+struct Place {
+  int row, column;
+};
+Place fragment_a(int thread, int i, int half);
+Place fragment_b(int lane, int i, int half);
+Place fragment_d(int thread, int i);
+
 // mma.sync.aligned.m16n8k16.row.col.f32.{bf16,f16}: d = a b + d. a[lane][4], b[lane][2], d[lane][4].
 void mma_m16n8k16(Half type, const uint32_t* const a[32], const uint32_t* const b[32], float* const d[32]);
 
@@ -34,14 +43,6 @@ struct MatrixDescriptor {
 MatrixDescriptor decode(uint64_t descriptor);
 // Shared address of the 8 halves that begin at element (mn, k): 8 consecutive k, or with `mn_major` 8 consecutive mn.
 uint32_t chunk_address(const MatrixDescriptor& d, int mn, int k, bool mn_major);
-
-// The place in a wgmma accumulator [64, N] of register i of a warpgroup's thread; and in A [64, 16] of the half `half`
-// of register i.
-struct Place {
-  int row, column;
-};
-Place wgmma_d(int thread, int i);
-Place wgmma_a(int thread, int i, int half);
 
 // c[64, n] += a[64, 16] b[16, n]; where !accumulate, c = a b.
 void multiply_64xNx16(int n, bool accumulate, const float* a, const float* b, float* c);
