@@ -44,7 +44,8 @@ def _sm90(library: object, dtype: torch.dtype) -> list[torch.Tensor]:
     x = torch.randn(256, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     out = torch.full((1200, 128), UNTOUCHED, dtype=torch.int32)
     copied, sums, moved = torch.zeros(256, 64, dtype=dtype), torch.ones(256), torch.zeros(256)
-    arguments = (x, out, emulated.size(out), copied, sums, moved, dtype == torch.bfloat16)
+    count = torch.zeros(1, dtype=torch.int32)
+    arguments = (x, out, emulated.size(out), copied, sums, moved, count, dtype == torch.bfloat16)
     assert emulated.run(library, "sm90", *arguments) == ""
     return [out, *(t.view(torch.int16) for t in (copied, sums, moved))]
 

@@ -328,6 +328,7 @@ const std::unordered_map<std::string, PtxHandler>& table() {
         {"prefetch", nothing},
         {"griddepcontrol", nothing},
         {"setmaxnreg", [](M& m, const I& i) { set_max_registers(m.get<int32_t>(i.operands[0])); }},
+        {"nanosleep", [](M&, const I&) { sleep(); }},
         {"bra", [](M& m, const I& i) { m.next = static_cast<size_t>(i.target); }},
         {"ret", [](M& m, const I&) { m.exited = true; }},
         {"exit", [](M& m, const I&) { m.exited = true; }},

@@ -67,6 +67,8 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   writer.put(ptx::ld_shared(tiles + 4 * (127 - tid)));
   writer.put(ptx::ld_shared_v4(tiles + kTileBytes + 16 * (127 - tid)));
+  const uint2 two = ptx::ld_shared_v2(tiles + kTileBytes + 16 * (127 - tid) + 8);
+  writer.put(two.x), writer.put(two.y);
 
   writer.put(ptx::ld_global_nc_v4(in + 8 * tid));
   writer.put(ptx::ld_global_nc_no_allocate_v4(in + 8 * tid + 8));
@@ -130,7 +132,7 @@ struct Maps {
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1)
     sm90_kernel(const __grid_constant__ Maps maps, Global<const T> in, Global<float> sums, Global<uint32_t> moved,
-                Global<uint32_t> out) {
+                Global<int> count, Global<uint32_t> out) {
   LLAMA_FAST_DYNAMIC_SHARED(shared);
   const uint32_t tiles = shared_address(shared), barrier = tiles + 4 * kTileBytes, waited = barrier + 8;
   const int tid = threadIdx.x, lane = tid % 32;
@@ -181,6 +183,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   ptx::fence_proxy_async();
   __syncthreads();
   if (tid == 0) {
+    ptx::red_release_gpu_add(count, 5);
+    while (ptx::ld_acquire_gpu(count) < 5) ptx::nanosleep(20);
+    writer.put(static_cast<uint32_t>(ptx::ld_acquire_gpu(count)));
+    ptx::fence_proxy_async_global();
     ptx::tma_store_2d(maps.copies2, tiles, 0, 1);
     ptx::tma_store_3d(maps.copies3, tiles + kTileBytes, 0, 2, 3);
     ptx::tma_store_4d(maps.copies4, tiles + 2 * kTileBytes, 0, 0, 1, 3);
@@ -216,10 +222,10 @@ extern "C" const char* run_sm80(const void* in, void* out, size_t out_bytes, voi
 }
 
 extern "C" const char* run_sm90(const void* in, void* out, size_t out_bytes, void* copied, void* sums, void* moved,
-                                bool is_bf16) {
+                                void* count, bool is_bf16) {
   return report([=] {
     const Mapping mi(in, 256 * 128, "in"), mo(out, out_bytes, "out"), mc(copied, 256 * 128, "copied"),
-        ms(sums, 1024, "sums"), mm(moved, 1024, "moved");
+        ms(sums, 1024, "sums"), mm(moved, 1024, "moved"), mn(count, 4, "count");
     const DType type = is_bf16 ? DType::bf16 : DType::f16;
     const auto maps_of = [type](void* data, auto& map2, auto& map3, auto& map4) {
       const Tensor as2{data, type, 2, {256, 64}, {64, 1}}, as3{data, type, 3, {8, 32, 64}, {2048, 64, 1}},
@@ -235,7 +241,7 @@ extern "C" const char* run_sm90(const void* in, void* out, size_t out_bytes, voi
       using T = decltype(t);
       cuda::launch({"sm90", dim3(1), dim3(cuda::kThreads), cuda::kBytes}, cuda::sm90_kernel<T>, maps,
                    static_cast<const T*>(mi.data()), static_cast<float*>(ms.data()), static_cast<uint32_t*>(mm.data()),
-                   static_cast<uint32_t*>(mo.data()));
+                   static_cast<int*>(mn.data()), static_cast<uint32_t*>(mo.data()));
     };
     is_bf16 ? go(bf16{}) : go(f16{});
   });
@@ -247,8 +253,9 @@ template __global__ void llama_fast::cuda::sm80_kernel<llama_fast::f16>(Global<c
                                                                         Global<uint32_t>);
 template __global__ void llama_fast::cuda::sm90_kernel<llama_fast::bf16>(const __grid_constant__ Maps,
                                                                          Global<const bf16>, Global<float>,
-                                                                         Global<uint32_t>, Global<uint32_t>);
+                                                                         Global<uint32_t>, Global<int>,
+                                                                         Global<uint32_t>);
 template __global__ void llama_fast::cuda::sm90_kernel<llama_fast::f16>(const __grid_constant__ Maps, Global<const f16>,
-                                                                        Global<float>, Global<uint32_t>,
+                                                                        Global<float>, Global<uint32_t>, Global<int>,
                                                                         Global<uint32_t>);
 #endif
