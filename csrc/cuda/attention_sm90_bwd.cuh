@@ -33,7 +33,7 @@ template <class T_, int kHeadDim_>
 struct BwdConfig {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_, kGroups = 2, kRows = 64, kKeys = 64 * kGroups;
-  static constexpr int kStagesQ = 4, kStagesDout = 2;
+  static constexpr int kStagesQ = 4, kStagesDout = 2, kStagesDq = kHeadDim <= 64 ? 2 : 1;
   static constexpr int kThreads = kGroupThreads * (kGroups + 1);
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   static_assert(registers_fit(kGroups, kProducerRegisters, kConsumerRegisters), "setmaxnreg would wait for ever");
@@ -43,12 +43,12 @@ struct BwdConfig {
   static constexpr int kSteps = 8, kStepBytes = 32;  // step infos: more than the stages of all rings reach back
   static constexpr int kK = 0, kV = kK + kKeyBytes, kQ = kV + kKeyBytes, kDout = kQ + kStagesQ * kRowBytes,
                        kDs = kDout + kStagesDout * kRowBytes, kDq = kDs + 2 * kDsBytes,
-                       kStats = kDq + kGroups * kDqBytes, kStep = kStats + kStagesQ * kStatsBytes,
+                       kStats = kDq + kStagesDq * kGroups * kDqBytes, kStep = kStats + kStagesQ * kStatsBytes,
                        kWorkStep = kStep + kSteps * kStepBytes, kWork = kWorkStep + 16;
   static constexpr int kFullKeys = kWork + 16, kEmptyKeys = kFullKeys + 8, kFullQ = kEmptyKeys + 8,
                        kEmptyQ = kFullQ + 8 * kStagesQ, kFullDout = kEmptyQ + 8 * kStagesQ,
                        kEmptyDout = kFullDout + 8 * kStagesDout, kFullDq = kEmptyDout + 8 * kStagesDout,
-                       kEmptyDq = kFullDq + 16 * kGroups, kFullWork = kEmptyDq + 8 * kGroups,
+                       kEmptyDq = kFullDq + 16 * kGroups, kFullWork = kEmptyDq + 8 * kGroups * kStagesDq,
                        kEmptyWork = kFullWork + 16;
   static constexpr int kSharedBytes = kEmptyWork + 16;
 };
@@ -193,11 +193,12 @@ LLAMA_FAST_DEVICE void bwd_add_dq(const BwdParams& p, uint32_t shared, uint32_t 
       const int before = key_tile - p.mask.low(position) / Config::kKeys;
       const int part = static_cast<int>(ptx::ld_shared(info + Step::kPart));
       ptx::mbarrier_arrive(shared + Config::kEmptyQ + 8 * stage);  // so that the phase just seen is not overtaken
+      const int dq_stage = step % Config::kStagesDq;
       while (ptx::ld_acquire_gpu(p.turns + part) != before) ptx::nanosleep(20);
       const Global<float> sum = p.dq_sum + static_cast<int64_t>(part) * (Config::kGroups * Config::kDqBytes / 4);
 #pragma unroll
       for (int group = 0; group < Config::kGroups; ++group) {
-        const uint32_t source = shared + Config::kDq + group * Config::kDqBytes;
+        const uint32_t source = shared + Config::kDq + (dq_stage * Config::kGroups + group) * Config::kDqBytes;
         ptx::mbarrier_wait(shared + Config::kFullDq + 8 * (2 * group + parity), step / 2 % 2);
         if (before == 0)
           ptx::bulk_store(sum + group * (Config::kDqBytes / 4), source, Config::kDqBytes);
@@ -206,9 +207,9 @@ LLAMA_FAST_DEVICE void bwd_add_dq(const BwdParams& p, uint32_t shared, uint32_t 
         ptx::bulk_commit_group();
       }
       ptx::bulk_wait_group_read<1>();
-      ptx::mbarrier_arrive(shared + Config::kEmptyDq);
+      ptx::mbarrier_arrive(shared + Config::kEmptyDq + 8 * dq_stage);
       ptx::bulk_wait_group_read<0>();
-      ptx::mbarrier_arrive(shared + Config::kEmptyDq + 8);
+      ptx::mbarrier_arrive(shared + Config::kEmptyDq + 8 * (Config::kStagesDq + dq_stage));
       ptx::bulk_wait_group<0>();
       ptx::fence_proxy_async_global();
       ptx::red_release_gpu_add(p.turns + part, 1);
@@ -353,10 +354,13 @@ LLAMA_FAST_DEVICE void bwd_consume(const BwdParams& p, uint32_t shared, int grou
         ptx::wgmma_wait_group<1>();  // all but dk
         ptx::wgmma_use(dq);
         ptx::wgmma_use(s);
-        ptx::mbarrier_wait(shared + Config::kEmptyDq + 8 * group, step % 2 ^ 1);
+        const int dq_stage = step % Config::kStagesDq;
+        ptx::mbarrier_wait(shared + Config::kEmptyDq + 8 * (group * Config::kStagesDq + dq_stage),
+                           step / Config::kStagesDq % 2 ^ 1);
 #pragma unroll
         for (int i = 0; i < kOwnColumns / 2; i += 4)
-          ptx::st_shared_v4(shared + Config::kDq + group * Config::kDqBytes + (i / 4 * kGroupThreads + thread) * 16,
+          ptx::st_shared_v4(shared + Config::kDq + (dq_stage * Config::kGroups + group) * Config::kDqBytes +
+                                (i / 4 * kGroupThreads + thread) * 16,
                             bit_cast<uint4>(float4{dq[i], dq[i + 1], dq[i + 2], dq[i + 3]}));
         ptx::fence_proxy_async();
         __syncwarp();
@@ -402,7 +406,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) attention_bwd_kernel(cons
     for (int group = 0; group < Config::kGroups; ++group) {
       for (int parity = 0; parity < 2; ++parity)
         ptx::mbarrier_init(shared + Config::kFullDq + 8 * (2 * group + parity), 4);
-      ptx::mbarrier_init(shared + Config::kEmptyDq + 8 * group, 1);
+      for (int stage = 0; stage < Config::kStagesDq; ++stage)
+        ptx::mbarrier_init(shared + Config::kEmptyDq + 8 * (group * Config::kStagesDq + stage), 1);
     }
     for (int stage = 0; stage < 2; ++stage) {
       ptx::mbarrier_init(shared + Config::kFullWork + 8 * stage, 1);
