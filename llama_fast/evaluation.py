@@ -102,7 +102,7 @@ class LlamaFastLM(TemplateLM):
     Args:
         pretrained: path of the checkpoint.
         dtype: of the weights, by name; None for the checkpoint's.
-        device: of the model; None for the CPU.
+        device: of the model; None, and the harness's "cuda" on a machine without a GPU, for the CPU.
         batch_size: rows of a forward pass.
         max_batch_size: accepted for the harness, and not used.
         max_gen_toks: of an answer, where a task does not say.
@@ -120,6 +120,8 @@ class LlamaFastLM(TemplateLM):
         super().__init__()
         from llama_fast.terminal import dtype_of, resolve
 
+        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+            device = None  # the harness asks for a GPU of its own accord
         path = resolve(Path(pretrained))
         self.model = Llama.from_pretrained(path, dtype=dtype_of(dtype), device=device)
         self.text_tokenizer = load_tokenizer(path)

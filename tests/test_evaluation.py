@@ -123,7 +123,9 @@ class Request:
 
 
 def test_the_class(evaluation: Any, folder: Path) -> None:
-    lm = evaluation.LlamaFastLM(pretrained=str(folder), batch_size=2)
+    device = None if torch.cuda.is_available() else "cuda:0"  # which the harness says where it is told nothing
+    lm = evaluation.LlamaFastLM(pretrained=str(folder), batch_size=2, device=device)
+    assert lm.model.norm.weight.is_cpu
     tok = lm.text_tokenizer
     assert (lm.max_length, lm.eot_token_id, lm.prefix_token_id) == (48, 2, 1)
     assert lm.tok_encode("the") == tok.encode("the", bos=True) == lm.tok_encode("<s>the")
