@@ -17,8 +17,20 @@ import torch
 from torch import Tensor
 
 import llama_fast as lf
+from benchmarks import gpu_results, results
 from benchmarks.gpu_cases import DTYPES, Rival, Timed, bench_cases, rivals, test_cases
-from benchmarks.gpu_run import OURS, ROOT, Row, backends_of, first_line, header, in_processes, worker_command, write
+from benchmarks.gpu_run import (
+    OURS,
+    ROOT,
+    Row,
+    backends_of,
+    first_line,
+    header,
+    in_processes,
+    output,
+    worker_command,
+    write,
+)
 from benchmarks.gpu_time import Clock, Time, forward_and_backward
 from llama_fast.ops import proven
 from llama_fast.ops.table import OPS
@@ -64,6 +76,11 @@ def command_bench(args: argparse.Namespace) -> int:
             rows.append({"op": item["op"], "case": label, "problem": "no time left"})
     result = header(args) | {"rates": rates, "rows": rows, "launch_seconds": launches}
     write(args, result | {"seconds": time.perf_counter() - begin})
+    if rates:
+        path = output(args, result).with_suffix(".results.json")
+        timed = [bench_cases(op, args.tiny)[i] for op, i in cases]
+        results.write(gpu_results.of(rows, timed, rates, args.device, result["device_class"], args.commit), path)
+        print(f"for llama-fast report: {path}")
     return _print_bench(rows, rates, launches, time.perf_counter() - begin)
 
 

@@ -141,9 +141,14 @@ def header(args: argparse.Namespace) -> Row:
     }
 
 
-def write(args: argparse.Namespace, result: Row, quiet: bool = False) -> None:
+def output(args: argparse.Namespace, result: Row) -> Path:
+    """Where a command's result goes."""
     slug = re.sub(r"[^a-z0-9]+", "-", str(result["device"]).lower()).strip("-")
-    out = Path(args.out or ROOT / "results" / f"{args.command}-{slug}.json")
+    return Path(args.out or ROOT / "results" / f"{args.command}-{slug}.json")
+
+
+def write(args: argparse.Namespace, result: Row, quiet: bool = False) -> None:
+    out = output(args, result)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     if quiet:

@@ -364,4 +364,5 @@ def environment(allocator: str, device: str = "cpu", **changes: Any) -> results.
         found = torch.cuda.get_device_properties(0)
         arguments |= {"device": found.name, "memory": found.total_memory, "clocks": clocks, "driver": driver}
         arguments["notes"] = {"host": results.cpu_name(), "CUDA": str(torch.version.cuda)}
-    return results.environment(**arguments | changes)
+    notes = {**arguments.pop("notes", {}), **changes.pop("notes", {})}
+    return results.environment(**arguments | changes, notes=notes)

@@ -30,12 +30,16 @@ class Plot:
 
 
 def group(lines: Iterable[Line]) -> list[list[Line]]:
-    """The measured lines of each case, dtype and direction, in the order of the file; ours first."""
+    """The measured lines of each case, dtype and direction; ours first, the fastest of them before the others."""
     groups: dict[tuple[str, ...], list[Line]] = {}
     for x in lines:
         if x.seconds is not None:
             groups.setdefault(x.key, []).append(x)
-    return [sorted(rows, key=lambda x: not is_ours(x.provider)) for rows in groups.values()]
+    return [sorted(rows, key=_place) for rows in groups.values()]
+
+
+def _place(x: Line) -> tuple[bool, float]:
+    return not is_ours(x.provider), _median(x) if is_ours(x.provider) else 0.0
 
 
 def labels(rows: Sequence[Line]) -> tuple[str, list[str]]:

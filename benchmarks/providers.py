@@ -26,6 +26,8 @@ from llama_fast.verify import Case
 
 from .results import OURS, is_ours
 
+_NOT_OURS = ("reference", "torch", "xformers")  # backends without a kernel of ours: the truth, and others' own ops
+
 
 @dataclass(frozen=True)
 class Provider:
@@ -69,7 +71,8 @@ def sizes(case: Case) -> dict[str, int]:
 
 def of(op: str, device: str) -> list[Provider]:
     """All providers of an op, ours first."""
-    found = [_ours(op, b, device) for b in OPS[op].backends if b.name != "reference" and b.device in (None, device)]
+    own = [b for b in OPS[op].backends if b.name not in _NOT_OURS and b.device in (None, device)]
+    found = [_ours(op, b, device) for b in own]
     found.append(Provider("eager", getattr(eager, op), slow=False))
     found.append(Provider("torch.compile", _compiled(op)))
     return [*found, *_PEERS.get(op, lambda: iter(()))()]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import llama_fast
 from benchmarks import compare, floors, harness, model, providers, results, suite
 from benchmarks.providers import Provider
 from benchmarks.results import Limit, Results
@@ -94,6 +95,35 @@ def test_a_case_that_fails_falls_and_the_rest_goes_on(monkeypatch: pytest.Monkey
     console = Console(record=True, width=200)
     assert [r["ok"] for r in floors.check(lines, console)] == [False, True]
     assert f"{RMS_NORM}: RuntimeError: results differ" in console.export_text()
+
+
+def test_figures_are_named_as_the_floors_name_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    committed = {(f.case.split()[0], f.figure) for f in floors.read()}
+    monkeypatch.setattr(llama_fast, "keep_host_memory", lambda: None)
+    limits = (*LIMITS, Limit("matmul bfloat16", "flop/s", 1e11, "made up"))
+    monkeypatch.setattr(harness, "measure_limits", lambda dtypes: limits)
+    scenarios = [dataclasses.replace(_scenario(op), label="") for op in ("block", "training_step", "decode")]
+    monkeypatch.setattr(model, "scenarios", lambda: scenarios)
+    monkeypatch.setattr(suite, "collect", lambda ops: [SMALL])
+    interleave = harness.interleave
+    monkeypatch.setattr(harness, "interleave", lambda runs, seconds, **more: interleave(runs, 0.0, least=2, **more))
+    monkeypatch.setattr(model, "NEW_TOKENS", 3)
+    assert set(floors.figures(SMALL.name, "default memory")) == {
+        *("forward vs eager", "forward+backward vs eager", "forward vs sdpa_repeated"),
+        *("forward+backward vs sdpa_repeated", "forward of limit", "forward+backward of limit"),
+    }
+    if find_spec("transformers") is not None:
+        block = floors.figures("block float32", "")
+        assert set(block) == {"time vs transformers", "memory vs transformers"}
+        assert block["memory vs transformers"] > 1.5
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "compile", lambda f: f)
+            step = floors.figures("training_step float32", "default memory")
+        assert set(step) == {"time vs transformers", "time vs torch.compile"}
+        assert set(floors.figures("decode float32", "default memory")) == {"time vs transformers"}
+        assert set(floors.figures("training_step float32", "ours kept", "transformers")) == {"seconds"}
+    assert set(floors.figures("training_step float32", "ours kept", "llama_fast")) == {"seconds"}
+    assert {figure for op, figure in committed if op == "block"} == {"time vs transformers", "memory vs transformers"}
 
 
 def test_sides_with_processes_of_their_own_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:

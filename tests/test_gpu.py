@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_bench, gpu_cases, gpu_run
+from benchmarks import gpu, gpu_bench, gpu_cases, gpu_results, gpu_run, results
 from llama_fast.ops.table import OPS
+from llama_fast.verify import Case
 
 ROOT = Path(__file__).parents[1]
 INTERPRETED = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "LLAMA_FAST_BACKEND": ""}
@@ -64,6 +65,42 @@ def test_bench_and_proof(tmp_path: Path) -> None:
     assert result["rates"]["copy"] > 0
     assert "swiglu tiny bf16 fwd: " in text
     assert any("liger" in r["provider"] for r in result["rows"])
+    (path,) = tmp_path.glob("*.results.json")
+    lines = results.read(path).lines
+    measured = {(x.provider, x.direction) for x in lines if x.seconds is not None}
+    assert {(p, d) for p in ("llama_fast:triton", "eager") for d in ("forward", "backward")} <= measured
+    assert any(x.provider == "liger" and x.status == "not run" and x.reason for x in lines)
+
+
+def test_rows_become_lines() -> None:
+    case = Case("attention", {"B": 1, "T": 8, "S": 8, "H": 2, "G": 2, "D": 16})
+    todo = [gpu_cases.Timed("small", case), gpu_cases.Timed("other", case, together=True)]
+    base = {"op": "attention", "case": "small", "dtype": "bfloat16"}
+    time = {"seconds": 1e-3, "low": 1.1e-3, "high": 1.2e-3, "graph": True}  # a median below the 20th: rounding
+    rows = [
+        base | {"provider": "triton", "direction": "bwd", "peak": 0} | time,
+        base | {"provider": "sdpa-flash", "direction": "bwd", "peak": 5} | time,
+        base | {"provider": "liger", "problem": "ModuleNotFoundError: no liger"},
+        base | {"provider": "cuda", "problem": "gradient 0 is 0.3 of its size away from the first provider's"},
+        base | {"case": "other", "provider": "compile", "problem": "no time left"},
+        {"op": "attention", "case": "other", "problem": "no time left"},
+        base | {"provider": "sdpa-flash", "problem": "RuntimeError: its forward cannot be captured"},
+    ]
+    found = gpu_results.of(rows, todo, {"copy": 1e12, "matrix": 1e15}, "cpu", "sm_90", commit="c0ffee")
+    results.check(found)
+    assert found.environment.commit == "c0ffee"
+    lines = {(x.provider, x.direction): x for x in found.lines}
+    assert set(lines) == {
+        *(("llama_fast:triton", "backward"), ("liger", "forward"), ("liger", "backward")),
+        *(("sdpa:flash", "forward"), ("sdpa:flash", "backward")),
+        *(("llama_fast:cuda", "forward"), ("llama_fast:cuda", "backward"), ("torch.compile", "forward+backward")),
+    }
+    ours = lines["llama_fast:triton", "backward"]
+    assert (ours.flops, ours.limit) == (10 * 2 * 16 * 36, "copy")
+    assert lines["sdpa:flash", "backward"].peak_bytes == 5
+    assert lines["sdpa:flash", "forward"].status == "not run"
+    assert lines["llama_fast:cuda", "forward"].status == "wrong"
+    assert lines["torch.compile", "forward+backward"].reason == "no time left"
 
 
 @pytest.mark.parametrize(

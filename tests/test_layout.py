@@ -58,6 +58,7 @@ SHARED = {
         "compare": "two versions in turn",
         "worker": "one side of compare",
         "readme": "README's results",
+        "gpu_results": "a GPU bench as a result file",
         "plots": "plots of a report",
         "report": "result files as a page",
         "results": "the format of result files",
