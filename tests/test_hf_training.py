@@ -79,37 +79,46 @@ def test_autocast_keeps_the_residual_stream_in_float32() -> None:
     assert_close(*found, truths)
 
 
-def test_hooks_see_what_they_saw() -> None:
-    stock = make().double()
-    ours = patched(stock)
-    for names, runs in (
-        (["model.layers.1", "model", "lm_head"], "block"),
+def _tensors(found: Any) -> list[Tensor]:
+    found = found if isinstance(found, tuple | list) else (found,)
+    return [t.detach().clone() for t in found if isinstance(t, Tensor)]
+
+
+_HOOKS: dict[str, Any] = {
+    "forward": lambda m, log: m.register_forward_hook(lambda _m, _args, out: log.extend(_tensors(out))),
+    "before": lambda m, log: m.register_forward_pre_hook(lambda _m, args: log.extend(_tensors(args))),
+    "backward": lambda m, log: m.register_full_backward_hook(lambda _m, dx, dy: log.extend(_tensors((*dx, *dy)))),
+    "before backward": lambda m, log: m.register_full_backward_pre_hook(lambda _m, dy: log.extend(_tensors(dy))),
+}
+
+
+@pytest.mark.parametrize("kind", _HOOKS)
+@pytest.mark.parametrize(
+    ("names", "runs"),
+    [
+        (["model.layers.1", "lm_head"], "block"),
         (["model.layers.0.mlp", "model.layers.1.mlp"], "mlp has a hook"),
         (["model.layers.0.self_attn.v_proj", "model.layers.1.self_attn.v_proj"], "v_proj has a hook"),
-    ):
-        seen: list[list[Tensor]] = []
-        for model in (ours, stock):
-            log: list[Tensor] = []
-            handles = []
-            for name in names:
-                module = model.get_submodule(name)
-
-                def forward(_m: Any, _args: Any, out: Any, log: list[Tensor] = log) -> None:
-                    log.append(out if isinstance(out, Tensor) else out[0])
-
-                def backward(_m: Any, dx: Any, dy: Any, log: list[Tensor] = log) -> None:
-                    log.extend(t for t in (*dx, *dy) if t is not None)
-
-                handles += [module.register_forward_hook(forward), module.register_full_backward_hook(backward)]
-            run(model)
-            if model is ours:
-                assert ran(ours) == runs
-            for handle in handles:
-                handle.remove()
-            seen.append(log)
-        assert len(seen[0]) == len(seen[1]) > 0
-        for got, want in zip(*seen, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+        (["model.layers.0.mlp.act_fn", "model.layers.1.mlp.act_fn"], "mlp has a hook on its activation"),
+    ],
+    ids=["layer", "mlp", "v_proj", "activation"],
+)
+def test_hooks_see_what_they_saw(names: list[str], runs: str, kind: str) -> None:
+    stock = make().double()
+    ours = patched(stock)
+    seen = []
+    for model in (ours, stock):
+        log: list[Tensor] = []
+        handles = [_HOOKS[kind](model.get_submodule(name), log) for name in names]
+        run(model)
+        if model is ours:
+            assert ran(ours) == runs
+        for handle in handles:
+            handle.remove()
+        seen.append(log)
+    assert len(seen[0]) == len(seen[1]) > 0
+    for got, want in zip(*seen, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
     run(ours)
     assert ran(ours) == "block"
 
