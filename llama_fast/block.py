@@ -159,7 +159,8 @@ def _forward(
     gate_RF, up_RF = linear.nt(n2_all, w.wgate_FC), linear.nt(n2_all, w.wup_FC)
     (act_RF,) = _swiglu_fwd(gate_RF, up_RF, backend=backend)
     y_RC = join.reduce(linear.nt(act_RF, w.wdown_CF)).add_(h_RC)
-    return y_RC.view(B, T, C), _Activations(
+    # no view to autograd: an in-place change of a view would drop the hook that FSDP2 puts on what a layer gives
+    return torch.ops.aten._unsafe_view(y_RC, (B, T, C)), _Activations(
         n1_RC, rstd1_R, q_BTHD, k_BTGD, v_BTGD, out_BTHD, lse_BHT, h_RC, n2_RC, rstd2_R, gate_RF, up_RF, act_RF
     )
 

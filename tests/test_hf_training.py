@@ -160,6 +160,7 @@ def one_process(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
+@pytest.mark.filterwarnings("error:FSDP2-wrapped module")
 @pytest.mark.usefixtures("one_process")
 def test_sharded_by_fsdp2() -> None:
     from torch.distributed.fsdp import fully_shard
@@ -181,6 +182,19 @@ def test_sharded_by_fsdp2() -> None:
         ValueError, match=r"FSDPLlamaDecoderLayer, expected LlamaDecoderLayer itself; .*before fully_shard"
     ):
         lf.hf.patch(theirs)
+
+
+def test_autocast_casts_the_input_of_several_projections_once() -> None:
+    ours, kept = patched(make()), {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.dtype == torch.bfloat16 and t.numel() == tokens().numel() * 64:
+            kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        ours.model(tokens())
+    assert len(kept) == 2 * 4  # in each layer: both normalised inputs, the queries, what attention gave
 
 
 # ---- PEFT ------------------------------------------------------------------------------------------------------------

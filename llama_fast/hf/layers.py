@@ -85,6 +85,14 @@ def _project(module: Any, x: Tensor) -> Tensor:
     return module(x)
 
 
+def _cast_once(x: Tensor, *projections: Any) -> Tensor:
+    """The input of several projections in autocast's dtype, of which each would else make and keep a copy."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype == torch.float32 and not any(map(linear_objection, projections)):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
 def norm_objection(norm: Any, x: Tensor | None = None) -> str | None:
     """Why a norm does not run on lf.rms_norm, or None; without `x`, what its structure says."""
     if type(norm) is not LlamaRMSNorm:
@@ -263,6 +271,7 @@ class LlamaMLP(_MLP):
         """x [..., C] -> [..., C]."""
         if activation_objection(self):
             return super().forward(x)
+        x = _cast_once(x, self.gate_proj, self.up_proj)
         gate, up = _project(self.gate_proj, x), _project(self.up_proj, x)
         if gate.dtype != up.dtype:
             return self.down_proj(self.act_fn(gate) * up)
@@ -281,9 +290,7 @@ class LlamaAttention(_Attention, metaclass=_Recorded):
         x, mask = kwargs.pop("hidden_states"), kwargs.pop("attention_mask", None)
         cos, sin = kwargs["position_embeddings"]
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind) and x.dtype == torch.float32 and not any(map(linear_objection, projections)):
-            x = x.to(torch.get_autocast_dtype(kind))  # once: each of the three would make and keep a copy
+        x = _cast_once(x, *projections)
         q, k, v = (_project(p, x).unflatten(-1, (-1, self.head_dim)) for p in projections)
         if cos.ndim == 3 and q.dtype == k.dtype:
             q, k = rope(q, k, cos, sin)
