@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build demo demo-smollm2 test check format bench perf-check verify asan test-gpu bench-gpu clean
+.PHONY: help build demo demo-smollm2 test check format bench perf-check verify asan test-gpu bench-gpu sass clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -70,6 +70,9 @@ test-gpu: build  ## on a GPU: every op and backend against float64, then compute
 
 bench-gpu: build  ## on a GPU: every op beside PyTorch's and other libraries' kernels; JSON in results/
 	@$(BIN)/python -m benchmarks.gpu bench
+
+sass: build  ## registers, spills, widths and products of the Triton kernels, compiled without a GPU; OP=swiglu
+	@$(BIN)/python -m benchmarks.sass $(if $(OP),--op $(OP))
 
 # A copy of the package with a library of its own, found before the installed one. torch's own code is not instrumented:
 # what is caught is a kernel that reads or writes outside the tensors that it is given. libstdc++ is loaded with libasan, or

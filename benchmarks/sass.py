@@ -138,6 +138,7 @@ def record(specimen: Specimen, arch: int) -> list[Recorded]:
 def compile_for(recorded: Recorded, arch: int) -> Any:
     """The compiled kernel, specialised as Triton specialises the launch: multiples of 16, ones, 16-byte pointers."""
     options = {k: v for k, v in recorded.options.items() if k in ("num_warps", "num_stages", "num_ctas", "maxnreg")}
+    options["enable_fp_fusion"] = True
     names = [p.name for p in recorded.kernel.params]
     values = dict(zip(names, recorded.args, strict=False)) | {k: v for k, v in recorded.options.items() if k in names}
     signature: dict[str, str] = {}

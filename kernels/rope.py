@@ -40,35 +40,56 @@ def candidates(H: int, D: int) -> tuple[Launch, ...]:
 
 
 @triton.jit
-def _turn(
+def _load(
     x_ptr,  # [H, D] T of a token
-    out_ptr,  # [H, D] T, contiguous
     x_stride_h,
-    cos,  # [1, BLOCK_D] f32
-    sin,
+    begin,
     H,
-    D,
+    D: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,  # power of two >= D / 2
 ):
-    for begin in range(0, H, BLOCK_H):
-        h = begin + tl.arange(0, BLOCK_H)[:, None]
-        if INTERLEAVED:
-            d = tl.arange(0, 2 * BLOCK_D)[None, :]
-            mask = (h < H) & (d < D)
-            x = tl.load(x_ptr + h * x_stride_h + d, mask=mask, other=0.0).to(tl.float32)
-            a, b = tl.split(tl.reshape(x, (BLOCK_H, BLOCK_D, 2)))
-            turned = tl.join(a * cos - b * sin, a * sin + b * cos)
-            turned = tl.reshape(turned, (BLOCK_H, 2 * BLOCK_D))
-            tl.store(out_ptr + h * D + d, turned.to(out_ptr.dtype.element_ty), mask=mask)
-        else:
-            d = tl.arange(0, BLOCK_D)[None, :]
-            mask = (h < H) & (d < D // 2)
-            a = tl.load(x_ptr + h * x_stride_h + d, mask=mask, other=0.0).to(tl.float32)
-            b = tl.load(x_ptr + h * x_stride_h + D // 2 + d, mask=mask, other=0.0).to(tl.float32)
-            tl.store(out_ptr + h * D + d, (a * cos - b * sin).to(out_ptr.dtype.element_ty), mask=mask)
-            tl.store(out_ptr + h * D + D // 2 + d, (a * sin + b * cos).to(out_ptr.dtype.element_ty), mask=mask)
+    """Both halves of each pair of heads `begin` and on: [BLOCK_H, BLOCK_D] each, float32."""
+    h = begin + tl.arange(0, BLOCK_H)[:, None]
+    if INTERLEAVED:
+        d = tl.arange(0, 2 * BLOCK_D)[None, :]
+        x = tl.load(x_ptr + h * x_stride_h + d, mask=(h < H) & (d < D), other=0.0).to(tl.float32)
+        a, b = tl.split(tl.reshape(x, (BLOCK_H, BLOCK_D, 2)))
+    else:
+        d = tl.arange(0, BLOCK_D)[None, :]
+        mask = (h < H) & (d < D // 2)
+        a = tl.load(x_ptr + h * x_stride_h + d, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(x_ptr + h * x_stride_h + D // 2 + d, mask=mask, other=0.0).to(tl.float32)
+    return a, b
+
+
+@triton.jit
+def _store(
+    out_ptr,  # [H, D] T of a token, contiguous
+    a,
+    b,
+    cos,  # [1, BLOCK_D] f32
+    sin,
+    begin,
+    H,
+    D: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Turns the pairs and writes them."""
+    h = begin + tl.arange(0, BLOCK_H)[:, None]
+    a, b = a * cos - b * sin, a * sin + b * cos
+    if INTERLEAVED:
+        d = tl.arange(0, 2 * BLOCK_D)[None, :]
+        x = tl.reshape(tl.join(a, b), (BLOCK_H, 2 * BLOCK_D))
+        tl.store(out_ptr + h * D + d, x.to(out_ptr.dtype.element_ty), mask=(h < H) & (d < D))
+    else:
+        d = tl.arange(0, BLOCK_D)[None, :]
+        mask = (h < H) & (d < D // 2)
+        tl.store(out_ptr + h * D + d, a.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptr + h * D + D // 2 + d, b.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -108,8 +129,19 @@ def _rope_kernel(
         sin = -sin
     q_ptr += b * q_stride_b + t * q_stride_t
     k_ptr += b * k_stride_b + t * k_stride_t
-    _turn(q_ptr, q_out_ptr + token * H * D, q_stride_h, cos, sin, H, D, INTERLEAVED, BLOCK_H, BLOCK_D)
-    _turn(k_ptr, k_out_ptr + token * G * D, k_stride_h, cos, sin, G, D, INTERLEAVED, BLOCK_G, BLOCK_D)
+    q_out_ptr += token * H * D
+    k_out_ptr += token * G * D
+    # the first heads of k are loaded before those of q are stored: a load does not pass a store
+    q_a, q_b = _load(q_ptr, q_stride_h, 0, H, D, INTERLEAVED, BLOCK_H, BLOCK_D)
+    k_a, k_b = _load(k_ptr, k_stride_h, 0, G, D, INTERLEAVED, BLOCK_G, BLOCK_D)
+    _store(q_out_ptr, q_a, q_b, cos, sin, 0, H, D, INTERLEAVED, BLOCK_H, BLOCK_D)
+    _store(k_out_ptr, k_a, k_b, cos, sin, 0, G, D, INTERLEAVED, BLOCK_G, BLOCK_D)
+    for begin in range(BLOCK_H, H, BLOCK_H):
+        q_a, q_b = _load(q_ptr, q_stride_h, begin, H, D, INTERLEAVED, BLOCK_H, BLOCK_D)
+        _store(q_out_ptr, q_a, q_b, cos, sin, begin, H, D, INTERLEAVED, BLOCK_H, BLOCK_D)
+    for begin in range(BLOCK_G, G, BLOCK_G):
+        k_a, k_b = _load(k_ptr, k_stride_h, begin, G, D, INTERLEAVED, BLOCK_G, BLOCK_D)
+        _store(k_out_ptr, k_a, k_b, cos, sin, begin, G, D, INTERLEAVED, BLOCK_G, BLOCK_D)
 
 
 def _launch(

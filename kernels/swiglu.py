@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama_fast.kernels.launch import choose, on_device_of, rows, start, unavailable
+from llama_fast.kernels.launch import cdiv, choose, on_device_of, rows, start, unavailable
 from llama_fast.ops import table
 
 __all__ = ["swiglu_bwd", "swiglu_fwd", "unavailable"]
@@ -90,7 +90,7 @@ def _launch(name: str, kernel: triton.JITFunction, inputs: tuple[Tensor, ...], o
         R, F = 1, R * F  # one long row: no block ends at a row's end
 
     def run(launch: Launch) -> None:
-        grid = (R * triton.cdiv(F, launch.BLOCK_F),)
+        grid = (R * cdiv(F, launch.BLOCK_F),)
         start(kernel, grid, (*inputs, *outputs, *strides, F), (launch.BLOCK_F,), num_warps=launch.num_warps)
 
     with on_device_of(first):

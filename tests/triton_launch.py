@@ -118,7 +118,7 @@ def test_start_compiles_for_what_triton_specialises_and_then_launches_at_once(mo
         return kernel.calls[-1][0]
 
     assert kind(x, 32, 0.5) == "first"
-    assert kernel.calls[-1] == ("first", (3,), (x, 32, 0.5, 8), {"num_warps": 4})
+    assert kernel.calls[-1] == ("first", (3,), (x, 32, 0.5, 8), {"enable_fp_fusion": True, "num_warps": 4})
     assert kind(x, 48, 0.25) == "again"
     assert kernel.calls[-1] == ("again", (3, 1, 1), (x, 48, 0.25, 8))
     for different in ((x[1:], 32, 0.5), (x, 33, 0.5), (x, 1, 0.5), (x, 1 << 40, 0.5), (x.half(), 32, 0.5)):
