@@ -237,6 +237,16 @@ _WAYS = {  # provider -> what it needs
 }
 
 
+def _drawn(module: Any, device: str) -> Any:
+    """A module of the meta device with weights drawn on `device`: billions of them take minutes on a processor."""
+    module = module.to_empty(device=device)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.fill_(1.0) if p.ndim == 1 else p.normal_(0.0, 0.02)
+    return module
+
+
 # ---- the block ------------------------------------------------------------------------------------------------------
 def _held_by_a_layer(layer: Callable[[Tensor], Tensor], x: Tensor) -> int:
     """Bytes that one layer of several keeps between forward and backward, its input among them: two less one."""
@@ -253,7 +263,7 @@ def _block(s: Scenario) -> Iterator[tuple[str, Callable[[], Side] | str]]:
     x, dy = (torch.randn(s.B, s.T, c.dim, generator=generator).to(**like) for _ in range(2))
     x.requires_grad_()
     cos, sin = rope_cos_sin(c, s.T, s.device)
-    plain = PlainLlama(dataclasses.replace(c, n_layers=1), **like).layers[0]
+    plain = _drawn(PlainLlama(dataclasses.replace(c, n_layers=1), device="meta", dtype=s.dtype).layers[0], s.device)
     shared = plain.state_dict(keep_vars=True)
     parameters = list(plain.parameters())
 
@@ -311,7 +321,7 @@ def _block(s: Scenario) -> Iterator[tuple[str, Callable[[], Side] | str]]:
 def _training_step(s: Scenario) -> Iterator[tuple[str, Callable[[], Side] | str]]:
     """Loss, backward and AdamW."""
     c = s.config
-    model = Llama(c, device=s.device, dtype=s.dtype)
+    model = _drawn(Llama(c, device="meta", dtype=s.dtype), s.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     tokens = torch.randint(c.vocab_size, (s.B, s.T + 1), generator=torch.Generator().manual_seed(0)).to(s.device)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -366,7 +376,7 @@ def _training_step(s: Scenario) -> Iterator[tuple[str, Callable[[], Side] | str]
 def _decode(s: Scenario) -> Iterator[tuple[str, Callable[[], Side] | str]]:
     """NEW_TOKENS greedy tokens after a prompt; all sides must give the logits of eager PyTorch after the prompt."""
     c = s.config
-    model = Llama(c, device=s.device, dtype=s.dtype).requires_grad_(False)
+    model = _drawn(Llama(c, device="meta", dtype=s.dtype), s.device).requires_grad_(False)
     prompt = torch.randint(1, c.vocab_size, (s.B, PROMPT), generator=torch.Generator().manual_seed(0)).to(s.device)
 
     def no_grad(logits: Callable[[Tensor], Tensor]) -> Callable[[], list[Tensor]]:
