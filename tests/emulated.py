@@ -95,17 +95,18 @@ def ptx(source: Path, arch: str) -> str:
     return target.read_text()
 
 
-def replace_kernels(library: ctypes.CDLL, function: str, text: str) -> list[str]:
+def replace_kernels(library: ctypes.CDLL, function: str, text: str, emulator: ctypes.CDLL | None = None) -> list[str]:
     """Has the kernels of an emulated library run what PTX says in place of what g++ made; gives their names.
 
-    `function`: one that the library exports, to find it in memory.
+    `function`: one that the library exports, to find it in memory. `emulator`: what it is linked with, where that is
+    another than `load` links.
     """
     symbols = subprocess.run(["nm", library._name], check=True, capture_output=True, text=True).stdout
     entries = re.findall(r"\.entry\s+(\w+)", text)
-    mangled = [line.split() for line in symbols.splitlines() if " _Z" in line and line[17] in "tTwW"]
+    mangled = [line.split() for line in symbols.splitlines() if re.search(r" [tTwW] _Z\w+$", line)]
     offsets = dict(zip(_names(name for *_, name in mangled), (int(at, 16) for at, *_ in mangled), strict=True))
     replaced = []
-    replace = ctypes.CDLL(str(_emulator())).llama_fast_emulator_replace
+    replace = (emulator or ctypes.CDLL(str(_emulator()))).llama_fast_emulator_replace
     replace.restype = ctypes.c_char_p
     for entry, name in zip(entries, _names(entries), strict=True):
         if name in offsets:

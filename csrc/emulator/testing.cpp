@@ -38,6 +38,7 @@ const PtxProgram& keep(PtxProgram program) {
 
 }  // namespace
 
+#pragma GCC visibility push(default)  // of the Python module too
 extern "C" {
 
 void llama_fast_emulator_configure(uint64_t seed, bool race_check, int workers, bool mbarrier_fence) {
@@ -93,3 +94,4 @@ const char* llama_fast_emulator_replace(const void* symbol, size_t offset, const
 }
 
 }  // extern "C"
+#pragma GCC visibility pop
