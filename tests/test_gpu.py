@@ -206,7 +206,7 @@ def _results(**changes: Any) -> tuple[Any, Any]:
         for p, s in seconds.items()
         for d in ("fwd", "bwd")
     ]
-    return {"rows": test}, {"rows": bench}
+    return {"rows": test, "not_run": []}, {"rows": bench}
 
 
 def test_proof_lists_the_faster_of_what_is_right_and_not_slower() -> None:
@@ -215,8 +215,11 @@ def test_proof_lists_the_faster_of_what_is_right_and_not_slower() -> None:
     assert gpu_bench.proof(*_results(triton_float16="dup: largest error")) == {"cuda": both}
     assert gpu_bench.proof(*_results(seconds={"triton": 2.5})) == {"cuda": both}
     assert gpu_bench.proof(*_results(seconds={"triton": 2.5, "cuda": 2.5})) == {}
-    assert gpu_bench.proof({"rows": []}, _results()[1]) == {}
+    assert gpu_bench.proof({"rows": [], "not_run": []}, _results()[1]) == {}
     test, bench = _results()
+    for unit in ({"kind": "compile", "op": "swiglu"}, {"kind": "budget", "op": "swiglu", "dtype": "float16"}):
+        assert gpu_bench.proof(test | {"not_run": [unit]}, bench) == {}
+    assert gpu_bench.proof(test | {"not_run": [{"kind": "budget", "op": "rope", "dtype": "float16"}]}, bench)
     untimed = [r for r in bench["rows"] if (r["provider"], r["direction"]) != ("triton", "bwd")]
     found = gpu_bench.proof(test, {"rows": untimed})
     assert found == {"triton": {"swiglu_fwd": ["half"]}, "cuda": {"swiglu_bwd": ["half"]}}
