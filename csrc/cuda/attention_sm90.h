@@ -9,16 +9,14 @@ namespace llama_fast::cuda {
 const char* attention_sm90_objection(const Tensor& q, const Tensor& k, const Tensor& v, double scale);
 
 // scratch: 4 bytes, aligned to 4, of any content.
-// variant: 0 is the one that launchers take; the others are for benchmarks/attention_sm90.py.
 void attention_sm90_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, double scale,
                         bool causal, int64_t window, const Tensor& out, const Tensor& lse, const Tensor& scratch,
-                        int variant, Stream s);
+                        Stream s);
 
 // scratch: attention_sm90_bwd_scratch bytes, aligned to 16, of any content.
 int64_t attention_sm90_bwd_scratch(const Tensor& q, const Tensor& cu_seqlens);
 void attention_sm90_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                         const Tensor& lse, const Tensor& cu_seqlens, double scale, bool causal, int64_t window,
-                        const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& scratch, int variant,
-                        Stream s);
+                        const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& scratch, Stream s);
 
 }  // namespace llama_fast::cuda

@@ -125,21 +125,21 @@ struct Scratch {
 // 128 columns: so the next tile of a head should begin some steps after the one before. More of them, and the rows
 // would have left the second cache when it comes to them.
 template <class Config>
-int section_of(const sm90::BwdParams& p, int64_t blocks, int variant) {
-  const int64_t steps_between = (4 * 128 / Config::kHeadDim) * (variant == 2 ? 2 : 1) / (variant == 1 ? 2 : 1);
+int section_of(const sm90::BwdParams& p, int64_t blocks) {
+  const int64_t steps_between = 4 * 128 / Config::kHeadDim;
   const int64_t seen = p.mask.window > 0 ? (p.mask.window + Config::kKeys) / Config::kRows + 1 : p.query_tiles;
   const int64_t rows = std::min<int64_t>(seen, p.mask.causal ? (p.query_tiles + 1) / 2 : p.query_tiles);
   const int64_t steps = std::max<int64_t>(rows, 1) * (p.H / p.G);  // of a work, on average
   const int64_t heads = static_cast<int64_t>(p.cu_seqlens != nullptr ? 1 : p.B) * p.G;
   const int64_t wanted = std::max<int64_t>(steps_between * blocks / steps, 1);
-  const int64_t sections = variant == 3 ? heads : std::max<int64_t>(heads / wanted, 1);
+  const int64_t sections = std::max<int64_t>(heads / wanted, 1);
   return static_cast<int>(ceil_div(heads, sections));
 }
 
 template <class Config>
 void launch_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                 const Tensor& lse, const Tensor& cu_seqlens, double scale, bool causal, int64_t window,
-                const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& scratch, int variant, Stream s) {
+                const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& scratch, Stream s) {
   static_assert(Config::kRows == sm90::kStatsRows, "the statistics of one tile of queries are one copy");
   constexpr int kOrder[4] = {3, 1, 2, 0};
   const Scratch parts(q, cu_seqlens);
@@ -173,7 +173,7 @@ void launch_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tens
   p.mask = rows.mask;
 
   const OnDevice on(kBwd, s);
-  p.section = section_of<Config>(p, multiprocessors(s.device), variant);
+  p.section = section_of<Config>(p, multiprocessors(s.device));
   const dim3 tiles = grid(parts.query_tiles, p.H, p.B);
   const int64_t works = static_cast<int64_t>(p.key_tiles) * p.G * p.B;
   launch(launch_of(kBwd, s, tiles, 128), sm90::attention_bwd_stats_kernel<typename Config::T>, rows);
@@ -190,11 +190,9 @@ int64_t attention_sm90_bwd_scratch(const Tensor& q, const Tensor& cu_seqlens) {
 
 void attention_sm90_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                         const Tensor& lse, const Tensor& cu_seqlens, double scale, bool causal, int64_t window,
-                        const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& scratch, int variant,
-                        Stream s) {
+                        const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& scratch, Stream s) {
   const auto run = [&](auto config) {
-    launch_bwd<decltype(config)>(dout, q, k, v, out, lse, cu_seqlens, scale, causal, window, dq, dk, dv, scratch,
-                                 variant, s);
+    launch_bwd<decltype(config)>(dout, q, k, v, out, lse, cu_seqlens, scale, causal, window, dq, dk, dv, scratch, s);
   };
   const auto of_type = [&](auto type) {
     using T = decltype(type);

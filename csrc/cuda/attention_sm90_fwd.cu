@@ -70,7 +70,7 @@ const char* attention_sm90_objection(const Tensor& q, const Tensor& k, const Ten
 
 void attention_sm90_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, double scale,
                         bool causal, int64_t window, const Tensor& out, const Tensor& lse, const Tensor& scratch,
-                        int variant, Stream s) {
+                        Stream s) {
   const auto run = [&](auto config) {
     launch_fwd<decltype(config)>(q, k, v, cu_seqlens, scale, causal, window, out, lse, scratch, s);
   };
@@ -81,9 +81,7 @@ void attention_sm90_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const
     else
       run(sm90::FwdConfig<T, 128, 2, 128, 2>{});
   };
-  if (variant == 1)
-    run(sm90::FwdConfig<bf16, 64, 2, 128, 2>{});
-  else if (q.dtype == DType::bf16)
+  if (q.dtype == DType::bf16)
     of_type(bf16{});
   else
     of_type(f16{});

@@ -32,7 +32,7 @@ extern "C" const char* run_options(uint64_t seed, bool race_check) {
   });
 }
 
-// tensors: q, k, v, cu_seqlens, out, lse, scratch; options: scale, causal, window, variant.
+// tensors: q, k, v, cu_seqlens, out, lse, scratch; options: scale, causal, window.
 extern "C" const char* run_attention_fwd(const int64_t* const* tensors, bool is_bf16, const double* options) {
   return report([=] {
     const DType type = is_bf16 ? DType::bf16 : DType::f16;
@@ -41,11 +41,11 @@ extern "C" const char* run_attention_fwd(const int64_t* const* tensors, bool is_
         scratch(tensors[6], DType::i32, "scratch");
     llama_fast::cuda::attention_sm90_fwd(q.tensor, k.tensor, v.tensor, cu.tensor, options[0], options[1] != 0,
                                          static_cast<int64_t>(options[2]), out.tensor, lse.tensor, scratch.tensor,
-                                         static_cast<int>(options[3]), llama_fast::cuda::Stream{});
+                                         llama_fast::cuda::Stream{});
   });
 }
 
-// tensors: dout, q, k, v, out, lse, cu_seqlens, dq, dk, dv, scratch; options: scale, causal, window, variant.
+// tensors: dout, q, k, v, out, lse, cu_seqlens, dq, dk, dv, scratch; options: scale, causal, window.
 extern "C" const char* run_attention_bwd(const int64_t* const* tensors, bool is_bf16, const double* options) {
   return report([=] {
     const DType type = is_bf16 ? DType::bf16 : DType::f16;
@@ -55,8 +55,7 @@ extern "C" const char* run_attention_bwd(const int64_t* const* tensors, bool is_
         dv(tensors[9], type, "dv"), scratch(tensors[10], DType::f32, "scratch");
     llama_fast::cuda::attention_sm90_bwd(dout.tensor, q.tensor, k.tensor, v.tensor, out.tensor, lse.tensor, cu.tensor,
                                          options[0], options[1] != 0, static_cast<int64_t>(options[2]), dq.tensor,
-                                         dk.tensor, dv.tensor, scratch.tensor, static_cast<int>(options[3]),
-                                         llama_fast::cuda::Stream{});
+                                         dk.tensor, dv.tensor, scratch.tensor, llama_fast::cuda::Stream{});
   });
 }
 
