@@ -124,10 +124,10 @@ def run(library: ctypes.CDLL, function: str, *arguments: object) -> str:
     return f(*[ctypes.c_void_p(a.data_ptr()) if hasattr(a, "data_ptr") else a for a in arguments]).decode()
 
 
-def configure(seed: int = 0, race_check: bool = True, workers: int = 2, mbarrier_fence: bool = True) -> None:
+def configure(seed: int = 0, race_check: bool = True, workers: int = 2, proxy_fences: bool = True) -> None:
     """What the launches from here on run under: `Options` of csrc/emulator/block.h."""
     f = ctypes.CDLL(str(_emulator())).llama_fast_emulator_configure
-    f(ctypes.c_uint64(seed), race_check, workers, mbarrier_fence)
+    f(ctypes.c_uint64(seed), race_check, workers, proxy_fences)
 
 
 def counters() -> dict[str, int]:

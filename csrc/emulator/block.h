@@ -22,11 +22,10 @@ constexpr size_t kMaxShared = 227 << 10;  // of an H100; what an sm_80 kernel ma
 
 // What a kernel is run under. One value for the process: tests set it between launches.
 struct Options {
-  uint64_t seed = 0;       // 0: threads run in order; else: a permutation of the schedule for each
-  bool race_check = true;  // of shared memory
-  int workers = 2;         // OS threads, each with a block of its own at a time
-  bool mbarrier_fence =
-      true;  // TMA wants a fence.mbarrier_init or fence.proxy.async behind an mbarrier's initialization
+  uint64_t seed = 0;         // 0: threads run in order; else: a permutation of the schedule for each
+  bool race_check = true;    // of shared memory
+  int workers = 2;           // OS threads, each with a block of its own at a time
+  bool proxy_fences = true;  // TMA wants a fence.mbarrier_init or fence.proxy.async behind an mbarrier's initialization
 };
 Options& options();
 

@@ -52,7 +52,7 @@ AsyncUnits::MBarrier& AsyncUnits::mbarrier(uint32_t address, const char* op, boo
   if (found == mbarriers.end()) block_.fail("%s: there is no mbarrier at shared address 0x%x", op, address);
   MBarrier& m = found->second;
   if (Races* r = block_.races())
-    r->check_object(block_.self().id, m.owner, m.stamp, address, by_async_proxy && options().mbarrier_fence, m.fenced,
+    r->check_object(block_.self().id, m.owner, m.stamp, address, by_async_proxy && options().proxy_fences, m.fenced,
                     op);
   return m;
 }

@@ -215,7 +215,7 @@ void Races::require_written(int thread, const Cell& c, uint32_t at, const char* 
 
 void Races::require_written_async(int thread, const Cell& c, uint32_t at, const char* verb, const char* op) {
   require_written(thread, c, at, verb, op);
-  if (c.writer >= 0 && c.kind == Kind::ordinary && !fenced_behind(thread, c.writer, c.clock))
+  if (options().proxy_fences && c.writer >= 0 && c.kind == Kind::ordinary && !fenced_behind(thread, c.writer, c.clock))
     block_.fail("race: %s %s shared 0x%x, which %s wrote (%s), without a fence.proxy.async between", op, verb, at,
                 name(c.writer), c.op);
 }

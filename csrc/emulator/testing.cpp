@@ -41,8 +41,8 @@ const PtxProgram& keep(PtxProgram program) {
 #pragma GCC visibility push(default)  // of the Python module too
 extern "C" {
 
-void llama_fast_emulator_configure(uint64_t seed, bool race_check, int workers, bool mbarrier_fence) {
-  options() = {seed, race_check, workers, mbarrier_fence};
+void llama_fast_emulator_configure(uint64_t seed, bool race_check, int workers, bool proxy_fences) {
+  options() = {seed, race_check, workers, proxy_fences};
 }
 
 // The counters in the order of their declaration; sets them to 0.
