@@ -46,13 +46,13 @@ check: build  ## format, lint, types, layout; under a minute
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+	@find csrc tests/kernels -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 	@$(BIN)/python -m pytest tests/test_layout.py
 
 format: build  ## rewrite Python and C++ in the project's format
 	@$(BIN)/ruff check --fix --select I .
 	@$(BIN)/ruff format .
-	@find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
+	@find csrc tests/kernels -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
 perf-check: build  ## hold the speed and memory ratios of benchmarks/floors.toml; ten quiet minutes
 	@$(BIN)/python -m pip install --quiet --editable '.[bench]'

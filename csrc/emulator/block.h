@@ -25,7 +25,7 @@ struct Options {
   uint64_t seed = 0;         // 0: threads run in order; else: a permutation of the schedule for each
   bool race_check = true;    // of shared memory
   int workers = 2;           // OS threads, each with a block of its own at a time
-  bool proxy_fences = true;  // TMA wants a fence.mbarrier_init or fence.proxy.async behind an mbarrier's initialization
+  bool proxy_fences = true;  // the checks of fence.proxy.async and fence.mbarrier_init
 };
 Options& options();
 
