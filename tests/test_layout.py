@@ -39,6 +39,7 @@ SHARED = {
         "cuda": "launchers of the CUDA library",
         "proven": "which GPU kernels are chosen by default",
         "vendor": "PyTorch's own ops",
+        "vendor_xformers": "xFormers'",
     },
     "kernels": {"launch": "launch parameters"},
     "benchmarks": {
@@ -276,7 +277,7 @@ def _assert_args_are_documented(name: str, value: object) -> None:
 
 def test_public_functions_of_the_package_have_docstrings() -> None:
     """All but the launchers and the reference's and eager's functions, which the header of their file describes."""
-    described = {"native.py", "cuda.py", "reference.py", "eager.py", "table.py", "vendor.py"}
+    described = {"native.py", "cuda.py", "reference.py", "eager.py", "table.py", "vendor.py", "vendor_xformers.py"}
     bare = []
     for path in _files(".py", under="llama_fast"):
         if path.name not in described:

@@ -277,6 +277,10 @@ def _cpu(*limits: Limit) -> Backend:
     return Backend("cpu", "llama_fast.ops.native", "cpu", _SINGLE, limits)
 
 
+def _xformers(*limits: Limit) -> Backend:
+    return Backend("xformers", "llama_fast.ops.vendor_xformers", "cuda", frozenset({BF16, F16}), limits)
+
+
 def _torch(*limits: Limit, device: str | None = None) -> Backend:
     return Backend("torch", "llama_fast.ops.vendor", device, _SINGLE, limits)
 
@@ -335,6 +339,12 @@ ROPE = Op(
 )
 
 
+def _xformers_masks(d: Dims) -> str | None:
+    if d.get("window") or "N" in d:
+        return "neither windows nor packed sequences are handed on"
+    return None if 0 < d["T"] <= d["S"] else f"T = {d['T']} not in 1..S = {d['S']}"
+
+
 def _attention_flops(d: Dims, options: Mapping[str, Any]) -> tuple[int, int]:
     T, S, window = d["T"], d["S"], options.get("window") or 0
     pairs = T * S
@@ -374,6 +384,7 @@ ATTENTION = Op(
         _cuda(one_of("D", 64, 96, 128, 256), dtypes=_HALF),
         _triton("attention", multiple_of("D", 8), between("D", 16, 256)),
         _cpu(multiple_of("D", 8), between("D", 16, 256)),
+        _xformers(multiple_of("D", 8), between("D", 16, 256), _xformers_masks),
         _torch(multiple_of("D", 8), between("D", 8, 256)),
         _REFERENCE,
     ),
