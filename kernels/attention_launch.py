@@ -12,8 +12,7 @@ from typing import Any
 import torch
 import triton
 
-from llama_fast.kernels.launch import INTERPRETED, multiprocessors
-from llama_fast.ops.proven import device_class
+from llama_fast.kernels.launch import INTERPRETED, device_class, multiprocessors
 
 # Sizes that a kernel is not compiled for anew: neither for 1 nor for multiples of 16.
 RUNTIME_SIZES = ["T", "S", "H", "N", "slots", "wave", "units", "window"]
@@ -49,6 +48,7 @@ class Tiles:
             "PRECISION": "ieee" if INTERPRETED else self.precision,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
+            "enable_fp_fusion": True,  # an exponent is one multiply-add; from Triton 3.10 on no longer the default
         }
 
 
@@ -113,15 +113,14 @@ _FLOAT32 = {
 def tiles_of(kernel: str, D: int, dtype: torch.dtype, device: torch.device) -> Tiles:
     """Launch parameters of "fwd", "dkdv" or "dq"."""
     place = device_class(device)
-    if dtype == torch.float32:
-        table = _FLOAT32
-    elif place == "sm_90" or device.type == "cpu":
-        table = _SM_90
-    elif place in ("sm_100", "sm_103"):
-        table = _SM_100
-    else:
+    column = 0 if D <= 64 else 1 if D <= 128 else 2
+    table = {"sm_90": _SM_90, "cpu": _SM_90, "sm_100": _SM_100, "sm_103": _SM_100}.get(place)
+    if table is None:
         table = _SM_80 if place.startswith("sm_") else _OTHER
-    return table[kernel][0 if D <= 64 else 1 if D <= 128 else 2]
+    if dtype == torch.float32 and place.startswith(("sm_", "cpu")):
+        large = table is not _SM_80 or place == "sm_80"  # more than 99 KiB of shared memory
+        return _FLOAT32[kernel][column if large or column == 0 else 2]
+    return table[kernel][column]
 
 
 def few_rows_tiles(rows: int, D: int, dtype: torch.dtype) -> Tiles:
