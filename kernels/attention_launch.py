@@ -53,24 +53,24 @@ class Tiles:
 
 
 # Kernel -> Tiles of head dims padded to at most 64, 128, 256.
-# sm_90: beside each what it did on an H200 (bf16, causal, one sequence of 16384, 2048 / D heads), in TFLOP/s of the
+# sm_90: beside each what it did on an H200 (bf16, causal, one sequence of 16384, 2048 / D heads; two runs), in TFLOP/s of the
 # products that the kernel does. Small programs of one warp group, two or more to a multiprocessor, hide each other's
-# exponentials; larger tiles read less and lose. D 256 is not measured.
+# exponentials; larger tiles read less and lose.
 _SM_90 = {
     "fwd": (
-        Tiles(64, 128, 4, 3, tma=True),  # 457; 64 x 64 448, 128 x 64 431
-        Tiles(64, 64, 4, 3, tma=True),  # 528; without descriptors 472, 128 x 64 478, 128 x 128 430
-        Tiles(64, 32, 4, 2, tma=True),
+        Tiles(64, 128, 4, 3, tma=True),  # 457, 457; 64 x 64 448, 405; 128 x 64 431
+        Tiles(64, 64, 4, 3, tma=True),  # 528, 497; without descriptors 472, 468; 128 x 64 478, 475; 128 x 128 430
+        Tiles(128, 64, 8, 2, tma=True),  # 545; 64 x 32 435
     ),
     "dkdv": (
-        Tiles(128, 64, 4, 2, tma=True),  # 508; 64 x 64 307
-        Tiles(64, 64, 4, 2, tma=True),  # 487; 64 x 128 437
-        Tiles(32, 64, 8, 2, tma=True),
+        Tiles(128, 64, 4, 2, tma=True),  # 508, 504; 64 x 64 332
+        Tiles(64, 64, 4, 2, tma=True),  # 487, 480; 64 x 128 437, 440
+        Tiles(32, 32, 4, 2, tma=True),  # 226; 32 x 64 216
     ),
     "dq": (
-        Tiles(64, 64, 4, 3, tma=True),  # 636; 128 x 64 543
-        Tiles(128, 64, 8, 3, tma=True),  # 623; 64 x 64 593
-        Tiles(64, 32, 4, 2, tma=True),
+        Tiles(64, 64, 4, 3, tma=True),  # 636, 635; 128 x 64 543
+        Tiles(128, 64, 8, 3, tma=True),  # 623, 622; 64 x 64 593, 606
+        Tiles(128, 32, 8, 2, tma=True),  # 455; 64 x 32 349
     ),
 }
 # sm_100, sm_103: not measured; no spilled registers.
@@ -100,13 +100,13 @@ def _float32(block_m: int, block_n: int, num_warps: int, precision: str = "bf16x
     return Tiles(block_m, block_n, num_warps, 2, precision=precision)
 
 
-# Six bfloat16 products: as exact as float32's on an H200 (0.1 to 0.7 of the budget; three tf32 products up to 1.1), and
-# faster, 42 to 48 TFLOP/s at D 64 where tf32x3 gave 38 to 44 and plain multiply-adds 10. At D 256 their operands fill
-# the registers 30 times over; plain multiply-adds fit.
+# Six bfloat16 products: as exact as float32's on an H200 (0.2 to 0.6 of the budget; three tf32 products up to 1.1), and
+# faster: TFLOP/s beside each, at 1 x 4096 tokens; tf32x3 20 to 44, plain multiply-adds 10. At D 256 their operands
+# overflow the registers; plain multiply-adds fit, 5 to 7.
 _FLOAT32 = {
-    "fwd": (_float32(64, 32, 4), _float32(64, 32, 4), _float32(32, 16, 8, "ieee")),
-    "dkdv": (_float32(32, 64, 4), _float32(32, 64, 4), _float32(16, 32, 8, "ieee")),
-    "dq": (_float32(64, 32, 4), _float32(64, 32, 4), _float32(32, 16, 8, "ieee")),
+    "fwd": (_float32(64, 64, 4), _float32(64, 32, 4), _float32(32, 16, 8, "ieee")),  # 55, 46, 6
+    "dkdv": (_float32(32, 64, 4), _float32(32, 32, 4), _float32(16, 32, 8, "ieee")),  # 48, 35, 7
+    "dq": (_float32(64, 32, 4), _float32(64, 32, 4), _float32(32, 16, 8, "ieee")),  # 47, 38, 5
 }
 
 
@@ -128,7 +128,8 @@ def few_rows_tiles(rows: int, D: int, dtype: torch.dtype) -> Tiles:
     block_m = max(16, triton.next_power_of_2(rows))
     if dtype == torch.float32:
         return Tiles(min(block_m, 32), 32 if D <= 128 else 16, 4, 2, precision="bf16x6" if D <= 128 else "ieee")
-    return Tiles(block_m, 128 if D <= 64 else 64 if D <= 128 else 32, 4, 3 if D <= 128 else 2)
+    # H200, B8 H32 G8 S8192 D128 as a CUDA graph: 3813 GB/s of 4200; 64 keys 3784, 128 3747, 256 3395
+    return Tiles(block_m, 32, 2 if D <= 128 and block_m == 16 else 4, 4 if D <= 128 else 2)
 
 
 PACKED_ROWS = 64  # up to so many rows of a key/value head, its query heads share a tile: keys are read once
