@@ -53,9 +53,9 @@ class Tiles:
 
 
 # Kernel -> Tiles of head dims padded to at most 64, 128, 256.
-# sm_90: beside each what it did on an H200 (bf16, causal, one sequence of 16384, 2048 / D heads; two runs), in TFLOP/s of the
-# products that the kernel does. Small programs of one warp group, two or more to a multiprocessor, hide each other's
-# exponentials; larger tiles read less and lose.
+# sm_90: beside each what it did on an H200 (bf16, causal, one sequence of 16384, 2048 / D heads; two runs), in TFLOP/s
+# of the products that the kernel does. Small programs of one warp group, two or more to a multiprocessor, hide each
+# other's exponentials; larger tiles read less and lose.
 _SM_90 = {
     "fwd": (
         Tiles(64, 128, 4, 3, tma=True),  # 457, 457; 64 x 64 448, 405; 128 x 64 431
