@@ -18,7 +18,8 @@ from llama_fast.verify import Case
 NORM = [
     {"...": (2, 5), "C": 3},
     {"...": (3, 7), "C": 512},
-    {"...": (2,), "C": 9000},  # more than a 16-byte piece a thread, in half precision too
+    {"...": (9,), "C": 5000},  # more than a 16-byte piece a thread in float32,
+    {"...": (9,), "C": 9000},  # and in half precision; more rows than parts of dweight
     {"...": (3,), "C": 1003},  # rows off the 16-byte boundary
     {"...": (1,), "C": 33000},  # a row that the forward does not hold
     {"...": (200,), "C": 72},  # more rows than parts of dweight
@@ -86,6 +87,13 @@ def _rows_of(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[T
     loss, lse = torch.full((R,), torch.nan), torch.full((R,), torch.nan)
     cuda._cross_entropy_rows(x, targets, torch.ones(R), -100, smoothing, 0.0, loss, lse)
     return loss, x
+
+
+def test_a_fault_names_op_thread_and_tensor() -> None:
+    x, w = torch.randn(3, 64), torch.ones(64)
+    report = r"rms_norm_fwd: block \(2,0,0\) thread 0 .*: st.global: 4 bytes at offset 8 of .*argument 4"
+    with pytest.raises(RuntimeError, match=report):
+        cuda._library.rms_norm_fwd(x, w, 1e-6, torch.empty(3, 64), torch.empty(2), (0, 0))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2, 1.0])

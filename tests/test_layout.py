@@ -22,6 +22,19 @@ SKIPPED = {"build", "build-asan", "dist", "demo", "runs", "__pycache__", "node_m
 CODE = {".py", ".h", ".cpp", ".cu", ".cuh"}
 # Files that are about no single op, each with what it is for.
 SHARED = {
+    "csrc/cuda": {
+        "bindings": "Python's view",
+        "ops": "declarations",
+        "device": "what a kernel is written in",
+        "launch": "launching",
+        "stream": "the device of a stream",
+        "ptx": "instructions of sm_80",
+        "ptx_sm90": "of sm_90a",
+        "ptx_wgmma": "and its matrix products",
+        "tensor_map": "TMA's descriptors",
+        "vec": "16-byte pieces",
+        "reduce": "sums over a block",
+    },
     "csrc/cpu": {
         "isa": "instruction sets",
         "memory": "the host allocator",
@@ -104,6 +117,7 @@ def _matches(path: Path, pattern: str) -> list[str]:
     "place",
     [
         "csrc/cpu/{}.cpp|csrc/cpu/{}_fwd.cpp",
+        "csrc/cuda/{}.cu",
         "llama_fast/ops/{}.py",
         "tests/test_{}.py",
         "benchmarks/{}.py",
@@ -117,7 +131,7 @@ def test_each_op_has_each_file(stem: str, place: str) -> None:
 
 @pytest.mark.parametrize("folder", SHARED)
 def test_no_orphans(folder: str) -> None:
-    for path in _files(".py", ".cpp", ".md", under=folder):
+    for path in _files(".py", ".cpp", ".cu", ".cuh", ".md", under=folder):
         known = path.stem in SHARED[folder] or path.stem.startswith("__")
         known = known or any(path.stem == s or path.stem.startswith(f"{s}_") for s in STEMS)
         assert known, f"{_name(path)} belongs to no op of the table, and SHARED in tests/test_layout.py lacks it"

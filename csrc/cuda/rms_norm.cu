@@ -3,9 +3,9 @@
 //
 // The forward reads a row once and holds it in registers where it fits (kHeld), else reads it a second time. The
 // backward's blocks walk over rows, the next row's pieces in flight while one is reduced, and add dweight in registers:
-// one float32 row of `partial` a block, summed in order by a second kernel. Rows that are unaligned or too long for
-// that take two kernels that read x and dy once each. dy, x, dx and the others may be the same memory only where equal.
-// Derivation: docs/ops/rms_norm.md.
+// one float32 row of `partial` a block, summed in order by a second kernel. Longer rows wait in shared memory instead
+// of registers; still longer or unaligned ones take two kernels that read x and dy once each. Derivation:
+// docs/ops/rms_norm.md.
 #include <algorithm>
 
 #include "reduce.cuh"
@@ -177,6 +177,95 @@ __global__ void __launch_bounds__(kMaxThreads) norm_bwd_kernel(NormBwd<T> p) {
     if (i < n) partial[i] = dweight[i];
 }
 
+// A row is two pieces a thread, too many for the registers to hold the next row's beside dweight: those wait in shared
+// memory, where each thread reads what it has copied itself.
+template <class T>
+struct Long {
+  static constexpr int kWidth = kLanes<T>, kMine = 2, kStages = 2;
+  static constexpr int64_t kColumns = int64_t{kWidth} * kMine * kMaxThreads;  // at most
+  static constexpr int kSharedBytes = kStages * 2 * kMine * kMaxThreads * 16;
+};
+
+template <class T, bool kAdd>
+__global__ void __launch_bounds__(kMaxThreads) norm_bwd_long_kernel(NormBwd<T> p) {
+  constexpr int kWidth = Long<T>::kWidth, kMine = Long<T>::kMine;
+  LLAMA_FAST_SHARED(float, scratch, 2 * kMaxWarps);
+  LLAMA_FAST_DYNAMIC_SHARED(shared);
+  const int64_t first = static_cast<int64_t>(threadIdx.x) * kWidth, step = int64_t{kMaxThreads} * kWidth;
+  const uint32_t mine = shared_address(shared) + threadIdx.x * 16;
+  const auto place = [&](int stage, int tensor, int j) {
+    return mine + ((stage * 2 + tensor) * kMine + j) * (kMaxThreads * 16);
+  };
+  const auto copy_row = [&](int stage, int64_t r) {
+#pragma unroll
+    for (int j = 0; j < kMine; ++j) {
+      const int64_t c = first + j * step, n = p.C - c;
+      const uint32_t bytes = n >= kWidth ? 16 : n > 0 ? static_cast<uint32_t>(n * sizeof(T)) : 0;
+      ptx::cp_async_16(place(stage, 0, j), p.x.row(r) + c, bytes);
+      ptx::cp_async_16(place(stage, 1, j), p.dy.row(r) + c, bytes);
+    }
+  };
+  const float inverse_C = 1.0F / static_cast<float>(p.C);
+  float dweight[kMine][kWidth] = {};
+  int half = 0, stage = 0;
+  int64_t r = blockIdx.x;
+  copy_row(stage, r);
+  ptx::cp_async_commit_group();
+  while (r < p.R) {
+    const int64_t next = r + gridDim.x;
+    if (next < p.R) copy_row(stage ^ 1, next);
+    ptx::cp_async_commit_group();
+    Piece<T, kWidth> piece, dsum[kAdd ? kMine : 1];
+    if constexpr (kAdd) {
+#pragma unroll
+      for (int j = 0; j < kMine; ++j) dsum[j].load(p.dsum.row(r) + (first + j * step), p.C - first - j * step);
+    }
+    const float rstd = p.rstd[r];
+    ptx::cp_async_wait_group<1>();
+
+    float dot = 0.0F, w[kWidth], x[kWidth], dy[kWidth];
+    const auto read = [&](int j) {
+      piece.load(p.weight + (first + j * step), p.C - first - j * step);
+      piece.unpack(w);
+      piece.set(ptx::ld_shared_v4(place(stage, 0, j)));
+      piece.unpack(x);
+      piece.set(ptx::ld_shared_v4(place(stage, 1, j)));
+      piece.unpack(dy);
+    };
+#pragma unroll
+    for (int j = 0; j < kMine; ++j) {
+      read(j);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) dot += dy[i] * w[i] * (x[i] * rstd);
+    }
+    const float mean = block_reduce<Add>(dot, scratch + half) * inverse_C;
+    half ^= kMaxWarps;
+#pragma unroll
+    for (int j = 0; j < kMine; ++j) {
+      float dsum_f32[kWidth] = {};
+      read(j);
+      if constexpr (kAdd) dsum[j].unpack(dsum_f32);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        dweight[j][i] += dy[i] * (x[i] * rstd);
+        x[i] = norm_dx(dy[i], x[i], w[i], dsum_f32[i], rstd, mean);
+      }
+      piece.pack(x);
+      piece.store(p.dx.row(r) + (first + j * step), p.C - first - j * step);
+    }
+    stage ^= 1;
+    r = next;
+  }
+#pragma unroll
+  for (int j = 0; j < kMine; ++j) {
+    const int64_t c = first + j * step;
+    const Global<float> partial = p.partial + (static_cast<int64_t>(blockIdx.x) * p.C + c);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i)
+      if (c + i < p.C) partial[i] = dweight[j][i];
+  }
+}
+
 // Any row: reads x and dy twice, the second time from the caches.
 template <class T, int kWidth, bool kAdd>
 __global__ void __launch_bounds__(kMaxThreads) norm_dx_kernel(NormBwd<T> p) {
@@ -214,18 +303,27 @@ __global__ void __launch_bounds__(kMaxThreads) norm_dx_kernel(NormBwd<T> p) {
   }
 }
 
-// partial[part, c] = sum of dy x rstd over the part's rows; blockIdx.y is the part.
-template <class T>
+// partial[part, c] = sum of dy x rstd over the part's rows, a piece of columns a thread; blockIdx.y is the part.
+template <class T, int kWidth>
 __global__ void __launch_bounds__(kColumnThreads) norm_dweight_columns_kernel(NormBwd<T> p) {
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, parts = gridDim.y, part = blockIdx.y;
-  if (c >= p.C) return;
-  float dweight = 0.0F;
-  for (int64_t r = p.R * part / parts, end = p.R * (part + 1) / parts; r < end; ++r) {
-    const T x = p.x.row(r)[c], dy = p.dy.row(r)[c];
+  const int64_t c = (static_cast<int64_t>(blockIdx.x) * kColumnThreads + threadIdx.x) * kWidth, n = p.C - c;
+  const int64_t parts = gridDim.y, part = blockIdx.y, begin = p.R * part / parts, end = p.R * (part + 1) / parts;
+  float dweight[kWidth] = {};
+#pragma unroll 4
+  for (int64_t r = begin; r < end; ++r) {
+    Piece<T, kWidth> x, dy;
+    float x_f32[kWidth], dy_f32[kWidth];
+    x.load(p.x.row(r) + c, n);
+    dy.load(p.dy.row(r) + c, n);
     const float rstd = p.rstd[r];
-    dweight += to_float(dy) * (to_float(x) * rstd);
+    x.unpack(x_f32);
+    dy.unpack(dy_f32);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) dweight[i] += dy_f32[i] * (x_f32[i] * rstd);
   }
-  p.partial[part * p.C + c] = dweight;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i)
+    if (i < n) p.partial[part * p.C + c + i] = dweight[i];
 }
 
 // dweight[c] = sum of partial[:, c]: warp w takes parts w, w + kSumWarps, ..., and the warps' sums are added in order.
@@ -247,6 +345,14 @@ __global__ void __launch_bounds__(kWarp* kSumWarps)
 #pragma unroll
   for (int w = 0; w < kSumWarps; ++w) total += sums[w * kWarp + lane];
   dweight[c] = from_float<T>(total);
+}
+
+// Bytes of shared memory that a block may have ("Compute Capabilities", CUDA C++ Programming Guide).
+int64_t most_shared(int architecture) {
+  const int64_t kib = architecture == 80 || architecture == 87   ? 163
+                      : architecture >= 90 && architecture < 120 ? 227
+                                                                 : 99;
+  return kib << 10;
 }
 
 template <bool kAdd>
@@ -301,18 +407,21 @@ void norm_bwd(const char* op, const Tensor& dy, const Tensor& dsum, const Tensor
                        R,
                        C};
     constexpr int kLong = kLanes<T>;
-    const auto run_dx = [&](auto kWidth) {
+    const auto run_any = [&](auto kWidth) {
       launch(launch_of(op, s, grid(R), threads_for(ceil_div(C, kWidth))), norm_dx_kernel<T, kWidth, kAdd>, p);
+      launch(launch_of(op, s, grid(ceil_div(C, kColumnThreads * kWidth), parts), kColumnThreads),
+             norm_dweight_columns_kernel<T, kWidth>, p);
     };
-    if (R > 0 && aligned && ceil_div(C, kLong) <= kMaxThreads) {
+    if (R == 0) {
+      // dweight = 0
+    } else if (aligned && C <= int64_t{kLong} * kMaxThreads) {
       launch(launch_of(op, s, grid(parts), threads_for(ceil_div(C, kLong))), norm_bwd_kernel<T, kAdd>, p);
-    } else if (R > 0) {
-      if (aligned)
-        run_dx(std::integral_constant<int, kLong>{});
-      else
-        run_dx(std::integral_constant<int, 1>{});
-      launch(launch_of(op, s, grid(ceil_div(C, kColumnThreads), parts), kColumnThreads), norm_dweight_columns_kernel<T>,
-             p);
+    } else if (aligned && C <= Long<T>::kColumns && Long<T>::kSharedBytes <= most_shared(architecture(s.device))) {
+      launch(launch_of(op, s, grid(parts), kMaxThreads, Long<T>::kSharedBytes), norm_bwd_long_kernel<T, kAdd>, p);
+    } else if (aligned) {
+      run_any(std::integral_constant<int, kLong>{});
+    } else {
+      run_any(std::integral_constant<int, 1>{});
     }
     launch(launch_of(op, s, grid(ceil_div(C, kWarp)), kWarp * kSumWarps), norm_dweight_sum_kernel<T>,
            Global<const float>(partial.ptr<const float>()), Global<T>(dweight.ptr<T>()), parts, C);

@@ -41,43 +41,66 @@ struct Rope {
   float sign;      // -1 turns back
 };
 
-// A unit of work is kWidth pairs of one head: of halves a piece of each half, of neighbours two pieces side by side.
-template <class T, int kWidth, bool kInterleaved>
-LLAMA_FAST_DEVICE void turn(const Heads<T>& x, int64_t b, int64_t t, int first_head, int head_step, int pair, int half,
-                            const float (&cos)[kWidth], const float (&sin)[kWidth]) {
-  const int one = kInterleaved ? 2 * pair : pair, other = kInterleaved ? 2 * pair + kWidth : pair + half;
-  const int one_end = kInterleaved ? 2 * half : half, other_end = 2 * half;
+// Halves: a unit of work is kWidth pairs of a head, a piece of each half.
+template <class T, int kWidth>
+LLAMA_FAST_DEVICE void turn_halves(const Heads<T>& x, int64_t b, int64_t t, int first_head, int head_step, int pair,
+                                   int half, const float (&cos)[kWidth], const float (&sin)[kWidth]) {
   for (int h = first_head; h < x.heads; h += head_step) {
-    const Global<const T> in = x.in + (b * x.in_b + t * x.in_t + h * x.in_h);
-    const Global<T> out = x.out + (b * x.out_b + t * x.out_t + h * x.out_h);
+    const Global<const T> in = x.in + (b * x.in_b + t * x.in_t + h * x.in_h + pair);
+    const Global<T> out = x.out + (b * x.out_b + t * x.out_t + h * x.out_h + pair);
     Piece<T, kWidth> piece[2];
     float u[kWidth], v[kWidth];
-    piece[0].load_written(in + one, one_end - one);
-    piece[1].load_written(in + other, other_end - other);
+    piece[0].load_written(in, half - pair);
+    piece[1].load_written(in + half, half - pair);
     piece[0].unpack(u);
     piece[1].unpack(v);
-    if constexpr (kInterleaved && kWidth > 1) {
 #pragma unroll
-      for (int i = 0; i < kWidth / 2; ++i) {
-        const float u0 = u[2 * i], u1 = u[2 * i + 1], v0 = v[2 * i], v1 = v[2 * i + 1];
-        const float cu = cos[i], su = sin[i], cv = cos[i + kWidth / 2], sv = sin[i + kWidth / 2];
-        u[2 * i] = u0 * cu - u1 * su;
-        u[2 * i + 1] = u0 * su + u1 * cu;
-        v[2 * i] = v0 * cv - v1 * sv;
-        v[2 * i + 1] = v0 * sv + v1 * cv;
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        const float a = u[i], c = v[i];
-        u[i] = a * cos[i] - c * sin[i];
-        v[i] = a * sin[i] + c * cos[i];
-      }
+    for (int i = 0; i < kWidth; ++i) {
+      const float one = u[i], other = v[i];
+      u[i] = one * cos[i] - other * sin[i];
+      v[i] = one * sin[i] + other * cos[i];
     }
     piece[0].pack(u);
     piece[1].pack(v);
-    piece[0].store(out + one, one_end - one);
-    piece[1].store(out + other, other_end - other);
+    piece[0].store(out, half - pair);
+    piece[1].store(out + half, half - pair);
+  }
+}
+
+// Neighbours: a unit is the kPairs pairs of a piece, or of two single elements; two heads are in flight.
+template <class T, int kWidth, int kPairs>
+LLAMA_FAST_DEVICE void turn_neighbours(const Heads<T>& x, int64_t b, int64_t t, int first_head, int head_step, int pair,
+                                       int half, const float (&cos)[kPairs], const float (&sin)[kPairs]) {
+  constexpr int kHeads = 2, kPieces = 2 * kPairs / kWidth;
+  for (int h = first_head; h < x.heads; h += kHeads * head_step) {
+    Piece<T, kWidth> pieces[kHeads][kPieces];
+#pragma unroll
+    for (int j = 0; j < kHeads; ++j) {
+      const int64_t head = h + j * head_step, n = head < x.heads ? 2 * (half - pair) : 0;
+      const Global<const T> in = x.in + (b * x.in_b + t * x.in_t + head * x.in_h + 2 * pair);
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) pieces[j][i].load_written(in + i * kWidth, n - i * kWidth);
+    }
+#pragma unroll
+    for (int j = 0; j < kHeads; ++j) {
+      const int64_t head = h + j * head_step, n = head < x.heads ? 2 * (half - pair) : 0;
+      const Global<T> out = x.out + (b * x.out_b + t * x.out_t + head * x.out_h + 2 * pair);
+      float u[kPieces][kWidth];
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) pieces[j][i].unpack(u[i]);
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) {
+        float &one = u[2 * i / kWidth][2 * i % kWidth], &other = u[(2 * i + 1) / kWidth][(2 * i + 1) % kWidth];
+        const float first = one, second = other;
+        one = first * cos[i] - second * sin[i];
+        other = first * sin[i] + second * cos[i];
+      }
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        pieces[j][i].pack(u[i]);
+        pieces[j][i].store(out + i * kWidth, n - i * kWidth);
+      }
+    }
   }
 }
 
@@ -86,21 +109,27 @@ __global__ void __launch_bounds__(kThreads) rope_kernel(Rope<T> p) {
   const int64_t b = blockIdx.x / p.tokens, t = blockIdx.x % p.tokens;
   const Global<const float> cos_row = p.cos + (b * p.cos_b + t * p.cos_t);
   const Global<const float> sin_row = p.sin + (b * p.sin_b + t * p.sin_t);
-  const int units = (p.half + kWidth - 1) / kWidth;
+  constexpr int kPairs = kInterleaved && kWidth > 1 ? kWidth / 2 : kWidth;  // of a unit
+  const int units = (p.half + kPairs - 1) / kPairs;
   const int at_once = units < kThreads ? units : kThreads;  // units of one head side by side
   const int head = threadIdx.x / at_once, head_step = kThreads / at_once;
   if (head >= head_step) return;
   for (int unit = threadIdx.x % at_once; unit < units; unit += at_once) {
-    const int pair = unit * kWidth;
-    float cos[kWidth], sin[kWidth];
+    const int pair = unit * kPairs;
+    float cos[kPairs], sin[kPairs];
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
+    for (int i = 0; i < kPairs; ++i) {
       const bool there = pair + i < p.half;
       cos[i] = there ? cos_row[pair + i] : 0.0F;
       sin[i] = there ? p.sign * sin_row[pair + i] : 0.0F;
     }
-    turn<T, kWidth, kInterleaved>(p.q, b, t, head, head_step, pair, p.half, cos, sin);
-    turn<T, kWidth, kInterleaved>(p.k, b, t, head, head_step, pair, p.half, cos, sin);
+    if constexpr (kInterleaved) {
+      turn_neighbours<T, kWidth>(p.q, b, t, head, head_step, pair, p.half, cos, sin);
+      turn_neighbours<T, kWidth>(p.k, b, t, head, head_step, pair, p.half, cos, sin);
+    } else {
+      turn_halves<T, kWidth>(p.q, b, t, head, head_step, pair, p.half, cos, sin);
+      turn_halves<T, kWidth>(p.k, b, t, head, head_step, pair, p.half, cos, sin);
+    }
   }
 }
 
@@ -111,8 +140,7 @@ void rope(const char* op, const Tensor& q, const Tensor& k, const Tensor& cos, c
   if (B * tokens == 0 || D == 0) return;
   with_dtype(q.dtype, [&](auto tag) {
     using T = decltype(tag);
-    // the second half and every unit must start on a boundary as well
-    bool aligned = D / 2 % kLanes<T> == 0;
+    bool aligned = (interleaved ? D : D / 2) % kLanes<T> == 0;  // halves: the second one as well
     for (const Tensor* x : {&q, &k, &q_out, &k_out}) aligned = aligned && rows_aligned(*x);
     const Rope<T> p{Heads<T>(q, q_out),
                     Heads<T>(k, k_out),

@@ -32,6 +32,13 @@ struct Piece {
   static constexpr int kPerWord = kWidth == 1 ? 1 : 4 / static_cast<int>(sizeof(T));
   uint32_t words[kWidth / kPerWord];
 
+  LLAMA_FAST_DEVICE void set(const uint4& x) {
+    words[0] = x.x;
+    words[1] = x.y;
+    words[2] = x.z;
+    words[3] = x.w;
+  }
+
   LLAMA_FAST_DEVICE void unpack(float (&values)[kWidth]) const {
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) values[i] = to_float(element(i));
@@ -90,13 +97,6 @@ struct Piece {
       return bit_cast<T>(words[i]);
     else
       return T{static_cast<uint16_t>(words[i / kPerWord] >> (16 * (i % kPerWord)))};
-  }
-
-  LLAMA_FAST_DEVICE void set(const uint4& x) {
-    words[0] = x.x;
-    words[1] = x.y;
-    words[2] = x.z;
-    words[3] = x.w;
   }
 
   LLAMA_FAST_DEVICE void load_elements(Global<const T> p, int64_t n) {

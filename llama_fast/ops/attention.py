@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llama_fast.ops import table
-from llama_fast.ops.dispatch import forced, primitives
+from llama_fast.ops.dispatch import apply, forced, primitives
 
 _attention_fwd, _attention_bwd = primitives["attention_fwd"], primitives["attention_bwd"]
 
@@ -138,8 +138,8 @@ def attention(
     if window is not None and window < 1:
         raise ValueError(f"attention: window is {window}, expected None or a number of keys >= 1")
     if cu_seqlens is None:
-        return _Attention.apply(q, k, v, None, scale, causal, window or 0)
+        return apply(_Attention, q, k, v, None, scale, causal, window or 0)
     if not torch.compiler.is_compiling():
         _check_packed(cu_seqlens, dims["R"], max_seqlen)
-    out = _Attention.apply(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), cu_seqlens, scale, causal, window or 0)
+    out = apply(_Attention, q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), cu_seqlens, scale, causal, window or 0)
     return out.squeeze(0)

@@ -204,3 +204,18 @@ for _op in OPS.values():
         _primitive = Primitive(_op, _direction)
         _primitive.register(_library)
         primitives[_primitive.name] = _primitive
+
+
+class _Forgetful:
+    """The context of a forward pass that has no backward."""
+
+    def save_for_backward(self, *_: Any) -> None:
+        pass
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply(*args)`; where no argument wants a gradient its forward alone, for half the host time."""
+    wanted = torch.is_grad_enabled() and any([isinstance(a, Tensor) and a.requires_grad for a in args])
+    if wanted or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return function.forward(_Forgetful(), *args)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llama_fast.ops import table
-from llama_fast.ops.dispatch import forced, primitives
+from llama_fast.ops.dispatch import apply, forced, primitives
 
 _rms_norm_fwd, _rms_norm_bwd = primitives["rms_norm_fwd"], primitives["rms_norm_bwd"]
 _add_rms_norm_fwd, _add_rms_norm_bwd = primitives["add_rms_norm_fwd"], primitives["add_rms_norm_bwd"]
@@ -89,7 +89,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     weight = _weight_like(x, weight)
     table.RMS_NORM.check(x=x, weight=weight)
     _check_eps("rms_norm", eps)
-    return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
+    return apply(_RMSNorm, x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -118,5 +118,5 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6)
     table.ADD_RMS_NORM.check(x=x, residual=residual, weight=weight)
     _check_eps("add_rms_norm", eps)
     C = x.shape[-1]
-    y, total = _AddRMSNorm.apply(x.reshape(-1, C), residual.reshape(-1, C), weight, eps)
+    y, total = apply(_AddRMSNorm, x.reshape(-1, C), residual.reshape(-1, C), weight, eps)
     return y.view(x.shape), total.view(x.shape)

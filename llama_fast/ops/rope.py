@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llama_fast.ops import table
-from llama_fast.ops.dispatch import forced, primitives
+from llama_fast.ops.dispatch import apply, forced, primitives
 
 _rope_fwd, _rope_bwd = primitives["rope_fwd"], primitives["rope_bwd"]
 
@@ -72,4 +72,4 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = 
         cos = cos.unsqueeze(0)
     if sin.ndim == 2:
         sin = sin.unsqueeze(0)
-    return _Rope.apply(q, k, cos, sin, interleaved)
+    return apply(_Rope, q, k, cos, sin, interleaved)

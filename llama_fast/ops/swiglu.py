@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llama_fast.ops import table
-from llama_fast.ops.dispatch import forced, primitives
+from llama_fast.ops.dispatch import apply, forced, primitives
 
 _swiglu_fwd, _swiglu_bwd = primitives["swiglu_fwd"], primitives["swiglu_bwd"]
 
@@ -57,4 +57,4 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     table.SWIGLU.check(gate=gate, up=up)
     R, F = gate.shape[:-1].numel(), gate.shape[-1]
-    return _SwiGLU.apply(gate.reshape(R, F), up.reshape(R, F)).view(gate.shape)
+    return apply(_SwiGLU, gate.reshape(R, F), up.reshape(R, F)).view(gate.shape)

@@ -140,6 +140,7 @@ class Op:
     flops: Callable[[Dims, Mapping[str, Any]], tuple[int, int]] | None = None
     fake: dict[str, Callable[..., tuple[Tensor, ...]]] = field(default_factory=dict)
     _known: dict[tuple[Any, ...], list[tuple[list[int], torch.dtype]]] = field(default_factory=dict, init=False)
+    _checked: dict[tuple[Any, ...], dict[str, int]] = field(default_factory=dict, init=False)  # what check has passed
 
     def schema(self, direction: str) -> Schema:
         return self.fwd if direction == "fwd" else self.bwd
@@ -198,6 +199,17 @@ class Op:
             ValueError: a tensor's type, dtype, device or shape is not what the row says; names the argument, what was
                 found and what was expected.
         """
+        if torch.compiler.is_compiling() or not all(x is None or isinstance(x, Tensor) for x in tensors.values()):
+            return self._check(tensors)
+        key = tuple([None if x is None else (x.dtype, x.device, x.shape) for x in tensors.values()])
+        dims = self._checked.get((*tensors, *key))
+        if dims is None:
+            if len(self._checked) >= MOST_SHAPES:
+                self._checked.clear()
+            dims = self._checked[(*tensors, *key)] = self._check(tensors)
+        return dict(dims)
+
+    def _check(self, tensors: Mapping[str, Tensor | None]) -> dict[str, int]:
         dims: dict[str, int] = {}
         first: tuple[str, Tensor] | None = None
         for name, tensor in tensors.items():
