@@ -201,12 +201,12 @@ class Op:
         """
         if torch.compiler.is_compiling() or not all(x is None or isinstance(x, Tensor) for x in tensors.values()):
             return self._check(tensors)
-        key = tuple([None if x is None else (x.dtype, x.device, x.shape) for x in tensors.values()])
-        dims = self._checked.get((*tensors, *key))
+        key = tuple([(name, None if x is None else (x.dtype, x.device, x.shape)) for name, x in tensors.items()])
+        dims = self._checked.get(key)
         if dims is None:
             if len(self._checked) >= MOST_SHAPES:
                 self._checked.clear()
-            dims = self._checked[(*tensors, *key)] = self._check(tensors)
+            dims = self._checked[key] = self._check(tensors)
         return dict(dims)
 
     def _check(self, tensors: Mapping[str, Tensor | None]) -> dict[str, int]:
