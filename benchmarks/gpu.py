@@ -126,7 +126,7 @@ def check_repeat(unit: Row, args: argparse.Namespace) -> Iterator[Row]:
                     else:
                         prepared.run()
                         clock.wait()
-                        problem = problem or ("" if _same(first, prepared.keep) else "the graph's results differ")
+                        problem = problem or ("" if _same(first, prepared.kept) else "the graph's results differ")
         except lf.NotSupported as error:
             yield row | {"objection": str(error).splitlines()[-1].partition(": ")[2]}
             continue
@@ -289,7 +289,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="one small case an op: a dry run")
     parser.add_argument("--cases", type=int, help="bench, tune: only the first so many of an op")
     parser.add_argument("--workers", type=int, default=min(14, os.cpu_count() or 1), help="processes of test")
-    parser.add_argument("--commit", help="bench: of the tree, where it is under no version control")
+    parser.add_argument("--commit", help="of the tree, where it is under no version control")
     parser.add_argument("--todo", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     unknown = [op for op in args.ops if op not in OPS]

@@ -135,7 +135,7 @@ def header(args: argparse.Namespace) -> Row:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "device_class": proven.device_class(device),
         "versions": versions,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": args.commit or (commit.stdout.strip() if commit.returncode == 0 else "unknown"),
         "ops": args.ops,
         "available": {b.name: dispatch.unavailable(b.module) or "yes" for op in OPS.values() for b in op.backends},
     }

@@ -6,7 +6,8 @@
 
 namespace llama_fast::cuda {
 
-// In scope, the stream's device is the current one.
+// In scope, the stream's device is the current one, and its context is the thread's: the driver's own functions need
+// one, and a thread of autograd's that has called nothing of CUDA's has none.
 class OnDevice {
  public:
 #ifdef LLAMA_FAST_EMULATE
@@ -14,7 +15,7 @@ class OnDevice {
 #else
   OnDevice(const char* op, Stream s) {
     check(op, cudaGetDevice(&before_));
-    if (before_ != s.device) check(op, cudaSetDevice(s.device));
+    check(op, cudaSetDevice(s.device));
     changed_ = before_ != s.device;
   }
   ~OnDevice() {

@@ -34,6 +34,8 @@ def rms_norm_bwd(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[T
 
 # ---- attention ------------------------------------------------------------------------------------------------------
 _FROM_BOTTOM_RIGHT = 2  # custom_mask_type of the efficient kernels: 0 no mask, 1 causal top left, 2 causal bottom right
+# Wrong gradients of a window with fewer queries than keys: seen of torch 2.11's efficient kernel on an H200, float32.
+_WINDOW_NEEDS_SQUARE = frozenset({"efficient"})
 _CUDNN_DIMS = (64, 128)
 _CUDNN_ROWS = 512  # shorter sequences: FlashAttention-2, which has less to set up
 
@@ -138,6 +140,24 @@ def attention_fwd(
     return out.contiguous(), lse.contiguous()
 
 
+def _bwd_square(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, causal: bool, window: int
+) -> tuple[Tensor, ...]:
+    """attention_bwd of T < S with a window as one of as many queries as keys: without the keys that nobody sees, and
+    with queries before the first, whose weights are zero."""
+    T, S = q.shape[1], k.shape[1]
+    unseen = max(0, S - T - window + 1)
+    more = S - unseen - T
+
+    def before(x: Tensor, rows: int) -> Tensor:
+        return torch.nn.functional.pad(x, (0, 0, 0, 0, rows, 0))
+
+    lse = torch.nn.functional.pad(lse, (more, 0), value=-torch.inf)
+    dout, q, out = before(dout, more), before(q, more), before(out, more)
+    dq, dk, dv = attention_bwd(dout, q, k[:, unseen:], v[:, unseen:], out, lse, None, scale, causal, window)
+    return dq[:, more:].contiguous(), before(dk, unseen), before(dv, unseen)
+
+
 def attention_bwd(
     dout: Tensor,
     q: Tensor,
@@ -162,6 +182,8 @@ def attention_bwd(
         dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
         dq[:, T - S :] = seen[0]
         return dq, seen[1], seen[2]
+    if path in _WINDOW_NEEDS_SQUARE and cu_seqlens is None and window and T < S:
+        return _bwd_square(dout, q, k, v, out, lse, scale, causal, window)
     dout, q, k, v, out = _aligned(dout), _aligned(q), _aligned(k), _aligned(v), _aligned(out)
     if cu_seqlens is not None and path != "flash":
         found = [
