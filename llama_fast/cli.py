@@ -13,6 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from llama_fast import __version__
+
 app = typer.Typer(
     help="Custom kernels for LLaMA-architecture models: check them, measure them, train and generate with them.",
     no_args_is_help=True,
@@ -21,17 +23,34 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"llama-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")
+    ] = False,
+) -> None:
+    """What stands before the command."""
+
+
 OpOption = Annotated[list[str] | None, typer.Option("--op", help="Only this op; can be given again.", metavar="NAME")]
 
 
 def main() -> None:
     """Entry point of the `llama-fast` program."""
-    from llama_fast.ops.dispatch import NotSupported
-
     try:
         app()
-    except (ValueError, OSError, ImportError, NotSupported, FloatingPointError) as error:
-        if os.environ.get("LLAMA_FAST_LOG") == "debug":
+    except Exception as error:
+        from llama_fast.ops.dispatch import NotSupported  # here: it imports torch, for which --help does not wait
+
+        expected = (ValueError, OSError, ImportError, NotSupported, FloatingPointError)
+        if os.environ.get("LLAMA_FAST_LOG") == "debug" or not isinstance(error, expected):
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         print(f"llama-fast: {'; '.join(lines) or type(error).__name__}", file=sys.stderr)

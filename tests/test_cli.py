@@ -18,6 +18,8 @@ from llama_fast.config import LlamaConfig
 from llama_fast.ops.table import OPS
 from llama_fast.verify import Case
 
+ROOT = Path(__file__).parents[1]
+
 
 class Output:
     """What one call printed, and its exit status."""
@@ -52,6 +54,28 @@ def test_help_lists_the_commands(llama_fast_program: Any) -> None:
     assert found.status == 0
     for command in ("info", "verify", "bench", "train", "generate", "convert", "demo"):
         assert command in found.out
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["generate", "--help"], ["no-such-command"]], ids=" ".join
+)
+def test_what_needs_no_torch_does_not_import_it(arguments: list[str]) -> None:
+    code = f"""if True:
+        import sys
+        from llama_fast import cli
+        sys.argv = ["llama-fast", *{arguments}]
+        try:
+            cli.main()
+        except SystemExit:
+            print("torch" in sys.modules, "numpy" in sys.modules)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stdout.splitlines()[-1] == "False False", done.stderr
+
+
+def test_version(llama_fast_program: Any) -> None:
+    found = llama_fast_program("--version")
+    assert (found.status, found.out) == (0, f"llama-fast {llama_fast.__version__}\n")
 
 
 def test_info_shows_every_op_and_backend(llama_fast_program: Any) -> None:
