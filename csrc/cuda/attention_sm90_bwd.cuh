@@ -138,11 +138,11 @@ LLAMA_FAST_DEVICE void bwd_produce(const BwdParams& p, uint32_t shared) {
       ptx::st_shared_v4(shared + Config::kWorkStep, uint4{static_cast<uint32_t>(span.S - first_key),
                                                           static_cast<uint32_t>(first_key - span.S + span.T),
                                                           static_cast<uint32_t>(span.block), n});
-      int head = (work.group + 1) * (p.H / p.G) - 1;
+      const int first_head = work.group * (p.H / p.G);
 #pragma unroll 1
-      for (int left = p.H / p.G; left > 0; --left, --head) {
+      for (int tile = work.first_tile + work.tiles - 1; tile >= work.first_tile; --tile) {
 #pragma unroll 1
-        for (int tile = work.first_tile + work.tiles - 1; tile >= work.first_tile; --tile, ++step) {
+        for (int head = first_head + p.H / p.G - 1; head >= first_head; --head, ++step) {
           const int row = tile * Config::kRows, part = work.stats_tile + head * p.query_tiles + tile;
           const int stage = step % Config::kStagesQ;
           const uint32_t full_q = shared + Config::kFullQ + 8 * stage;
@@ -151,7 +151,7 @@ LLAMA_FAST_DEVICE void bwd_produce(const BwdParams& p, uint32_t shared) {
           ptx::st_shared_v4(info, ptx::ld_shared_v4(shared + Config::kWorkStep));
           ptx::st_shared(info + Step::kRow, row);
           ptx::st_shared(info + Step::kPart, part);
-          ptx::st_shared(info + Step::kLast, left == 1 && tile == work.first_tile);
+          ptx::st_shared(info + Step::kLast, head == first_head && tile == work.first_tile);
           ptx::mbarrier_arrive_expect_tx(full_q, Config::kRowBytes + Config::kStatsBytes);
           ptx::bulk_load(shared + Config::kStats + stage * Config::kStatsBytes,
                          p.stats + static_cast<int64_t>(part) * (2 * Config::kRows), Config::kStatsBytes, full_q);
