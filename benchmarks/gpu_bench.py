@@ -24,14 +24,13 @@ from benchmarks.gpu_run import (
     ROOT,
     Row,
     backends_of,
-    first_line,
     header,
     in_processes,
     output,
     worker_command,
     write,
 )
-from benchmarks.gpu_time import Clock, Time, forward_and_backward
+from benchmarks.gpu_time import Clock, Time, first_line, forward_and_backward
 from llama_fast.ops import proven
 from llama_fast.ops.table import OPS
 
@@ -216,7 +215,7 @@ def bench_one(clock: Clock, item: Row, args: argparse.Namespace, seconds: float,
 
 
 def _times(t: Time) -> Row:
-    return {"seconds": t.median, "low": t.low, "high": t.high, "graph": t.graph}
+    return {"seconds": t.median, "low": t.low, "high": t.high, "no_graph": t.no_graph}
 
 
 def _inputs(timed: Timed, args: argparse.Namespace) -> dict[str, Tensor]:
@@ -299,10 +298,13 @@ def _print_bench(rows: list[Row], rates: Row, launches: Row, seconds: float) -> 
         dtype = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[r["dtype"]]
         rate = f"{r['tflops']:.0f}" if "tflops" in r else f"{r['share']:.0%}"
         peak = f" {r['peak'] / 2**30:.2f}GiB" if r["peak"] else ""
-        text = f"{r['provider']}{'' if r['graph'] else '*'} {r['seconds'] * 1e3:.4f} {rate}{peak}"
+        text = f"{r['provider']}{'*' if r['no_graph'] else ''} {r['seconds'] * 1e3:.4f} {rate}{peak}"
         lines.setdefault(f"{r['op']} {r['case']} {dtype} {r['direction']}", []).append(text)
     for name, texts in lines.items():
         print(f"{name}: " + " | ".join(texts))
+    for reason in dict.fromkeys(r["no_graph"] for r in rows if r.get("no_graph")):
+        names = dict.fromkeys(f"{r['op']} {r['provider']}" for r in rows if r.get("no_graph") == reason)
+        print(f"*: {reason}: {', '.join(names)}"[:260])
     for r in [r for r in rows if "seconds" not in r][:30]:
         print(f"none: {r['op']} {r['case']} {r.get('provider', '')}: {r['problem']}"[:180])
     print("launch, us: " + ", ".join(f"{name} {s * 1e6:.0f}" for name, s in launches.items()))

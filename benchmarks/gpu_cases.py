@@ -209,7 +209,8 @@ def _liger_rope(m: Any) -> Callable[..., Any]:
         if interleaved:
             raise NotImplementedError("halves only")
         doubled = [torch.cat((t, t), dim=-1).unsqueeze(0) for t in (cos, sin)]
-        return m.LigerRopeFunction.apply(q.transpose(1, 2), k.transpose(1, 2), *doubled)
+        q_BHTD, k_BGTD = m.LigerRopeFunction.apply(q.transpose(1, 2), k.transpose(1, 2), *doubled)
+        return q_BHTD.transpose(1, 2), k_BGTD.transpose(1, 2)
 
     return rope
 

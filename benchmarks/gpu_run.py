@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import platform
 import re
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu_time import first_line
 from llama_fast.ops import dispatch, proven
 from llama_fast.ops.table import OPS
 
@@ -29,11 +31,6 @@ Check = Callable[[Row, argparse.Namespace], Iterator[Row]]  # a unit -> its rows
 
 def backends_of(op: str, asked: list[str]) -> list[str]:
     return [b.name for b in OPS[op].backends if b.name in asked]
-
-
-def first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:300]
 
 
 def run_units(todo: list[Row], args: argparse.Namespace, out: Path, checks: dict[str, Check]) -> bool:
@@ -121,11 +118,11 @@ def worker_command(args: argparse.Namespace, folder: Path, i: int, command: str 
 
 def header(args: argparse.Namespace) -> Row:
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("triton", "xformers", "liger_kernel", "transformers"):
+    for name in ("triton", "xformers", "liger-kernel", "flash-attn", "transformers"):
         try:
-            versions[name] = getattr(__import__(name), "__version__", "unknown")
-        except Exception as error:
-            versions[name] = first_line(error)
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     device = torch.device(args.device)
     if device.type == "cuda":

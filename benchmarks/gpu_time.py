@@ -21,23 +21,26 @@ _FLUSH_BYTES = 256 << 20  # written before each run: several times the L2 of any
 
 @dataclass(frozen=True)
 class Time:
-    """Of one function, in seconds: median, 20th and 80th percentile; `graph`: replayed, so without the launches."""
+    """Of one function, in seconds: median, 20th and 80th percentile.
+
+    `no_graph` says why launches are counted; "": a graph was replayed, so they are not.
+    """
 
     median: float
     low: float
     high: float
-    graph: bool
+    no_graph: str
 
 
 @dataclass
 class Prepared:
-    """A function ready to be timed: `run` is its call or the replay of its graph.
+    """A function ready to be timed: `run` is its call, for the reason `no_graph`, or the replay of its graph.
 
     A graph reads the memory that its capture read: `call` holds the tensors that the function uses, `kept` its results.
     """
 
     run: Call
-    graph: bool
+    no_graph: str
     call: Call
     kept: Any = None
 
@@ -61,22 +64,26 @@ class Clock:
             torch.cuda.synchronize(self.device)
 
     def prepare(self, call: Call, graph: bool = True) -> Prepared:
-        """Warms a function up and, on a GPU, captures it; where it cannot be captured it is called."""
+        """Warms a function up and, on a GPU, captures it; where it cannot be captured it is called.
+
+        `graph=False` is for calls of milliseconds, whose launches are hidden: a graph would hold their memory.
+        """
         for _ in range(3 if self.gpu else 1):
             call()
         self.wait()
         if not (self.gpu and graph):
-            return Prepared(call, False, call)
+            return Prepared(call, "too long to need one" if self.gpu else "no GPU", call)
         captured = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(captured, stream=self.stream):
                 kept = call()
             captured.replay()
             self.wait()  # what fails is this function and not the next
-        except Exception:  # a host synchronisation inside: the call is timed as it is
+        except Exception as error:  # a host synchronisation inside: the call is timed as it is
             self.wait()
-            return Prepared(call, False, call)
-        return Prepared(captured.replay, True, call, kept)
+            # the allocator goes on asking a graph whose capture was broken off: it is kept
+            return Prepared(call, first_line(cause(error)), call, captured)
+        return Prepared(captured.replay, "", call, kept)
 
     def once(self, run: Call) -> float:
         """Seconds of one run from a cold L2."""
@@ -100,7 +107,7 @@ class Clock:
             for name, p in prepared.items():
                 found[name].append(self.once(p.run))
             rounds += 1
-        return {name: _summary(times, prepared[name].graph) for name, times in found.items()}
+        return {name: _summary(times, prepared[name].no_graph) for name, times in found.items()}
 
     def launch_cost(self, call: Call, calls: int = 100) -> float:
         """Seconds of the processor for one call, whose kernels must be shorter than that."""
@@ -145,9 +152,22 @@ class Clock:
         return 2 * n**3 / times["mm"].median
 
 
-def _summary(times: list[float], graph: bool) -> Time:
+def _summary(times: list[float], no_graph: str) -> Time:
     ordered = sorted(times)
-    return Time(statistics.median(ordered), ordered[len(ordered) // 5], ordered[-1 - len(ordered) // 5], graph)
+    return Time(statistics.median(ordered), ordered[len(ordered) // 5], ordered[-1 - len(ordered) // 5], no_graph)
+
+
+def cause(error: BaseException) -> BaseException:
+    """The first of a chain of exceptions: the end of a capture raises over what broke it."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
+def first_line(error: BaseException) -> str:
+    """Type and first line of an exception, up to 300 characters."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:300]
 
 
 def forward_and_backward(
@@ -156,9 +176,13 @@ def forward_and_backward(
     options: Mapping[str, Any],
     context: Callable[[], Any] | None = None,
 ) -> tuple[Call, Call, Call]:
-    """Of a differentiable function three calls: forward, backward of a forward made now, and the two together."""
+    """Of a differentiable function three calls: forward, backward of a forward made now, and the two together.
+
+    Each can be captured in a CUDA graph: inputs and incoming gradients are made here. They belong to these calls alone,
+    because some libraries' kernels overwrite them (docs/gpu.md): only the first of `backward` and `both` is then right.
+    """
     leaves = [
-        x.detach().requires_grad_(x.is_floating_point() and name not in ("cos", "sin")) for name, x in inputs.items()
+        x.clone().requires_grad_(x.is_floating_point() and name not in ("cos", "sin")) for name, x in inputs.items()
     ]
     wanted = [x for x in leaves if x.requires_grad]
     context = context or contextlib.nullcontext

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_bench, gpu_cases, gpu_results, gpu_run, results
+from benchmarks import gpu, gpu_bench, gpu_cases, gpu_results, gpu_run, gpu_time, results
 from llama_fast.ops.table import OPS
 from llama_fast.verify import Case
 
@@ -76,7 +76,7 @@ def test_rows_become_lines() -> None:
     case = Case("attention", {"B": 1, "T": 8, "S": 8, "H": 2, "G": 2, "D": 16})
     todo = [gpu_cases.Timed("small", case), gpu_cases.Timed("other", case, together=True)]
     base = {"op": "attention", "case": "small", "dtype": "bfloat16"}
-    time = {"seconds": 1e-3, "low": 1.1e-3, "high": 1.2e-3, "graph": True}  # a median below the 20th: rounding
+    time = {"seconds": 1e-3, "low": 1.1e-3, "high": 1.2e-3, "no_graph": ""}  # a median below the 20th: rounding
     rows = [
         base | {"provider": "triton", "direction": "bwd", "peak": 0} | time,
         base | {"provider": "sdpa-flash", "direction": "bwd", "peak": 5} | time,
@@ -173,6 +173,60 @@ def test_a_case_that_raises_is_red_and_the_run_goes_on(monkeypatch: pytest.Monke
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     problems = [r["problem"] for r in rows]
     assert problems == ["RuntimeError: a kernel broke"] * 3 + ["IndexError: list index out of range"]
+
+
+def test_a_vendors_error_is_counted_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"kind": "budget", "op": "swiglu", "dtype": "float32", "label": "F8", "share": 3.0, "problem": "too far"}
+    assert gpu._print_test([row | {"backend": "torch"}, row | {"backend": "triton", "problem": ""}], [], 1.0) == 0
+    text = capsys.readouterr().out
+    assert "2 checks, 0 red, 1 of a vendor over budget" in text
+    assert "vendor over budget: swiglu torch float32 F8: too far" in text
+    for backend in ("triton", "all"):
+        assert gpu._print_test([row | {"backend": backend}], [], 1.0) == 1
+        assert "1 red" in capsys.readouterr().out
+
+
+class _Capture:
+    """torch.cuda.graph, whose end raises over whatever happened inside."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: Any) -> None:
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+
+def test_why_a_call_could_not_be_captured_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = gpu_time.Clock(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", _Capture)
+    monkeypatch.setattr(gpu_time.Clock, "wait", lambda self: None)
+    clock.gpu, calls = True, iter((1, 1, 1, 0))
+    prepared = clock.prepare(lambda: 1 / next(calls))
+    assert prepared.no_graph == "ZeroDivisionError: division by zero"
+
+
+def test_inputs_and_gradients_of_a_provider_are_its_own() -> None:
+    """A kernel that writes over what it is given, as Liger-Kernel's rope does, changes nothing for the others."""
+
+    class Rude(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.data.mul_(2).clone()
+
+        @staticmethod
+        def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
+            return dy.data.mul_(2).clone()
+
+    inputs = {"x": torch.randn(5)}
+    before = inputs["x"].clone()
+    _, _, rude = gpu_time.forward_and_backward(Rude.apply, inputs, {})
+    _, _, plain = gpu_time.forward_and_backward(lambda x: 2 * x, inputs, {})
+    assert gpu_bench.disagreement(rude(), plain()) == ""
+    assert torch.equal(inputs["x"], before)
 
 
 def test_a_process_that_dies_is_named_and_the_others_finish(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
 import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 from numerics import DTYPES, assert_within_budget
 
 import llama_fast as lf
-from llama_fast.ops import reference, vendor
+from llama_fast.ops import dispatch, reference, vendor
 from llama_fast.ops.table import OPS
 from llama_fast.verify import Case
 
@@ -63,9 +65,26 @@ def test_rms_norm_objects_off_a_gpu() -> None:
         lf.rms_norm(x, torch.ones(8))
 
 
-def _stand_in() -> dict[str, types.ModuleType]:
-    """xformers.ops.fmha's interface, computed by PyTorch on a CPU."""
+class _Operator:
+    """An operator class of xFormers, which takes heads of up to 128."""
+
+    @staticmethod
+    def not_supported_reasons(inputs: Any) -> list[str]:
+        return [f"K = {inputs.query.shape[-1]} > 128"] if inputs.query.shape[-1] > 128 else []
+
+
+class _Broken:
+    @staticmethod
+    def not_supported_reasons(inputs: Any) -> list[str]:
+        return ["not built"]
+
+
+def _stand_in(**modules: Any) -> dict[str, types.ModuleType]:
+    """xformers.ops.fmha's interface, computed by PyTorch on a CPU; `modules`: its families of operators."""
     fmha: Any = types.ModuleType("xformers.ops.fmha")
+    fmha.Inputs = lambda q, k, v, attn_bias, scale: types.SimpleNamespace(query=q, key=k, value=v, attn_bias=attn_bias)
+    for name, module in modules.items():
+        setattr(fmha, name, module)
 
     class LowerTriangularFromBottomRightMask:
         pass
@@ -85,25 +104,39 @@ def _stand_in() -> dict[str, types.ModuleType]:
     fmha.memory_efficient_attention_backward = backward
     ops: Any = types.ModuleType("xformers.ops")
     ops.fmha = fmha
-    return {"xformers": types.ModuleType("xformers"), "xformers.ops": ops, "xformers.ops.fmha": fmha}
+    top: Any = types.ModuleType("xformers")
+    top.__version__, top._has_cpp_library = "0.0.99", True
+    return {"xformers": top, "xformers.ops": ops, "xformers.ops.fmha": fmha}
+
+
+@pytest.fixture
+def xformers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Imports the backend over a stand-in that is given."""
+
+    def load(modules: dict[str, Any]) -> Any:
+        for name, module in modules.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.delitem(sys.modules, "llama_fast.ops.vendor_xformers", raising=False)
+        dispatch.unavailable.cache_clear()
+        return importlib.import_module("llama_fast.ops.vendor_xformers")
+
+    yield load
+    sys.modules.pop("llama_fast.ops.vendor_xformers", None)
+    dispatch.unavailable.cache_clear()
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_xformers_is_called_as_its_interface_says(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, module in _stand_in().items():
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, "llama_fast.ops.vendor_xformers", raising=False)
-    xformers = importlib.import_module("llama_fast.ops.vendor_xformers")
+def test_xformers_is_called_as_its_interface_says(causal: bool, xformers: Callable[..., Any]) -> None:
+    backend = xformers(_stand_in())
     q, k, v = Case("attention", {**SIZES, "S": 50}).inputs(torch.float32).values()
     options = (None, 0.2, causal, 0)
-    out, lse = xformers.attention_fwd(q, k, v, *options)
+    out, lse = backend.attention_fwd(q, k, v, *options)
     expected, expected_lse = reference.attention_fwd(q, k, v, *options)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(lse, expected_lse)
-    found = xformers.attention_bwd(torch.ones_like(out), q, k, v, out, lse, *options)
+    found = backend.attention_bwd(torch.ones_like(out), q, k, v, out, lse, *options)
     for a, b in zip(found, reference.attention_bwd(torch.ones_like(out), q, k, v, out, lse, *options), strict=True):
         torch.testing.assert_close(a, b)
-    monkeypatch.delitem(sys.modules, "llama_fast.ops.vendor_xformers")
 
 
 def test_xformers_objects_to_what_it_is_not_handed() -> None:
@@ -116,3 +149,39 @@ def test_xformers_objects_to_what_it_is_not_handed() -> None:
     assert objection() is None
     assert objection(window=4) == objection(N=3) == "neither windows nor packed sequences are handed on"
     assert objection(T=40) == "T = 40 not in 1..S = 33"
+
+
+def _anywhere() -> Any:
+    (b,) = (b for b in OPS["attention"].backends if b.name == "xformers")
+    return dataclasses.replace(b, device=None)
+
+
+def test_xformers_whose_kernels_cannot_be_loaded_is_unavailable(xformers: Callable[..., Any]) -> None:
+    modules = _stand_in()
+    modules["xformers"]._has_cpp_library = False  # type: ignore[attr-defined]
+    assert "xFormers 0.0.99 was built for another torch" in str(xformers(modules).unavailable())
+    dims = {**SIZES, "causal": True, "window": 0}
+    assert "was built for another torch" in str(dispatch.objection(_anywhere(), dims, torch.bfloat16, "cpu"))
+
+
+def test_xformers_that_does_not_import_is_unavailable(xformers: Callable[..., Any]) -> None:
+    modules = _stand_in()
+    del modules["xformers.ops.fmha"], modules["xformers.ops"].fmha  # type: ignore[attr-defined]
+    assert "xFormers cannot be imported: " in str(xformers(modules).unavailable())
+
+
+@pytest.mark.parametrize("broken", ["FwOp", "BwOp"])
+def test_xformers_objects_with_its_own_operators_reasons(broken: str, xformers: Callable[..., Any]) -> None:
+    good = types.SimpleNamespace(FwOp=_Operator, BwOp=_Operator)
+    bad = types.SimpleNamespace(**{**vars(good), broken: _Broken})
+    dims = {**SIZES, "causal": True, "window": 0}
+
+    def objection(dims: dict[str, int], **modules: Any) -> str | None:
+        assert xformers(_stand_in(**modules)).unavailable() is None
+        return dispatch.objection(_anywhere(), dims, torch.bfloat16, "cpu")
+
+    assert objection(dims, flash=good, cutlass=bad) is None
+    direction = "forward" if broken == "FwOp" else "backward"
+    assert objection(dims, cutlass=bad) == f"xFormers has no {direction} operator for this (cutlass: not built)"
+    wide = objection({**dims, "D": 256}, flash=good, flash3=good)
+    assert wide == "xFormers has no forward operator for this (flash3: K = 256 > 128 | flash: K = 256 > 128)"

@@ -77,7 +77,9 @@ def objection(b: Backend, dims: dict[str, Any], dtype: torch.dtype, device: str)
     reason = unavailable(b.module)
     if reason is not None:
         return reason
-    return next((text for limit in b.limits if (text := limit(dims)) is not None), None)
+    text = next((text for limit in b.limits if (text := limit(dims)) is not None), None)
+    asks: Callable[..., str | None] | None = getattr(importlib.import_module(b.module), "objection", None)
+    return text if text is not None or asks is None else asks(dims, dtype, device)
 
 
 def _choose(

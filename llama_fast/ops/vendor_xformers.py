@@ -1,20 +1,56 @@
 """xFormers' memory_efficient_attention as the backend `xformers`, where it is installed: launchers of the primitives.
 
-Written against xFormers 0.0.30's `fmha` and tested with a stand-in of that interface; `make test-gpu` runs it where
-xFormers is installed. Queries and keys of one length or more keys than queries, no window, no packed sequences.
+Written against the `fmha` of xFormers 0.0.30 to 0.0.35 and tested with a stand-in of that interface; `make test-gpu`
+runs it where xFormers is installed. As many keys as queries or more, no window, no packed sequences.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from xformers.ops import fmha
+
+from llama_fast.ops.vendor import _aligned
+
+_logger = logging.getLogger("xformers")
+_level, _problem = _logger.level, ""
+_logger.setLevel(logging.ERROR)  # what it would warn of while it is imported is what `unavailable` gives as a reason
+try:
+    import xformers
+    from xformers.ops import fmha
+except ImportError as error:  # for example a flash-attn that it does not take
+    if error.name == "xformers":
+        raise
+    _problem = f"xFormers cannot be imported: {(str(error).splitlines() or [''])[0]}"
+finally:
+    _logger.setLevel(_level)
 
 
 def unavailable() -> str | None:
-    """None: the import above has succeeded."""
+    """Why its kernels cannot be used in this process, or None."""
+    if not _problem and not getattr(xformers, "_has_cpp_library", True):
+        return (
+            f"xFormers {xformers.__version__} was built for another torch than {torch.__version__}: its kernels cannot "
+            "be loaded (python -m xformers.info)"
+        )
+    return _problem or None
+
+
+def objection(dims: Mapping[str, Any], dtype: torch.dtype, device: str) -> str | None:
+    """What xFormers' own operators object to attention of these sizes, forward or backward, or None."""
+    row = torch.empty(dims["D"], dtype=dtype, device=device)  # the checks read shapes and strides
+    q, k = (row.expand(dims["B"], dims[length], dims["H"], dims["D"]) for length in ("T", "S"))
+    inputs = fmha.Inputs(q, k, k, attn_bias=_mask(bool(dims.get("causal", True))), scale=1.0)
+    families = ("ck",) if torch.version.hip else ("flash3", "flash", "cutlass")
+    for kind, direction in (("FwOp", "forward"), ("BwOp", "backward")):
+        reasons = {name: getattr(fmha, name) for name in families if hasattr(fmha, name)}
+        reasons = {name: getattr(family, kind).not_supported_reasons(inputs) for name, family in reasons.items()}
+        if all(reasons.values()):
+            texts = [f"{name}: {'; '.join(found)}" for name, found in reasons.items()]
+            return f"xFormers has no {direction} operator for this ({' | '.join(texts)})"
     return None
 
 
@@ -31,6 +67,7 @@ def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float, causal: bool, window: int
 ) -> tuple[Tensor, Tensor]:
     T, H = q.shape[1:3]
+    q, k, v = _aligned(q), _aligned(k), _aligned(v)
     out, lse = fmha.memory_efficient_attention_forward_requires_grad(
         q, _expand(k, H), _expand(v, H), attn_bias=_mask(causal), scale=scale
     )
@@ -50,6 +87,7 @@ def attention_bwd(
     window: int,
 ) -> tuple[Tensor, ...]:
     (B, S, G, D), H = k.shape, q.shape[2]
+    q, k, v = _aligned(q), _aligned(k), _aligned(v)
     dq, dk, dv = fmha.memory_efficient_attention_backward(
         dout.contiguous(), out, lse, q, _expand(k, H), _expand(v, H), attn_bias=_mask(causal), scale=scale
     )
