@@ -48,7 +48,9 @@ def of(
             found[key] = x
     notes = {"clock": "CUDA events, second-level cache flushed, graphs replayed where a call can be captured"}
     environment = harness.environment(_ALLOCATOR, device, commit=commit, notes={**notes, "device class": kind})
-    return Results(results.FORMAT, environment, limits, tuple(found.values()))
+    place = {name: i for i, name in enumerate(OPS)}
+    lines = sorted(found.values(), key=lambda x: (place[x.op], not results.is_ours(x.provider)))
+    return Results(results.FORMAT, environment, limits, tuple(lines))
 
 
 def _line(row: Row, timed: Timed, direction: str) -> Line:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,10 +44,13 @@ def _place(x: Line) -> tuple[bool, float]:
 
 
 def labels(rows: Sequence[Line]) -> tuple[str, list[str]]:
-    """(what all cases have in common, each case's own sizes), in few letters."""
-    parts = [[*x.sizes.split(), SHORT.get(x.dtype, x.dtype)] for x in rows]
+    """(what all cases have in common, each case's own sizes), in few letters; as many keys as queries go unsaid."""
+    parts = []
+    for x in rows:
+        keys = f"S{x.case.get('T')}"
+        parts.append([p for p in (*x.sizes.split(), SHORT.get(x.dtype, x.dtype)) if p != keys])
     common = [p for p in parts[0] if all(p in other for other in parts)] if len(rows) > 1 else []
-    own = [" ".join(p for p in x if p not in common) for x in parts]
+    own = [textwrap.fill(" ".join(p for p in x if p not in common), 20) for x in parts]
     return " ".join(common), own
 
 
@@ -95,12 +99,12 @@ def _speedup(groups: list[list[Line]], name: str, direction: str) -> Plot | None
 
     def draw(axis: Any) -> None:
         y, ticks = 0.0, []
-        most = max(r for _, bars in rows for r, _, _ in bars)
+        most = max(1.0, *(r for _, bars in rows for r, _, _ in bars))
         for _, bars in rows:
             ticks.append(y + (len(bars) - 1) * 0.45)
             for ratio, provider, color in bars:
                 axis.barh(y, ratio, height=0.8, color=color)
-                axis.text(ratio + most * 0.015, y, f"{ratio:.2f}x {provider}", va="center", fontsize=8.5)
+                axis.text(max(ratio, 1.0) + most * 0.02, y, f"{ratio:.2f}x {provider}", va="center", fontsize=8.5)
                 y += 0.9
             y += 0.6
         axis.set_yticks(ticks, own)
@@ -145,23 +149,24 @@ def _times(groups: list[list[Line]], name: str, direction: str) -> Plot | None:
 
 def _shares(groups: list[list[Line]], name: str, direction: str) -> Plot | None:
     """Bars: share of the machine's limit that ours and the fastest other provider reach."""
-    rows = [(g[0], min(g[1:], key=_median)) for g in groups if len(g) > 1 and is_ours(g[0].provider)]
+    others = [[x for x in g if not is_ours(x.provider)] for g in groups]
+    rows = [(g[0], min(o, key=_median)) for g, o in zip(groups, others, strict=True) if o and is_ours(g[0].provider)]
     if not rows:
         return None
     common, own = labels([ours for ours, _ in rows])
 
     def draw(axis: Any) -> None:
-        most = max(x.share or 0.0 for pair in rows for x in pair)
+        most = max(1.0, *(x.share or 0.0 for pair in rows for x in pair)) * 100
         for i, pair in enumerate(rows):
             for shift, x, color in ((-0.2, pair[0], OURS_COLOR), (0.2, pair[1], COLORS[1])):
                 share = x.share or 0.0
                 axis.barh(i + shift, share * 100, height=0.38, color=color)
                 text = f"{share:.0%} of {(x.limit or '').split()[0]}" if shift < 0 else f"{share:.0%} {x.provider}"
-                axis.text(share * 100 + most * 1.5, i + shift, text, va="center", fontsize=8.5)
+                axis.text(most * 1.03, i + shift, text, va="center", fontsize=8.5)
         axis.set_yticks(range(len(rows)), own)
         axis.set_ylim(len(rows) - 0.5, -0.5)
         axis.axvline(100, color=INK, linewidth=1)
-        axis.set_xlim(0, max(most, 1.0) * 160)
+        axis.set_xlim(0, most * 1.7)
         axis.set_xlabel("% of the limit")
 
     caption = _caption(
@@ -236,7 +241,7 @@ def _color(provider: str, providers: list[str]) -> str:
 
 def _legend(axis: Any, entries: int) -> None:
     columns = min(entries, 2)
-    axis.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns, frameon=False, fontsize=8.5, borderpad=0.1)
+    axis.figure.legend(loc="outside upper left", ncols=columns, frameon=False, fontsize=8.5, borderpad=0.1)
 
 
 def _plot(name: str, caption: str, height: float, draw: Callable[[Any], None]) -> Plot:

@@ -80,7 +80,7 @@ def _summary(files: Sequence[tuple[str, Results]]) -> str:
     return (
         f"{escape(devices)}. {count['measured']} lines measured, {count['wrong']} wrong, {count['not run']} not run. "
         "Each time is the median of runs that took turns with those of the other providers; a provider whose results "
-        "miss the error budget against float64 shows no time. Limits were measured in the same run."
+        "are wrong shows no time. Limits were measured in the same run."
     )
 
 
@@ -102,7 +102,7 @@ def _overview(files: Sequence[tuple[str, Results]]) -> str:
                 if times:
                     ratios["best"].append(min(times.values()) / ours.seconds.median)
             means = [f"{results.geometric_mean(v):.2f}x" if v else "-" for v in ratios.values()]
-            share = f"{min(shares):.0%} to {max(shares):.0%}" if shares else "-"
+            share = " to ".join(dict.fromkeys(f"{f(shares):.0%}" for f in (min, max))) if shares else "-"
             cells = "".join(f"<td>{escape(c)}</td>" for c in (*means, share))
             rows.append(f'<tr><th><a href="#{op}">{_breakable(op)}</a><small>{escape(name)}</small></th>{cells}</tr>')
     return (
@@ -128,7 +128,7 @@ def _device_part(name: str, r: Results, lines: Sequence[Line], drawn: Iterable[P
         f"<li><b>{escape(provider)}</b>: {escape(reason)} ({count} lines)</li>"
         for (provider, reason), count in absent.items()
     )
-    missing = f"<details><summary>not run: {len(absent)} reasons</summary><ul>{items}</ul></details>" if items else ""
+    missing = f"<details><summary>not run, and why: {len(absent)}</summary><ul>{items}</ul></details>" if items else ""
     return (
         f"<h3>{escape(r.environment.device)} <small>{escape(name)}</small></h3>"
         f'<div class="plots">{pictures}</div><div class="cards">{cards}</div>{missing}'
