@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -129,46 +130,69 @@ class Scenario:
         }
 
 
-def measure(scenario: Scenario, seconds: float = 4.0, choose: Callable[[str], bool] = lambda name: True) -> list[Line]:
-    """The lines of a scenario, of every provider chosen; see `results.against`."""
+def measure(
+    scenario: Scenario,
+    seconds: float = 4.0,
+    choose: Callable[[str], bool] = lambda name: True,
+    until: float = math.inf,
+    keep: Callable[[list[Line]], Any] = lambda lines: None,
+) -> list[Line]:
+    """The lines of a scenario, of every provider chosen; see `results.against`.
+
+    Args:
+        scenario: what to run.
+        seconds: for each provider, about.
+        choose: which providers.
+        until: time.perf_counter() after which no provider is begun. Where there is such an end, each provider is timed
+            once before the next one is made, and again in turn with the others if there is time.
+        keep: given the lines known so far after every provider.
+    """
     torch.compiler.reset()
-    sides: dict[str, Side] = {}
-    refused: dict[str, tuple[str, str]] = {}
     made = {n: maker for n, maker in scenario.sides().items() if choose(n) or n == "eager"}
+    wait = harness.waiter(scenario.device)
+    sides: dict[str, Side] = {}
+    found: dict[str, dict[str, Any]] = {}  # provider -> fields of its line
     truth: list[Tensor] = []
+
+    def lines() -> list[Line]:
+        blank = {"status": "measured", "reason": "", "error": None, "seconds": None, "peak_bytes": None}
+        blank |= {"kept_bytes": None, "limit": None, "share": None}
+        return [Line(**scenario.facts(), provider=n, **blank | found[n]) for n in made if n in found and choose(n)]
+
     for name in sorted(made, key=lambda n: n != "eager"):  # the others are compared with it
         maker = made[name]
+        if truth and time.perf_counter() > until:
+            maker = "no time left"
         if isinstance(maker, str):
-            refused[name] = ("not run", maker)
+            found[name] = {"status": "not run", "reason": maker}
             continue
         try:
             side = maker()
-            found = side.values()
+            values = side.values()
         except Exception as error:  # another library's failure, whatever it is, must not end the run
-            refused[name] = ("not run", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            found[name] = {"status": "not run", "reason": reason}
             continue
-        truth = truth or found
-        gap = _gap(found, truth)
-        if gap <= TOLERANCE[scenario.dtype]:
+        truth = truth or values
+        gap = _gap(values, truth)
+        if gap > TOLERANCE[scenario.dtype]:
+            found[name] = {"status": "wrong", "reason": f"differs from eager PyTorch by {gap:.2g}, root-mean-square"}
+        elif choose(name):
             sides[name] = side
-        else:
-            refused[name] = ("wrong", f"differs from eager PyTorch by {gap:.2g}, root-mean-square")
-    wanted = {n: s for n, s in sides.items() if choose(n)}
-    wait = harness.waiter(scenario.device)
-    timings = harness.interleave({n: s.run for n, s in wanted.items()}, seconds, wait=wait) if wanted else {}
-    lines = []
-    for name in (n for n in made if choose(n)):
-        fields = {**scenario.facts(), "provider": name, "status": "measured", "reason": "", "error": None}
-        fields |= {"seconds": timings.get(name), "peak_bytes": None, "kept_bytes": None, "limit": None, "share": None}
-        if name in refused:
-            fields["status"], fields["reason"] = refused[name]
-        else:
-            side = wanted[name]
+            found[name] = {"kept_bytes": side.kept() if side.kept is not None else None}
             if scenario.op != "decode":  # its weights and its cache are what it takes
-                fields["peak_bytes"] = harness.allocations(side.run, scenario.device)[0]
-            fields["kept_bytes"] = side.kept() if side.kept is not None else None
-        lines.append(Line(**fields))
-    return lines
+                found[name]["peak_bytes"] = harness.allocations(side.run, scenario.device)[0]
+            if until < math.inf:
+                found[name]["seconds"] = harness.interleave({name: side.run}, 0.0, least=2, wait=wait)[name]
+                keep(lines())
+    seconds = min(seconds, max(0.0, until - time.perf_counter()) / max(1, len(sides)))
+    if sides and time.perf_counter() < until:
+        few: dict[str, Any] = {"least": 3} if until < math.inf else {}
+        timings = harness.interleave({n: x.run for n, x in sides.items()}, seconds, wait=wait, **few)
+        for name, timing in timings.items():
+            found[name]["seconds"] = timing
+    keep(lines())
+    return lines()
 
 
 def _gap(found: list[Tensor], truth: list[Tensor]) -> float:
@@ -231,9 +255,9 @@ def _missing(device: str, *modules: tuple[str, str]) -> str | None:
 _THEIRS, _LIGER = ("transformers", "transformers"), ("liger_kernel", "liger-kernel")
 _WAYS = {  # provider -> what it needs
     "transformers": (_THEIRS,),
-    "transformers+checkpoint": (_THEIRS,),
-    "torch.compile": (_THEIRS,),
     "transformers+liger": (_LIGER, _THEIRS),
+    "transformers+checkpoint": (_THEIRS,),
+    "torch.compile": (_THEIRS,),  # last: its compiler takes up to a minute
 }
 
 

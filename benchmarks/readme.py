@@ -7,11 +7,8 @@ benchmarks/results/*.json. Files of comparisons of two versions are left out.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-from llama_fast import plan
-from llama_fast.config import LlamaConfig
 
 from . import plots, report, results
 from .results import Line, Results, is_ours
@@ -58,7 +55,7 @@ def _of_file(name: str, r: Results) -> str:
         f"[{name}](benchmarks/results/{name}). Limits in the same run: {limits}."
     )
     tables = [_ops_table([x for x in r.lines if x.tokens is None]), _models_table(r)]
-    return "\n\n".join([head, *filter(None, tables), *_paper(r)])
+    return "\n\n".join([head, *filter(None, tables), *report.paper(r)])
 
 
 def _ratio(ours: Line, other: Line) -> float:
@@ -117,36 +114,11 @@ def _models_table(r: Results) -> str:
     return "\n".join([head, "|---|---|---|---|---|---|", *rows])
 
 
-def _mfu(x: Line, r: Results) -> float | None:
-    device = report.device_of(r.environment)
-    if device is None or x.seconds is None or not x.flops or x.op == "decode":
-        return None
-    return x.flops / x.seconds.median / device.flops
-
-
 def _utilisation(x: Line, r: Results) -> str:
-    share = _mfu(x, r)
+    share = report.mfu(x, r.environment)
     if share is not None:
         return f"{share:.1%} MFU"
     return f"{x.share:.0%} of {x.limit}"
-
-
-def _paper(r: Results) -> Iterable[str]:
-    """Our layers of the 65B shape in the paper's terms."""
-    config, a100 = LlamaConfig.preset(plan.PAPER_PRESET), plan.device(plan.PAPER_DEVICE)
-    steps = [x for x in r.lines if x.op == "training_step" and x.label == plan.PAPER_PRESET and is_ours(x.provider)]
-    device = report.device_of(r.environment)
-    shares = [share for x in steps if (share := _mfu(x, r)) is not None]
-    if device is not None and shares:
-        T, known = plan.PAPER_SEQ_LEN, plan.PAPER_TOKENS_PER_S
-        rate = plan.tokens_per_second(config, device, T, max(shares))
-        with_attention = plan.mfu(config, a100, T, known)
-        by_parameters = plan.mfu(config, a100, T, known, attention=False)
-        yield (
-            f"The paper's 65B ran {known:.0f} tokens a second and GPU on A100: {with_attention:.1%} MFU with attention "
-            f"({by_parameters:.1%} by 6 N alone). Layers of that shape on one {r.environment.device}: "
-            f"{max(shares):.1%}, in the whole model {rate:,.0f} tokens a second before communication."
-        )
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 
 from llama_fast import plan
+from llama_fast.config import LlamaConfig
 
 from . import plots, results
 from .plots import Plot, time_text
@@ -154,7 +155,9 @@ def _card(rows: Sequence[Line], environment: Environment) -> str:
         ratio = "" if ours is None or is_ours(x.provider) else f"{s.median / ours:.2f}x"
         share = f"{x.share:.0%}" if x.share is not None else ""
         if with_tokens and x.tokens:
-            share += f"<small>{x.tokens / s.median:,.0f} tok/s</small>{_mfu(x, environment)}"
+            share += f"<small>{x.tokens / s.median:,.0f} tok/s</small>"
+            used = mfu(x, environment)
+            share += "" if used is None else f"<small>{used:.1%} MFU</small>"
         memory = _bytes(x.kept_bytes)
         if x.peak_bytes is not None:
             memory += f"<small>peak {_bytes(x.peak_bytes)}</small>"
@@ -181,11 +184,31 @@ def device_of(environment: Environment) -> plan.Device | None:
     return next((d for name, d in plan.DEVICES.items() if name in words), None)
 
 
-def _mfu(x: Line, environment: Environment) -> str:
+def mfu(x: Line, environment: Environment) -> float | None:
+    """Model flops over time and the device's published peak, of a measured step on a known GPU in half precision."""
     device = device_of(environment)
-    if device is None or x.seconds is None or not x.flops or x.dtype not in ("bfloat16", "float16"):
-        return ""
-    return f"<small>{x.flops / x.seconds.median / device.flops:.1%} MFU</small>"
+    half = x.dtype in ("bfloat16", "float16")
+    if device is None or x.seconds is None or not x.flops or x.op == "decode" or not half:
+        return None
+    return x.flops / x.seconds.median / device.flops
+
+
+def paper(r: Results) -> Iterable[str]:
+    """Our training step on layers of the 65B shape in the paper's terms, where it was measured on a known GPU."""
+    config, a100 = LlamaConfig.preset(plan.PAPER_PRESET), plan.device(plan.PAPER_DEVICE)
+    steps = [x for x in r.lines if x.op == "training_step" and x.label == plan.PAPER_PRESET and is_ours(x.provider)]
+    device = device_of(r.environment)
+    shares = [share for x in steps if (share := mfu(x, r.environment)) is not None]
+    if device is not None and shares:
+        T, known = plan.PAPER_SEQ_LEN, plan.PAPER_TOKENS_PER_S
+        rate = plan.tokens_per_second(config, device, T, max(shares))
+        with_attention = plan.mfu(config, a100, T, known)
+        by_parameters = plan.mfu(config, a100, T, known, attention=False)
+        yield (
+            f"The paper's 65B ran {known:.0f} tokens a second and GPU on A100: {with_attention:.1%} MFU with attention "
+            f"({by_parameters:.1%} by 6 N alone). Layers of that shape on one {r.environment.device}: "
+            f"{max(shares):.1%}, in the whole model {rate:,.0f} tokens a second before communication."
+        )
 
 
 def _breakable(name: str) -> str:

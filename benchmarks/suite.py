@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import math
 import pkgutil
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -20,7 +22,7 @@ from rich.table import Table
 import llama_fast
 from llama_fast.ops.table import OPS
 
-from . import compare, harness, model, results
+from . import compare, harness, model, report, results
 from .harness import Benchmark
 from .providers import Provider
 from .results import Environment, Limit, Line, Results, is_ours
@@ -94,6 +96,17 @@ def print_lines(lines: Sequence[Line], console: Console) -> None:
         )
 
 
+def print_models(found: Results, console: Console) -> None:
+    """Tokens a second and MFU of the model level, and the paper's."""
+    for x in found.lines:
+        if x.tokens and x.seconds is not None:
+            used = report.mfu(x, found.environment)
+            text = f"{x.op} {x.label or x.sizes} {x.provider}: {x.tokens / x.seconds.median:,.0f} tokens/s"
+            console.print(text + (f", {used:.1%} MFU" if used is not None else ""), highlight=False)
+    for text in report.paper(found):
+        console.print(text, highlight=False)
+
+
 def run(
     ops: Sequence[str],
     *,
@@ -102,12 +115,13 @@ def run(
     cases: Sequence[str] = (),
     providers: Sequence[str] = (),
     seconds: float | None = None,
+    limit: float | None = None,
     versus: str | None = None,
     json_path: Path | None = None,
     commit: str | None = None,
     console: Console | None = None,
 ) -> Results:
-    """Measures cases and prints them; `json_path` gets the results too.
+    """Measures cases and prints them; `json_path` gets the results too, at the model level after every provider.
 
     Host memory is kept for all providers alike (`llama_fast.keep_host_memory`), so that a ratio is the kernels' alone.
 
@@ -118,6 +132,7 @@ def run(
         cases: only those whose name contains one of these.
         providers: only these, and ours.
         seconds: for each provider and direction, about.
+        limit: seconds after which the model level begins no other provider; its cases share them equally.
         versus: an older revision that takes turns with this tree, in place of the other providers.
         json_path: a result file to write.
         commit: of the tree, where it is under no version control.
@@ -146,22 +161,34 @@ def run(
     )
     if versus is not None:
         facts, limits, lines = _compare(benchmarks, scenarios, versus, list(dtypes), facts, console)
+        found = Results(results.FORMAT, facts, limits, tuple(lines))
     else:
+        begin = time.perf_counter()
         limits = harness.measure_limits(dtypes, device)
         lines = []
+
+        def keep(more: Sequence[Line]) -> Results:
+            found = Results(results.FORMAT, facts, limits, tuple(results.against(x, limits) for x in [*lines, *more]))
+            if json_path is not None:
+                results.write(found, json_path)
+            return found
+
+        def chosen(name: str) -> bool:
+            return not providers or is_ours(name) or name in providers
+
         with console.status("") as status:
             for b in benchmarks:
                 status.update(b.name)
                 lines += harness.measure(b, seconds or (0.3 if quick else 1.0), _chooser(providers, quick))
-            for s in scenarios:
+            for i, s in enumerate(scenarios):
                 status.update(s.name)
-                lines += model.measure(s, seconds or 4.0, lambda n: not providers or is_ours(n) or n in providers)
-        again = harness.measure_limits(dtypes, device)
-        limits = results.better(limits, again)  # a machine that others use gets slower and faster
-        lines = [results.against(x, limits) for x in lines]
-        print_lines(lines, console)
+                until = math.inf if limit is None else begin + limit * (i + 1) / len(scenarios)
+                lines += model.measure(s, seconds or 4.0, chosen, until, keep)
+        limits = results.better(limits, harness.measure_limits(dtypes, device))  # others on the machine slow it down
+        found = keep(())
+        print_lines(found.lines, console)
+        print_models(found, console)
     print_limits(limits, console)
-    found = Results(results.FORMAT, facts, limits, tuple(lines))
     if json_path is not None:
         results.write(found, json_path)
     return found
@@ -209,6 +236,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--case", action="append", default=[], help="only cases whose name contains this; repeatable")
     parser.add_argument("--provider", action="append", default=[], help="only this one and ours; repeatable")
     parser.add_argument("--seconds", type=float, help="for each provider and direction, about")
+    parser.add_argument("--limit", type=float, help="model level: seconds after which no other provider is begun")
     parser.add_argument("--vs", metavar="REVISION", help="take turns with this older revision, built for it")
     parser.add_argument("--json", type=Path, help="write a result file")
     parser.add_argument("--commit", help="of the tree, where it is under no version control")
@@ -232,6 +260,7 @@ def main(arguments: Sequence[str]) -> int:
             cases=a.case,
             providers=a.provider,
             seconds=a.seconds,
+            limit=a.limit,
             versus=a.vs,
             json_path=a.json,
             commit=a.commit,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from rich.console import Console
 import llama_fast
 from benchmarks import compare, floors, harness, model, providers, results, suite
 from benchmarks.providers import Provider
-from benchmarks.results import Limit, Results
+from benchmarks.results import Limit, Line, Results
 from llama_fast import plan
 from llama_fast.config import PRESETS, LlamaConfig
 from llama_fast.ops import eager
@@ -288,7 +289,7 @@ def test_every_way_to_run_a_model_gives_a_line(op: str, monkeypatch: pytest.Monk
     else:
         ours = [f"llama_fast:{p}" for p in ("recompute-cheap", "save", "recompute-all")]
         ours += ["llama_fast:hf"] * (op == "training_step")
-        expected = [*ours, "eager", "transformers", "transformers+checkpoint", "transformers+liger"]
+        expected = [*ours, "eager", "transformers", "transformers+liger", "transformers+checkpoint"]
         assert list(lines) == expected
     absent = {n: x.reason for n, x in lines.items() if x.status == "not run"}
     if find_spec("transformers") is not None:
@@ -300,6 +301,42 @@ def test_every_way_to_run_a_model_gives_a_line(op: str, monkeypatch: pytest.Monk
     if op == "training_step":
         assert line.flops == 64 * TINY.flops_per_token(32)
         assert line.tokens == 64
+
+
+def test_a_run_that_is_cut_off_keeps_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each provider is timed before the next one is made, and after the end none is begun."""
+    begun, kept = [], []
+    ways = ("eager", "llama_fast:recompute-cheap", "llama_fast:save")
+
+    def sides(self: model.Scenario) -> dict[str, Any]:
+        def maker(name: str) -> model.Side:
+            begun.append(name)
+            return model.Side(lambda: None, lambda: [torch.ones(2)])
+
+        return {n: functools.partial(maker, n) for n in (*ways[1:], "eager", "transformers")}
+
+    monkeypatch.setattr(model.Scenario, "sides", sides)
+    monkeypatch.setattr(model.time, "perf_counter", lambda: float(len(kept)))
+    lines = model.measure(
+        _scenario("block"), until=2.0, keep=lambda x: kept.append([y.provider for y in x if y.seconds])
+    )
+    assert begun == list(ways)
+    assert kept == [["eager"], [ways[1], "eager"], [*ways[1:], "eager"], [*ways[1:], "eager"]]
+    assert {x.provider: x.reason for x in lines if x.status == "not run"} == {"transformers": "no time left"}
+
+
+def test_a_training_step_in_the_papers_terms() -> None:
+    case = {"B": 4, "T": 2048, "C": 8192, "L": 3}
+    blank = dataclasses.asdict(model.measure(_scenario("block"), 0.0, lambda n: n == "eager")[0])
+    blank |= {"op": "training_step", "case": case, "dtype": "bfloat16", "flops": 10**15, "tokens": 8192, "error": None}
+    blank |= {"label": "llama-65b", "seconds": results.Seconds(2.0, 2.0, 2.0, 3), "provider": "llama_fast:save"}
+    facts = dataclasses.replace(harness.environment("kept"), device="NVIDIA H200")
+    console = Console(record=True, width=200)
+    suite.print_models(Results(results.FORMAT, facts, LIMITS, (Line(**blank),)), console)
+    text = console.export_text()
+    assert "training_step llama-65b llama_fast:save: 4,096 tokens/s, 50.5% MFU" in text
+    assert "380 tokens a second and GPU on A100: 49.5% MFU with attention (47.7% by 6 N alone)" in text
+    assert "Layers of that shape on one NVIDIA H200: 50.5%" in text
 
 
 def test_the_bytes_that_a_layer_keeps_are_the_plans() -> None:
