@@ -24,11 +24,11 @@ from llama_fast.kernels.attention import _attention_fwd_kernel, forward
 from llama_fast.kernels.attention_bwd import (
     gradient_of_keys,
     gradient_of_queries,
-    rowsum,
+    statistics_of,
 )
 from llama_fast.kernels.attention_dkdv import _attention_dkdv_kernel
 from llama_fast.kernels.attention_dq import _attention_dq_kernel
-from llama_fast.kernels.attention_launch import Tiles
+from llama_fast.kernels.attention_launch import Tiles, tiles_of
 from llama_fast.ops import eager, reference
 from llama_fast.verify import judge
 
@@ -111,10 +111,12 @@ def call(c: Candidate, tensors: Sequence[torch.Tensor], splits: int = 1) -> Call
         pack = q.shape[2] // k.shape[2]
         return lambda: forward(q, k, v, None, scale, True, 0, c.tiles, pack, splits)[:1]
     out, lse = forward(q, k, v, None, scale, True, 0, Tiles(32, 16, 8, 2, precision="ieee"))
-    delta = rowsum(dout, out, lse)
+    statistics = statistics_of(dout, out, lse)
     if c.kernel == "dkdv":
-        return lambda: gradient_of_keys(dout, q, k, v, lse, delta, *rest, c.tiles)
-    return lambda: (gradient_of_queries(dout, q, k, v, lse, delta, *rest, c.tiles),)
+        if c.dtype == F32:
+            gradient_of_queries(dout, q, k, v, statistics, *rest, tiles_of("dq", c.D, F32, q.device))
+        return lambda: gradient_of_keys(dout, q, k, v, statistics, *rest, c.tiles)
+    return lambda: (gradient_of_queries(dout, q, k, v, statistics, *rest, c.tiles),)
 
 
 def gradients(f: Callable[..., torch.Tensor], tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> dict[str, Any]:

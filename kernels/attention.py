@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama_fast.kernels.attention_bwd import gradient_of_keys, gradient_of_queries, rowsum
+from llama_fast.kernels.attention_bwd import gradient_of_keys, gradient_of_queries, statistics_of
 from llama_fast.kernels.attention_launch import (
     PACKED_ROWS,
     RUNTIME_SIZES,
@@ -35,38 +35,16 @@ from llama_fast.kernels.attention_tiles import (
     LOG2E,
     aligned,
     head_descriptor,
+    hide,
     keys_seen,
     load_tile,
-    sees,
+    running_weights,
     sequence_of,
     unit_of,
 )
 from llama_fast.kernels.launch import choose, on_device_of, unavailable
 
 __all__ = ["attention_bwd", "attention_fwd", "forward", "unavailable"]
-
-
-@triton.jit
-def _hide(s, i, j, S, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    return tl.where(sees(i[:, None], j[None, :], S, window, CAUSAL, WINDOW), s, float("-inf"))
-
-
-@triton.jit
-def _distances(s, peak, scale, MASKED: tl.constexpr, EXACT: tl.constexpr):
-    """(x, alpha, peak): base-two logarithms of the weights relative to the new maximum; the factor of what came before.
-
-    peak is the largest product, not yet times `scale`, so that x is one fused multiply-add.
-    """
-    peak_new = tl.maximum(peak, tl.max(s, 1))
-    base = peak_new * scale
-    if MASKED:
-        base = tl.where(peak_new == float("-inf"), 0.0, base)  # no key seen yet: weights are exp2(-inf), not NaN
-    x = s * scale - base[:, None]
-    log_alpha = peak * scale - base
-    if EXACT:  # natural: log2(e) rounded into the scale would be an error that grows with the scores
-        x = x * LOG2E
-        log_alpha = log_alpha * LOG2E
-    return x, tl.math.exp2(log_alpha), peak_new
 
 
 @triton.jit
@@ -80,9 +58,8 @@ def _walk(
         k_tile = load_tile(k, b, g, n, S, k_stride_s, D, BLOCK_N, BLOCK_D, TMA, MASKED)
         s = tl.dot(q, k_tile.T, input_precision=PRECISION)
         if MASKED:
-            s = _hide(s, i, n + tl.arange(0, BLOCK_N), S, window, CAUSAL, WINDOW)
-        x, alpha, peak = _distances(s, peak, scale, MASKED, EXACT)
-        p = tl.math.exp2(x)
+            s = hide(s, i, n + tl.arange(0, BLOCK_N), S, window, CAUSAL, WINDOW)
+        alpha, p, peak = running_weights(s, peak, scale, MASKED, EXACT)
         total = total * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
         v_tile = load_tile(v, b, g, n, S, v_stride_s, D, BLOCK_N, BLOCK_D, TMA, MASKED)
@@ -193,7 +170,8 @@ def _attention_fwd_kernel(
     )  # fmt: skip
 
     none = total == 0.0
-    out = acc / tl.where(none, 1.0, total)[:, None]
+    sums = tl.where(none, 1.0, total)[:, None]
+    out = tl.div_rn(acc, sums) if EXACT else acc / sums  # `/` is off by two units in the last place
     natural = peak * scale if EXACT else peak * scale * LN2
     lse = tl.where(none, float("-inf"), natural + tl.math.log2(total) * LN2)
     out_rows = ((b64 * T + begin + t) * H + h) * D
@@ -357,18 +335,21 @@ def attention_bwd(
     """dout, q [B,T,H,D], k, v [B,S,G,D], out, lse [B,H,T] of the forward -> dq, dk, dv."""
     if q.numel() == 0 or k.numel() == 0 or (cu_seqlens is not None and cu_seqlens.numel() < 2):
         return tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    mirrored = q.dtype == torch.float32 and scale < 0.0  # exact, and the largest product is the largest score
+    if mirrored:
+        q, scale = -q, -scale
     dout, q, k, v = aligned(dout), aligned(q), aligned(k), aligned(v)
     D, device, rest = q.shape[3], q.device, (cu_seqlens, scale, causal, window)
     with on_device_of(q):
-        delta = rowsum(dout, out, lse)
+        statistics = statistics_of(dout, out, lse)
 
         def keys(tiles: Tiles) -> tuple[Tensor, Tensor]:
-            return gradient_of_keys(dout, q, k, v, lse, delta, *rest, tiles)
+            return gradient_of_keys(dout, q, k, v, statistics, *rest, tiles)
 
         def queries(tiles: Tiles) -> Tensor:
-            return gradient_of_queries(dout, q, k, v, lse, delta, *rest, tiles)
+            return gradient_of_queries(dout, q, k, v, statistics, *rest, tiles)
 
         sizes = (D, q.dtype, cu_seqlens is not None)
-        dk, dv = keys(choose("attention_dkdv", sizes, device, tiles_of("dkdv", D, q.dtype, device), tuple, keys))
         dq = queries(choose("attention_dq", sizes, device, tiles_of("dq", D, q.dtype, device), tuple, queries))
-    return dq, dk, dv
+        dk, dv = keys(choose("attention_dkdv", sizes, device, tiles_of("dkdv", D, q.dtype, device), tuple, keys))
+    return dq.neg_() if mirrored else dq, dk, dv

@@ -1,4 +1,4 @@
-"""attention backward in Triton: one pass for delta, one for dk and dv, one for dq.
+"""attention backward in Triton: one pass for delta, one for dq, one for dk and dv.
 
     p = exp(s - lse)    dv = p^T dout    dp = dout v^T    ds = p (dp - delta)    delta = rowsum(dout out)
     dq = scale ds k     dk = scale ds^T q
@@ -6,8 +6,11 @@
 dk and dv: a program owns BLOCK_N keys of a key/value head and walks over the queries of each head of the group that see
 them, summing in float32 and rounding once. dq: a program owns BLOCK_M queries of a head and walks over its keys. p is
 recomputed in both, seven products instead of five, and in return nothing is added to memory by two programs: bitwise
-repeatable without atomics. p and ds are rounded once, to the dtype of the inputs. Derivation:
-docs/ops/attention_triton.md.
+repeatable without atomics. p and ds are rounded once, to the dtype of the inputs.
+
+float32 takes neither out nor lse: dq's kernel makes the statistics of its rows anew, delta = sum_j p_j dp_j among them,
+from the products that both kernels compute. So rows of p sum to 1, and where a query sees one key ds is exactly 0. Both
+kernels must then multiply alike, bit for bit. Derivation: docs/ops/attention_triton.md.
 
 Source: Dao 2023, arXiv:2307.08691.
 """
@@ -61,16 +64,21 @@ def _attention_delta_kernel(
     tl.store(delta_ptr + (b * H + h) * T + t, delta, mask=row < T * H)
 
 
-def rowsum(dout: Tensor, out: Tensor, lse: Tensor) -> Tensor:
-    """delta [B, H, T] float32: rowsum(dout out)."""
+Statistics = tuple[Tensor, Tensor, Tensor]  # [B, H, T] float32 each: peak, inverse, delta (attention_tiles.weights)
+
+
+def statistics_of(dout: Tensor, out: Tensor, lse: Tensor) -> Statistics:
+    """What the kernels read of each row: lse and delta; in float32 memory that `gradient_of_queries` fills."""
     B, T, H, D = out.shape
+    if out.dtype == torch.float32:
+        return torch.empty_like(lse), torch.empty_like(lse), torch.empty_like(lse)
     dout, out, delta = aligned(dout), out.contiguous(), torch.empty_like(lse)
     block_d = power_of_two(D)
     block_r = 4096 // block_d
     _attention_delta_kernel[(B * triton.cdiv(T * H, block_r),)](
         dout, out, delta, *dout.stride()[:3], T, H, D=D, BLOCK_D=block_d, BLOCK_R=block_r
     )
-    return delta
+    return lse, lse, delta
 
 
 def _launch(
@@ -79,14 +87,16 @@ def _launch(
     owned: int,  # block_m or block_n: the rows that a program owns
     shape: tuple[int, int, int],  # heads in all, rows of each, rows that a program walks over
     walked: tuple[str, str],
-    args: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],  # dout, q, k, v, lse, delta
+    args: tuple[Tensor, Tensor, Tensor, Tensor],  # dout, q, k, v
+    statistics: Statistics,
     cu_seqlens: Tensor | None,
     scale: float,
     causal: bool,
     window: int,
     results: tuple[Tensor, ...],
+    **constants: bool,
 ) -> None:
-    dout, q, k, v, lse, delta = args
+    dout, q, k, v = args
     T, H, D = q.shape[1:]
     S, G = k.shape[1:3]
     units, rows, across = shape
@@ -100,8 +110,7 @@ def _launch(
     exact = q.dtype == torch.float32
     kernel[(units * slots,)](
         *(head_descriptor(x, other, block_d) if tma and name in walked else x for name, x in tensors.items()),
-        lse,
-        delta,
+        *statistics,
         *results,
         cu_seqlens,
         *strides,
@@ -112,7 +121,7 @@ def _launch(
         slots,
         units,
         wave_of(units, across, 2 * D * q.element_size()),
-        scale if exact else scale * LOG2E.value,
+        max(scale, 1e-30) if exact else scale * LOG2E.value,  # not 0: hidden keys stay at -inf
         scale,
         window,
         D=D,
@@ -122,6 +131,7 @@ def _launch(
         PACKED=cu_seqlens is not None,
         EXACT=exact,
         BLOCK_D=block_d,
+        **constants,
         **replace(tiles, tma=tma, warp_specialize=tiles.warp_specialize and tma).options(),
     )
 
@@ -131,23 +141,21 @@ def gradient_of_keys(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lse: Tensor,
-    delta: Tensor,
+    statistics: Statistics,
     cu_seqlens: Tensor | None,
     scale: float,
     causal: bool,
     window: int,
     tiles: Tiles,
 ) -> tuple[Tensor, Tensor]:
-    """dk, dv [B, S, G, D]."""
+    """dk, dv [B, S, G, D]; in float32 after `gradient_of_queries`, whose scale must be >= 0."""
     (B, S, G, D), (T, H) = k.shape, q.shape[1:3]
     dk = torch.empty((B, S, G, D), dtype=k.dtype, device=k.device)
     dv = torch.empty_like(dk)
-    shape, args = (B * G, S, T * (H // G)), (dout, q, k, v, lse, delta)
-    walked = ("q", "dout")
-    _launch(
-        _attention_dkdv_kernel, tiles, tiles.block_n, shape, walked, args, cu_seqlens, scale, causal, window, (dk, dv)
-    )
+    shape, walked = (B * G, S, T * (H // G)), ("q", "dout")
+    rest = ((dout, q, k, v), statistics, cu_seqlens, scale, causal, window, (dk, dv))
+    swapped = tiles.swapped and q.dtype != torch.float32  # in float32 as dq's kernel multiplies
+    _launch(_attention_dkdv_kernel, tiles, tiles.block_n, shape, walked, *rest, SWAPPED=swapped)
     return dk, dv
 
 
@@ -156,19 +164,17 @@ def gradient_of_queries(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lse: Tensor,
-    delta: Tensor,
+    statistics: Statistics,
     cu_seqlens: Tensor | None,
     scale: float,
     causal: bool,
     window: int,
     tiles: Tiles,
 ) -> Tensor:
-    """dq [B, T, H, D]."""
+    """dq [B, T, H, D]; in float32 `scale` must be >= 0, and `statistics` is written."""
     B, T, H, D = q.shape
     dq = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
-    shape, args = (B * H, T, k.shape[1]), (dout, q, k, v, lse, delta)
-    _launch(
-        _attention_dq_kernel, tiles, tiles.block_m, shape, ("k", "v"), args, cu_seqlens, scale, causal, window, (dq,)
-    )
+    shape, walked = (B * H, T, k.shape[1]), ("k", "v")
+    rest = ((dout, q, k, v), statistics, cu_seqlens, scale, causal, window, (dq,))
+    _launch(_attention_dq_kernel, tiles, tiles.block_m, shape, walked, *rest)
     return dq

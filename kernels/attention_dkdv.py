@@ -1,7 +1,8 @@
 """attention backward in Triton, dk and dv: a program owns BLOCK_N keys of a key/value head.
 
-It walks over the queries of each head of the group that see its keys, sums in float32 and rounds once. Scores stand
-transposed, [BLOCK_N, BLOCK_M]: p and ds go from registers into the next product. What is computed: attention_bwd.py.
+It walks over the queries of each head of the group that see its keys, sums in float32 and rounds once. What is
+computed: attention_bwd.py. Where SWAPPED, scores stand transposed, [BLOCK_N, BLOCK_M]: p and ds go from registers into
+the next product. EXACT, float32: they stand as in dq's kernel, whose products they then equal bit for bit.
 """
 
 from __future__ import annotations
@@ -23,25 +24,35 @@ from llama_fast.kernels.attention_tiles import (
 
 @triton.jit
 def _dkdv_walk(
-    dk, dv, k, v, q, dout, lse_ptr, delta_ptr, b, h, low, high, shift, j, T, S, q_stride_t, dout_stride_t, scale,
-    window, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr,
+    dk, dv, k, v, q, dout, peak_ptr, inverse_ptr, delta_ptr, b, h, low, high, shift, j, T, S, q_stride_t,
+    dout_stride_t, scale, window, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
-    PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    SWAPPED: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """The blocks of queries from low to high of one head. Scores stand transposed, [BLOCK_N, BLOCK_M]."""
+    """The blocks of queries from low to high of one head."""
     for m in tl.range(low, high, BLOCK_M, warp_specialize=WARP_SPECIALIZE):
         t = m + tl.arange(0, BLOCK_M)
         q_tile = load_tile(q, b, h, m, T, q_stride_t, D, BLOCK_M, BLOCK_D, TMA, True)
-        s = tl.dot(k, q_tile.T, input_precision=PRECISION)
+        if SWAPPED:
+            s = tl.dot(k, q_tile.T, input_precision=PRECISION)
+        else:
+            s = tl.dot(q_tile, k.T, input_precision=PRECISION)
         dout_tile = load_tile(dout, b, h, m, T, dout_stride_t, D, BLOCK_M, BLOCK_D, TMA, True)
-        dp = tl.dot(v, dout_tile.T, input_precision=PRECISION)
-        lse, delta = row_statistics(lse_ptr, delta_ptr, t, T, EXACT)
-        p = weights(s, lse[None, :], scale, EXACT)
+        if SWAPPED:
+            dp = tl.dot(v, dout_tile.T, input_precision=PRECISION)
+        else:
+            dp = tl.dot(dout_tile, v.T, input_precision=PRECISION)
+        peak, inverse, delta = row_statistics(peak_ptr, inverse_ptr, delta_ptr, t, T, EXACT)
+        along: tl.constexpr = 0 if SWAPPED else 1  # the dimension of the keys
+        delta = tl.expand_dims(delta, along)
+        p = weights(s, tl.expand_dims(peak, along), tl.expand_dims(inverse, along), scale, EXACT)
         if MASKED:
-            p = tl.where(sees((t + shift)[None, :], j[:, None], S, window, CAUSAL, WINDOW), p, 0.0)
-        dv = tl.dot(p.to(k.dtype), dout_tile, dv, input_precision=PRECISION)
-        ds = p * (dp - delta[None, :])
-        dk = tl.dot(ds.to(k.dtype), q_tile, dk, input_precision=PRECISION)
+            i = tl.expand_dims(t + shift, along)
+            p = tl.where(sees(i, tl.expand_dims(j, 1 - along), S, window, CAUSAL, WINDOW), p, 0.0)
+        rounded = p.to(k.dtype)
+        dv = tl.dot(rounded if SWAPPED else tl.trans(rounded), dout_tile, dv, input_precision=PRECISION)
+        ds = (p * (dp - delta)).to(k.dtype)
+        dk = tl.dot(ds if SWAPPED else tl.trans(ds), q_tile, dk, input_precision=PRECISION)
     return dk, dv
 
 
@@ -51,7 +62,8 @@ def _attention_dkdv_kernel(
     k_ptr,  # [B, S, G, D]
     v_ptr,  # [B, S, G, D]
     dout,  # [B, T, H, D], or its descriptor
-    lse_ptr,  # [B, H, T] f32
+    peak_ptr,  # [B, H, T] f32: lse; EXACT: what dq's kernel has written, here and in the next two
+    inverse_ptr,  # [B, H, T] f32; EXACT only
     delta_ptr,  # [B, H, T] f32
     dk_ptr,  # [B, S, G, D] contiguous
     dv_ptr,  # [B, S, G, D] contiguous
@@ -84,6 +96,7 @@ def _attention_dkdv_kernel(
     WINDOW: tl.constexpr,
     PACKED: tl.constexpr,
     EXACT: tl.constexpr,
+    SWAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -134,24 +147,26 @@ def _attention_dkdv_kernel(
                 + h64 * tl.multiple_of(dout_stride_h, 8)
                 + begin64 * dout_stride_t
             )
-        lse = lse_ptr + (b64 * H + h64) * T + begin64
-        delta = delta_ptr + (b64 * H + h64) * T + begin64
+        statistics = (b64 * H + h64) * T + begin64
+        peak = peak_ptr + statistics
+        inverse = inverse_ptr + statistics
+        delta = delta_ptr + statistics
         dk, dv = _dkdv_walk(
-            dk, dv, k, v, q_head, dout_head, lse, delta, b, h, full_low, full_high, shift, j, tokens, keys,
+            dk, dv, k, v, q_head, dout_head, peak, inverse, delta, b, h, full_low, full_high, shift, j, tokens, keys,
             q_stride_t, dout_stride_t, scale, window, D, BLOCK_M, BLOCK_D, CAUSAL, WINDOW, False, TMA,
-            WARP_SPECIALIZE, PRECISION, EXACT,
+            WARP_SPECIALIZE, SWAPPED, PRECISION, EXACT,
         )  # fmt: skip
         if CAUSAL:
             dk, dv = _dkdv_walk(
-                dk, dv, k, v, q_head, dout_head, lse, delta, b, h, low, full_low, shift, j, tokens, keys,
+                dk, dv, k, v, q_head, dout_head, peak, inverse, delta, b, h, low, full_low, shift, j, tokens, keys,
                 q_stride_t, dout_stride_t, scale, window, D, BLOCK_M, BLOCK_D, CAUSAL, WINDOW, True, TMA,
-                WARP_SPECIALIZE, PRECISION, EXACT,
+                WARP_SPECIALIZE, SWAPPED, PRECISION, EXACT,
             )  # fmt: skip
         if WINDOW:
             dk, dv = _dkdv_walk(
-                dk, dv, k, v, q_head, dout_head, lse, delta, b, h, full_high, high, shift, j, tokens, keys,
+                dk, dv, k, v, q_head, dout_head, peak, inverse, delta, b, h, full_high, high, shift, j, tokens, keys,
                 q_stride_t, dout_stride_t, scale, window, D, BLOCK_M, BLOCK_D, CAUSAL, WINDOW, True, TMA,
-                WARP_SPECIALIZE, PRECISION, EXACT,
+                WARP_SPECIALIZE, SWAPPED, PRECISION, EXACT,
             )  # fmt: skip
 
     rows = ((b64 * S + begin64 + j) * G + g64) * D

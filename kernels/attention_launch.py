@@ -27,6 +27,7 @@ class Tiles:
         num_warps, num_stages: of the program; stages of the loads that run ahead.
         tma: tiles of the inner loop come through tensor descriptors (sm_90 and newer, not packed sequences).
         warp_specialize: Triton gives loads and products warps of their own (sm_100; on sm_90 its pass fails).
+        swapped: dk and dv in half precision: scores stand keys by queries, and go on from registers.
         precision: how float32 is multiplied: "ieee", "tf32x3", "bf16x6"; of no effect in half precision.
     """
 
@@ -36,6 +37,7 @@ class Tiles:
     num_stages: int
     tma: bool = False
     warp_specialize: bool = False
+    swapped: bool = True
     precision: str = "tf32"
 
     def options(self) -> dict[str, Any]:
@@ -102,11 +104,12 @@ def _float32(block_m: int, block_n: int, num_warps: int, precision: str = "bf16x
 
 # Six bfloat16 products: as exact as float32's on an H200 (0.2 to 0.6 of the budget; three tf32 products up to 1.1), and
 # faster: TFLOP/s beside each, at 1 x 4096 tokens; tf32x3 20 to 44, plain multiply-adds 10. At D 256 their operands
-# overflow the registers; plain multiply-adds fit, 5 to 7.
+# overflow the registers; plain multiply-adds fit, 5 to 7. Both kernels of the backward must multiply by the same
+# instruction, so that their products are equal bit for bit: 32 queries, too few for a warp group's. dq 64 x 32: 47, 38.
 _FLOAT32 = {
     "fwd": (_float32(64, 64, 4), _float32(64, 32, 4), _float32(32, 16, 8, "ieee")),  # 55, 46, 6
     "dkdv": (_float32(32, 64, 4), _float32(32, 32, 4), _float32(16, 32, 8, "ieee")),  # 48, 35, 7
-    "dq": (_float32(64, 32, 4), _float32(64, 32, 4), _float32(32, 16, 8, "ieee")),  # 47, 38, 5
+    "dq": (_float32(32, 64, 4), _float32(32, 32, 4), _float32(32, 16, 8, "ieee")),
 }
 
 

@@ -14,6 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+_LOG2E_REST = tl.constexpr(1.925963033500011e-08)  # log2(e) less its float32
 
 
 # ---- device helpers --------------------------------------------------------------------------------------------------
@@ -139,21 +140,57 @@ def load_tile(
 
 
 @triton.jit
-def weights(s, lse, scale, EXACT: tl.constexpr):
-    """exp(scale s - lse): `scale` and `lse` are of base two, or natural where EXACT."""
+def power(x, EXACT: tl.constexpr):
+    """2^x; EXACT: e^x, the multiple of log 2 taken out first, so that the error does not grow with x; 0 at -inf."""
     if EXACT:
-        return tl.math.exp2((s * scale - lse) * LOG2E)
-    return tl.math.exp2(s * scale - lse)
+        n = tl.minimum(tl.maximum(tl.floor(x * LOG2E + 0.5), -126.0), 127.0)
+        rest = tl.fma(x, _LOG2E_REST, tl.fma(x, LOG2E, -n))
+        return tl.math.exp2(rest) * ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    return tl.math.exp2(x)
 
 
 @triton.jit
-def row_statistics(lse_ptr, delta_ptr, t, T, EXACT: tl.constexpr):
-    """(lse, delta) of rows t: lse is inf, so that every weight is 0, beyond T and where a query sees no key."""
-    lse = tl.load(lse_ptr + t, mask=t < T, other=float("inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse)
-    if not EXACT:
-        lse = lse * LOG2E
-    return lse, tl.load(delta_ptr + t, mask=t < T, other=0.0)
+def hide(s, i, j, S, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """`s` [queries, keys], -inf where the query does not see the key."""
+    return tl.where(sees(i[:, None], j[None, :], S, window, CAUSAL, WINDOW), s, float("-inf"))
+
+
+@triton.jit
+def running_weights(s, peak, scale, MASKED: tl.constexpr, EXACT: tl.constexpr):
+    """(alpha, p, peak): the factor of what came before; the weights relative to the new maximum.
+
+    peak is the largest product, not yet times `scale`, so that an exponent is one fused multiply-add; EXACT: of the
+    difference of two products, whose error does not grow with them.
+    """
+    peak_new = tl.maximum(peak, tl.max(s, 1))
+    base = peak_new if EXACT else peak_new * scale
+    if MASKED:
+        base = tl.where(peak_new == float("-inf"), 0.0, base)  # no key seen yet: weights are exp(-inf), not NaN
+    if EXACT:
+        x = (s - base[:, None]) * scale
+        return power((peak - base) * scale, EXACT), power(x, EXACT), peak_new
+    x = s * scale - base[:, None]
+    return power(peak * scale - base, EXACT), power(x, EXACT), peak_new
+
+
+@triton.jit
+def weights(s, peak, inverse, scale, EXACT: tl.constexpr):
+    """exp(scale s - lse), `scale` and `peak`, which is lse, of base two; EXACT: e^(scale (s - peak)) inverse."""
+    if EXACT:
+        return power((s - peak) * scale, EXACT) * inverse
+    return power(s * scale - peak, EXACT)
+
+
+@triton.jit
+def row_statistics(peak_ptr, inverse_ptr, delta_ptr, t, T, EXACT: tl.constexpr):
+    """(peak, inverse, delta) of rows t, for `weights`: of all that lie beyond T or see no key every weight is 0."""
+    peak = tl.load(peak_ptr + t, mask=t < T, other=float("inf"))
+    if EXACT:
+        inverse = tl.load(inverse_ptr + t, mask=t < T, other=1.0)
+    else:
+        peak = tl.where(peak == float("-inf"), float("inf"), peak) * LOG2E
+        inverse = peak
+    return peak, inverse, tl.load(delta_ptr + t, mask=t < T, other=0.0)
 
 
 # ---- host helpers ----------------------------------------------------------------------------------------------------

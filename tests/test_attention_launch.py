@@ -1,9 +1,13 @@
-"""The Triton attention's launch parameters, compiled: sm_90's and, in half precision, sm_80's fit the shared memory."""
+"""The Triton attention's launch parameters, compiled: sm_90's and, in half precision, sm_80's fit the shared memory.
+
+In float32 both kernels of the backward make scores and dp by the same instruction, so that these are equal bit for bit.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import multiprocessing
+import re
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -16,31 +20,48 @@ SMALL_SHARED_BYTES = 99 << 10  # of sm_86, sm_89 and sm_120
 SIZES = [(D, dtype) for D in (64, 128, 256) for dtype in (torch.bfloat16, torch.float32)]
 
 
-def _shared(D: int, dtype: torch.dtype, place: int) -> dict[str, int]:
-    """Shared memory of each kernel of a training step."""
+def _products(ttgir: str, D: int) -> set[str]:
+    """The layouts of the products that contract over D: the instruction and the order of its operands' elements."""
+    names = dict(re.findall(r"(#\w+) = (#ttg\.\S+<\{.*?\}>)", ttgir))
+    operands = re.findall(rf": tensor<\d+x{D}x\w+, #ttg.dot_op<{{opIdx = 0, parent = (#\w+)(.*?)}}>> \* ", ttgir)
+    kinds = set()
+    for parent, rest in operands:
+        layout = names[parent]
+        version = re.search(r"versionMajor = \d+", layout)
+        kinds.add(f"{version.group() if version else 'multiply-adds'}{rest}")
+    return kinds
+
+
+def _compiled(D: int, dtype: torch.dtype, place: int) -> tuple[dict[str, int], dict[str, set[str]]]:
+    """Of each kernel of a training step: shared memory; its products over D."""
     from benchmarks import sass
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     q, k, lse, options = empty(2, 4096, 8, D), empty(2, 4096, 2, D), empty(2, 8, 4096, dtype=torch.float32), (None, 0.1)
-    found = {}
+    found, products = {}, {}
     for primitive, tensors in (("attention_fwd", (q, k, k)), ("attention_bwd", (q, q, k, k, q, lse))):
         specimen = sass.Specimen("attention", "", primitive, (*tensors, *options, True, 0))
         for recorded in sass.record(specimen, place):
             compiled = sass.compile_for(recorded, place)
             found[f"{recorded.kernel.__name__} D{D} {dtype}"] = compiled.metadata.shared
-    assert len(found) == 4, found
-    return found
+            products[recorded.kernel.__name__] = _products(compiled.asm["ttgir"], D)
+    assert len(found) == (3 if dtype == torch.float32 else 4), found
+    return found, products
 
 
 def test_defaults_fit_sm_90() -> None:
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for found in pool.map(_shared, *zip(*[(D, dtype, 90) for D, dtype in SIZES], strict=True)):
+        compiled = pool.map(_compiled, *zip(*[(D, dtype, 90) for D, dtype in SIZES], strict=True))
+        for (D, dtype), (found, products) in zip(SIZES, compiled, strict=True):
             assert all(n <= SHARED_BYTES for n in found.values()), found
+            if dtype == torch.float32:
+                kind = "multiply-adds" if D == 256 else "versionMajor = 2, kWidth = 2"
+                assert products["_attention_dq_kernel"] == products["_attention_dkdv_kernel"] == {kind}, products
 
 
 def test_half_precision_fits_the_smaller_cards() -> None:
     for D in (64, 128, 256):
-        found = _shared(D, torch.bfloat16, 80)
+        found, _ = _compiled(D, torch.bfloat16, 80)
         assert all(n <= SMALL_SHARED_BYTES for n in found.values()), found
