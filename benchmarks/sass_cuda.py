@@ -23,7 +23,8 @@ else:
 
 BUDGET = Path(__file__).with_name("sass_cuda.toml")
 LOCAL = ("LDL", "STL")  # what a spill is made of
-ELEMENTWISE = re.compile(r"(?<!\d)Li1E")  # in a mangled name: the variant for rows off the 16-byte boundary
+# in a mangled name, the first integer of the template: the variant for rows off the 16-byte boundary
+ELEMENTWISE = re.compile(r"kernelI(?:(?!Li\d).)*Li1E")
 
 
 @dataclass(frozen=True)

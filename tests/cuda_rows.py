@@ -16,13 +16,17 @@ from llama_fast.ops import cuda
 from llama_fast.verify import Case
 
 NORM = [
-    {"...": (2, 5), "C": 3},
-    {"...": (3, 7), "C": 512},
+    {"...": (2, 5), "C": 3},  # short rows, off the 16-byte boundary,
+    {"...": (70, 2), "C": 100},
+    {"...": (4, 7), "C": 40},  # and on it: one piece a lane,
+    {"...": (790,), "C": 128},  # two; more rows than the backward's blocks have at once
+    {"...": (3, 7), "C": 512},  # or four
+    {"...": (35,), "C": 1032},  # more rows than parts of dweight
     {"...": (9,), "C": 5000},  # more than a 16-byte piece a thread in float32,
-    {"...": (9,), "C": 9000},  # and in half precision; more rows than parts of dweight
-    {"...": (3,), "C": 1003},  # rows off the 16-byte boundary
+    {"...": (9,), "C": 9000},  # and in half precision
+    {"...": (11,), "C": 1003},  # rows off the 16-byte boundary
+    {"...": (5,), "C": 17000},  # rows that the backward reads twice
     {"...": (1,), "C": 33000},  # a row that the forward does not hold
-    {"...": (200,), "C": 72},  # more rows than parts of dweight
     {"...": (0,), "C": 16},
     {"...": (), "C": 48},
 ]
@@ -91,7 +95,7 @@ def _rows_of(logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[T
 
 def test_a_fault_names_op_thread_and_tensor() -> None:
     x, w = torch.randn(3, 64), torch.ones(64)
-    report = r"rms_norm_fwd: block \(2,0,0\) thread 0 .*: st.global: 4 bytes at offset 8 of .*argument 4"
+    report = r"rms_norm_fwd: block \(0,0,0\) thread 16 .*: st.global: 4 bytes at offset 8 of .*argument 4"
     with pytest.raises(RuntimeError, match=report):
         cuda._library.rms_norm_fwd(x, w, 1e-6, torch.empty(3, 64), torch.empty(2), (0, 0))
 

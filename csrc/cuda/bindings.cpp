@@ -94,10 +94,10 @@ PYBIND11_MODULE(_native_cuda, module) {
 #endif
   module.doc() = "The CUDA ops of llama_fast. Use llama_fast's public functions: these check nothing.";
   bind(module, "rms_norm_fwd", &cuda::rms_norm_fwd, "x", "weight", "eps", "y", "rstd");
-  bind(module, "rms_norm_bwd", &cuda::rms_norm_bwd, "dy", "x", "weight", "rstd", "dx", "dweight", "partial");
+  bind(module, "rms_norm_bwd", &cuda::rms_norm_bwd, "dy", "x", "weight", "rstd", "dx", "dweight", "scratch");
   bind(module, "add_rms_norm_fwd", &cuda::add_rms_norm_fwd, "x", "residual", "weight", "eps", "y", "sum", "rstd");
   bind(module, "add_rms_norm_bwd", &cuda::add_rms_norm_bwd, "dy", "dsum", "sum", "weight", "rstd", "dx", "dweight",
-       "partial");
+       "scratch");
   bind(module, "swiglu_fwd", &cuda::swiglu_fwd, "gate", "up", "y");
   bind(module, "swiglu_bwd", &cuda::swiglu_bwd, "dy", "gate", "up", "dgate", "dup");
   bind(module, "rope_fwd", &cuda::rope_fwd, "q", "k", "cos", "sin", "interleaved", "q_out", "k_out");
@@ -118,7 +118,7 @@ PYBIND11_MODULE(_native_cuda, module) {
   module.def("attention_fwd_scratch", &cuda::attention_fwd_scratch);
   module.def("attention_bwd_scratch", &cuda::attention_bwd_scratch, py::arg("q"), py::arg("k"), py::arg("v"),
              py::arg("cu_seqlens"), py::arg("scale"), py::arg("device"));
-  module.def("norm_parts", &cuda::norm_parts, py::arg("R"), py::arg("C"), py::arg("item"), py::arg("device"));
+  module.def("norm_scratch", &cuda::norm_scratch, py::arg("R"), py::arg("C"), py::arg("item"), py::arg("device"));
 #ifdef LLAMA_FAST_EMULATE
   module.attr("architectures") = "";
   module.def(

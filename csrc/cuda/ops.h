@@ -20,15 +20,15 @@ void set_architecture(int value);
 
 // y[r,c] = x[r,c] rstd[r] weight[c];  x, y: [R, C] T; weight: [C] T; rstd: [R] f32
 void rms_norm_fwd(const Tensor& x, const Tensor& weight, double eps, const Tensor& y, const Tensor& rstd, Stream s);
-// partial: [norm_parts, C] f32, scratch: each part sums dweight over its rows, and the parts are summed in order.
+// scratch: [norm_scratch] f32 of any content: parts that sum dweight over some rows each, and a number a row.
 void rms_norm_bwd(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd, const Tensor& dx,
-                  const Tensor& dweight, const Tensor& partial, Stream s);
+                  const Tensor& dweight, const Tensor& scratch, Stream s);
 void add_rms_norm_fwd(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps, const Tensor& y,
                       const Tensor& sum, const Tensor& rstd, Stream s);
 void add_rms_norm_bwd(const Tensor& dy, const Tensor& dsum, const Tensor& sum, const Tensor& weight, const Tensor& rstd,
-                      const Tensor& dx, const Tensor& dweight, const Tensor& partial, Stream s);
-// Rows of `partial` for R rows of C columns of `item` bytes on a device.
-int64_t norm_parts(int64_t R, int64_t C, int64_t item, int device);
+                      const Tensor& dx, const Tensor& dweight, const Tensor& scratch, Stream s);
+// Elements of `scratch` for R rows of C columns of `item` bytes on a device.
+int64_t norm_scratch(int64_t R, int64_t C, int64_t item, int device);
 
 // y = silu(gate) up;  all [R, F] T
 void swiglu_fwd(const Tensor& gate, const Tensor& up, const Tensor& y, Stream s);

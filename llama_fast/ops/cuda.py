@@ -97,21 +97,21 @@ def _launcher(op: Op, direction: str, scratch: Scratch | None = None) -> Callabl
 
 
 @functools.lru_cache(maxsize=table.MOST_SHAPES)
-def _norm_parts(R: int, C: int, item: int, device: int) -> int:
-    return _library.norm_parts(R, C, item, device)
+def _norm_elements(R: int, C: int, item: int, device: int) -> int:
+    return _library.norm_scratch(R, C, item, device)
 
 
-def _norm_partial(args: tuple[Any, ...]) -> Tensor:
-    """[parts, C] float32 for dweight: each part sums some rows."""
+def _norm_scratch(args: tuple[Any, ...]) -> Tensor:
+    """float32, for the parts of dweight."""
     dy = args[0]
     R, C = dy.shape
-    return dy.new_empty(_norm_parts(R, C, dy.element_size(), dy.device.index or 0), C, dtype=torch.float32)
+    return dy.new_empty(_norm_elements(R, C, dy.element_size(), dy.device.index or 0), dtype=torch.float32)
 
 
 rms_norm_fwd = _launcher(table.RMS_NORM, "fwd")
-rms_norm_bwd = _launcher(table.RMS_NORM, "bwd", _norm_partial)
+rms_norm_bwd = _launcher(table.RMS_NORM, "bwd", _norm_scratch)
 add_rms_norm_fwd = _launcher(table.ADD_RMS_NORM, "fwd")
-add_rms_norm_bwd = _launcher(table.ADD_RMS_NORM, "bwd", _norm_partial)
+add_rms_norm_bwd = _launcher(table.ADD_RMS_NORM, "bwd", _norm_scratch)
 swiglu_fwd = _launcher(table.SWIGLU, "fwd")
 swiglu_bwd = _launcher(table.SWIGLU, "bwd")
 rope_fwd = _launcher(table.ROPE, "fwd")
