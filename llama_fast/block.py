@@ -14,7 +14,8 @@ What a policy keeps between forward and backward, a layer; all else is computed 
 
 Contract of the backward: saved tensors are never overwritten; each gradient is rounded once to the dtype of the
 computation; gradients of weights that need none are not computed. Under autocast the block computes in autocast's dtype
-and casts the weights in the forward and again in the backward, so that no copy of them is kept.
+(with `keep_residual`: x, h, y, the norms and their gradients in x's) and casts the weights in the forward and again in
+the backward, so that no copy of them is kept.
 
 Source: Touvron et al. 2023, arXiv:2302.13971, section 2.4. Derivation: docs/block.md.
 
@@ -24,6 +25,7 @@ D head dim.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -68,6 +70,7 @@ class BlockOptions:
         policy: one of POLICIES.
         window: sliding window of the attention, 0 for none.
         interleaved: rotary layout, see `llama_fast.rope`.
+        keep_residual: under autocast the residual stream and the norms stay in the dtype of x.
         collectives: joins the parts of a block that is split over devices.
     """
 
@@ -76,11 +79,15 @@ class BlockOptions:
     policy: str = "recompute-cheap"
     window: int = 0
     interleaved: bool = False
+    keep_residual: bool = False
     collectives: Collectives = field(default_factory=Single)
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise ValueError(f"policy is {self.policy!r}, expected one of {', '.join(POLICIES)}")
+
+
+Spans = tuple[tuple[int, int], ...]  # of each row of the batch: its keys from the first number up to the second
 
 
 class AnyCache(Protocol):
@@ -136,54 +143,85 @@ def _forward(
     cu_seqlens: Tensor | None,
     options: BlockOptions,
     backend: str | None,
+    spans: Spans | None = None,
     cache: AnyCache | None = None,
 ) -> tuple[Tensor, _Activations]:
     B, T, C = x_BTC.shape
     D, join = options.head_dim, options.collectives
+    stream, dtype = x_BTC.dtype, w.wq_HDxC.dtype  # of the residual stream, and of all else
     x_RC = x_BTC.reshape(B * T, C)
     n1_RC, rstd1_R = _rms_norm_fwd(x_RC, w.norm1_C, options.eps, backend=backend)
+    n1_RC = n1_RC.to(dtype)
     n1_all = join.gather(n1_RC)
     tokens = cos.shape[1]  # of the whole sequence, where x holds a part of it
     q, k, v_BTGD = (linear.nt(n1_all, m).view(B, tokens, m.shape[0] // D, D) for m in (w.wq_HDxC, w.wk_GDxC, w.wv_GDxC))
     q_BTHD, k_BTGD = _rope_fwd(q, k, cos, sin, options.interleaved, backend=backend)
     keys, values = (k_BTGD, v_BTGD) if cache is None else cache.append(k_BTGD, v_BTGD)
     if isinstance(cache, Cache) and cache.starts is not None:
-        out_BTHD, lse_BHT = _attend_from(cache.starts, q_BTHD, keys, values, options, backend)
+        spans = tuple((start, keys.shape[1]) for start in cache.starts)
+    if spans is not None:
+        out_BTHD, lse_BHT = _attend_spans(spans, q_BTHD, keys, values, options, backend)
     else:
         out_BTHD, lse_BHT = _attention_fwd(
             q_BTHD, keys, values, cu_seqlens, D**-0.5, True, options.window, backend=backend
         )
     attended_RC = join.reduce(linear.nt(out_BTHD.flatten(2).flatten(0, 1), w.wo_CxHD))
-    n2_RC, h_RC, rstd2_R = _add_rms_norm_fwd(attended_RC, x_RC, w.norm2_C, options.eps, backend=backend)
+    n2_RC, h_RC, rstd2_R = _add_rms_norm_fwd(attended_RC.to(stream), x_RC, w.norm2_C, options.eps, backend=backend)
+    n2_RC = n2_RC.to(dtype)
     n2_all = join.gather(n2_RC)
     gate_RF, up_RF = linear.nt(n2_all, w.wgate_FC), linear.nt(n2_all, w.wup_FC)
     (act_RF,) = _swiglu_fwd(gate_RF, up_RF, backend=backend)
-    y_RC = join.reduce(linear.nt(act_RF, w.wdown_CF)).add_(h_RC)
+    y_RC = join.reduce(linear.nt(act_RF, w.wdown_CF)).to(stream).add_(h_RC)
     # no view to autograd: an in-place change of a view would drop the hook that FSDP2 puts on what a layer gives
     return torch.ops.aten._unsafe_view(y_RC, (B, T, C)), _Activations(
         n1_RC, rstd1_R, q_BTHD, k_BTGD, v_BTGD, out_BTHD, lse_BHT, h_RC, n2_RC, rstd2_R, gate_RF, up_RF, act_RF
     )
 
 
-def _attend_from(
-    starts: tuple[int, ...],
-    q_BTHD: Tensor,
-    k_BSGD: Tensor,
-    v_BSGD: Tensor,
-    options: BlockOptions,
-    backend: str | None,
+def _calls(spans: Spans, T: int, S: int) -> Iterator[tuple[slice, slice, slice, bool]]:
+    """Row, queries, keys and causal, for each call of the attention that spans come to.
+
+    Queries before their row's span see nothing; those beyond it, all of it.
+    """
+    for b, (begin, end) in enumerate(spans):
+        first, last = (min(max(key - (S - T), 0), T) for key in (begin, end))
+        if begin < end:
+            yield from (
+                (slice(b, b + 1), queries, slice(begin, end), causal)
+                for queries, causal in ((slice(first, last), True), (slice(last, T), False))
+                if queries.start < queries.stop
+            )
+
+
+def _attend_spans(
+    spans: Spans, q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, options: BlockOptions, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of rows that begin at `starts`, one after the other; queries before that give zeros."""
-    B, T, H, _ = q_BTHD.shape
-    before = k_BSGD.shape[1] - T
+    """Attention of rows that have their own spans of keys, one after the other; a query that sees none gives zeros."""
+    B, T, H, D = q_BTHD.shape
     out_BTHD, lse_BHT = torch.zeros_like(q_BTHD), q_BTHD.new_zeros(B, H, T, dtype=torch.float32)
-    for b, start in enumerate(starts):
-        first = min(max(start - before, 0), T)
-        if first < T:
-            q, k, v = q_BTHD[b : b + 1, first:], k_BSGD[b : b + 1, start:], v_BSGD[b : b + 1, start:]
-            out, _ = _attention_fwd(q, k, v, None, options.head_dim**-0.5, True, options.window, backend=backend)
-            out_BTHD[b, first:] = out[0]
+    for row, queries, keys, causal in _calls(spans, T, k_BSGD.shape[1]):
+        q, k, v = q_BTHD[row, queries], k_BSGD[row, keys], v_BSGD[row, keys]
+        out, lse = _attention_fwd(q, k, v, None, D**-0.5, causal, options.window, backend=backend)
+        out_BTHD[row, queries], lse_BHT[row, :, queries] = out, lse
     return out_BTHD, lse_BHT
+
+
+def _attend_spans_bwd(
+    spans: Spans, dout_BTHD: Tensor, a: _Activations, options: BlockOptions, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of `_attend_spans`."""
+    _, T, _, D = dout_BTHD.shape
+    dq_BTHD, dk_BTGD, dv_BTGD = (torch.zeros_like(t) for t in (a.q_BTHD, a.k_BTGD, a.v_BTGD))
+    for row, queries, keys, causal in _calls(spans, T, T):
+        dout, q, out = (t[row, queries] for t in (dout_BTHD, a.q_BTHD, a.out_BTHD))
+        k, v, lse = a.k_BTGD[row, keys], a.v_BTGD[row, keys], a.lse_BHT[row, :, queries].contiguous()
+        dq, dk, dv = _attention_bwd(
+            dout, q, k, v, out, lse, None, D**-0.5, causal, options.window, backend=backend
+        )  # fmt: skip
+        dq_BTHD[row, queries] = dq
+        dk_BTGD[row, keys] += dk
+        dv_BTGD[row, keys] += dv
+    return dq_BTHD, dk_BTGD, dv_BTGD
 
 
 def _backward(
@@ -197,6 +235,7 @@ def _backward(
     needs: Weights,
     options: BlockOptions,
     backend: str | None,
+    spans: Spans | None = None,
     dk_BTGD: Tensor | None = None,
     dv_BTGD: Tensor | None = None,
 ) -> tuple[Tensor, Weights]:
@@ -206,9 +245,10 @@ def _backward(
     """
     B, T, C = x_BTC.shape
     join, eps = options.collectives, options.eps
+    stream, dtype = x_BTC.dtype, w.wq_HDxC.dtype
     x_RC, dy_RC = x_BTC.reshape(B * T, C), dy_BTC.reshape(B * T, C)
 
-    dy_all = join.gather(dy_RC)
+    dy_all = join.gather(dy_RC.to(dtype))
     dact_RF = linear.nn(dy_all, w.wdown_CF)
     act_RF = a.act_RF
     if act_RF is None and needs.wdown_CF:
@@ -219,22 +259,25 @@ def _backward(
     dwgate = dwup = None
     if needs.wgate_FC or needs.wup_FC:
         n2_RC = a.n2_RC if a.n2_RC is not None else _rms_norm_fwd(a.h_RC, w.norm2_C, eps, backend=backend)[0]
-        n2_all = join.gather(n2_RC)
+        n2_all = join.gather(n2_RC.to(dtype))
         dwgate = linear.tn(dgate_RF, n2_all) if needs.wgate_FC else None
         dwup = linear.tn(dup_RF, n2_all) if needs.wup_FC else None
         del n2_RC, n2_all
     dn2_RC = linear.nn(dgate_RF, w.wgate_FC)
     dn2_RC = join.reduce(linear.nn(dup_RF, w.wup_FC, out=dn2_RC, accumulate=True))
     del dgate_RF, dup_RF
-    dh_RC, dnorm2 = _add_rms_norm_bwd(dn2_RC, dy_RC, a.h_RC, w.norm2_C, a.rstd2_R, backend=backend)
+    dh_RC, dnorm2 = _add_rms_norm_bwd(dn2_RC.to(stream), dy_RC, a.h_RC, w.norm2_C, a.rstd2_R, backend=backend)
 
-    dh_all = join.gather(dh_RC)
+    dh_all = join.gather(dh_RC.to(dtype))
     dwo = linear.tn(dh_all, a.out_BTHD.flatten(2).flatten(0, 1)) if needs.wo_CxHD else None
     dout_BTHD = linear.nn(dh_all, w.wo_CxHD).view(a.out_BTHD.shape)
-    dq, dk, dv = _attention_bwd(
-        dout_BTHD, a.q_BTHD, a.k_BTGD, a.v_BTGD, a.out_BTHD, a.lse_BHT, cu_seqlens,
-        options.head_dim**-0.5, True, options.window, backend=backend,
-    )  # fmt: skip
+    if spans is not None:
+        dq, dk, dv = _attend_spans_bwd(spans, dout_BTHD, a, options, backend)
+    else:
+        dq, dk, dv = _attention_bwd(
+            dout_BTHD, a.q_BTHD, a.k_BTGD, a.v_BTGD, a.out_BTHD, a.lse_BHT, cu_seqlens,
+            options.head_dim**-0.5, True, options.window, backend=backend,
+        )  # fmt: skip
     dk = dk if dk_BTGD is None else dk + dk_BTGD
     dv = dv if dv_BTGD is None else dv + dv_BTGD
     dq, dk = _rope_bwd(dq, dk, cos, sin, options.interleaved, backend=backend)
@@ -242,7 +285,7 @@ def _backward(
     dwq = dwk = dwv = None
     if needs.wq_HDxC or needs.wk_GDxC or needs.wv_GDxC:
         n1_RC = a.n1_RC if a.n1_RC is not None else _rms_norm_fwd(x_RC, w.norm1_C, eps, backend=backend)[0]
-        n1_all = join.gather(n1_RC)
+        n1_all = join.gather(n1_RC.to(dtype))
         dwq = linear.tn(dq, n1_all) if needs.wq_HDxC else None
         dwk = linear.tn(dk, n1_all) if needs.wk_GDxC else None
         dwv = linear.tn(dv, n1_all) if needs.wv_GDxC else None
@@ -250,8 +293,13 @@ def _backward(
     dn1_RC = linear.nn(dq, w.wq_HDxC)
     linear.nn(dk, w.wk_GDxC, out=dn1_RC, accumulate=True)
     dn1_RC = join.reduce(linear.nn(dv, w.wv_GDxC, out=dn1_RC, accumulate=True))
-    dx_RC, dnorm1 = _add_rms_norm_bwd(dn1_RC, dh_RC, x_RC, w.norm1_C, a.rstd1_R, backend=backend)
+    dx_RC, dnorm1 = _add_rms_norm_bwd(dn1_RC.to(stream), dh_RC, x_RC, w.norm1_C, a.rstd1_R, backend=backend)
     return dx_RC.view(B, T, C), Weights(dnorm1, dwq, dwk, dwv, dwo, dnorm2, dwgate, dwup, dwdown)  # type: ignore[arg-type]
+
+
+def _cast(weights: Weights, dtype: torch.dtype, stream: torch.dtype) -> Weights:
+    """The parameters as the block computes with them: the norms' in the residual stream's dtype."""
+    return Weights(*(p.to(stream if name.startswith("norm") else dtype) for name, p in weights._asdict().items()))
 
 
 class _Block(torch.autograd.Function):
@@ -262,21 +310,22 @@ class _Block(torch.autograd.Function):
         cos: Tensor,
         sin: Tensor,
         cu_seqlens: Tensor | None,
+        spans: Spans | None,
         options: BlockOptions,
         dtype: torch.dtype,
         with_keys: bool,
         *weights: Tensor,
     ) -> Tensor | tuple[Tensor, ...]:
         backend = forced()
-        w = Weights(*(p.to(dtype) for p in weights))
-        y_BTC, activations = _forward(x_BTC, w, cos, sin, cu_seqlens, options, backend)
+        w = _cast(Weights(*weights), dtype, x_BTC.dtype)
+        y_BTC, activations = _forward(x_BTC, w, cos, sin, cu_seqlens, options, backend, spans)
         if options.policy == "recompute-all":
             kept: list[Tensor | None] = []
         else:
             dropped = _CHEAP if options.policy == "recompute-cheap" else frozenset()
             kept = [None if n in dropped else t for n, t in activations._asdict().items()]
         ctx.save_for_backward(x_BTC, cos, sin, cu_seqlens, *weights, *kept)
-        ctx.options, ctx.backend, ctx.dtype = options, backend, dtype
+        ctx.options, ctx.backend, ctx.dtype, ctx.spans = options, backend, dtype, spans
         ctx.set_materialize_grads(False)
         return (y_BTC, activations.k_BTGD, activations.v_BTGD) if with_keys else y_BTC
 
@@ -287,21 +336,22 @@ class _Block(torch.autograd.Function):
         dy_BTC = torch.zeros_like(x_BTC) if dy_BTC is None else dy_BTC
         n = len(Weights._fields)
         parameters, kept = rest[:n], rest[n:]
-        options, backend, dtype = ctx.options, ctx.backend, ctx.dtype
-        w = Weights(*(p.to(dtype) for p in parameters))
+        options, backend, spans = ctx.options, ctx.backend, ctx.spans
+        w = _cast(Weights(*parameters), ctx.dtype, x_BTC.dtype)
         if kept:
             activations = _Activations(*kept)
         else:
-            _, activations = _forward(x_BTC, w, cos, sin, cu_seqlens, options, backend)
-        needs = Weights(*ctx.needs_input_grad[7:])
-        dx, dw = _backward(dy_BTC, x_BTC, w, cos, sin, cu_seqlens, activations, needs, options, backend, *dkv)
+            _, activations = _forward(x_BTC, w, cos, sin, cu_seqlens, options, backend, spans)
+        needs = Weights(*ctx.needs_input_grad[8:])
+        dx, dw = _backward(dy_BTC, x_BTC, w, cos, sin, cu_seqlens, activations, needs, options, backend, spans, *dkv)
         gradients = (None if g is None else g.to(p.dtype) for g, p in zip(dw, parameters, strict=True))
-        return dx, None, None, None, None, None, None, *gradients
+        return dx, None, None, None, None, None, None, None, *gradients
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    cast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64  # which autocast leaves as it is
+    return torch.get_autocast_dtype(kind) if cast else x.dtype
 
 
 def _may_decode(x: Tensor, options: BlockOptions) -> bool:
@@ -316,7 +366,23 @@ def _may_decode(x: Tensor, options: BlockOptions) -> bool:
     )
 
 
-def _check(x: Tensor, w: Weights, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None, options: BlockOptions) -> None:
+def _check_spans(spans: Spans, B: int, cu_seqlens: Tensor | None, options: BlockOptions) -> None:
+    if len(spans) != B or not all(0 <= begin <= end for begin, end in spans):
+        raise ValueError(f"block: spans is {spans}, expected {B} pairs (begin, end) with 0 <= begin <= end")
+    if cu_seqlens is not None or options.window:
+        other = f"a window of {options.window}" if options.window else "cu_seqlens"
+        raise ValueError(f"block: spans are given beside {other}, expected one of the two")
+
+
+def _check(
+    x: Tensor,
+    w: Weights,
+    cos: Tensor,
+    sin: Tensor,
+    cu_seqlens: Tensor | None,
+    spans: Spans | None,
+    options: BlockOptions,
+) -> None:
     if x.ndim != 3:
         raise ValueError(f"block: x has shape {tuple(x.shape)}, expected [B, T, C]")
     B, T, C = x.shape
@@ -336,6 +402,8 @@ def _check(x: Tensor, w: Weights, cos: Tensor, sin: Tensor, cu_seqlens: Tensor |
             raise ValueError(f"block: {name} has shape {tuple(table.shape)}, expected [1 or B, T, D/2] = {(T, D // 2)}")
         if table.dtype != torch.float32:
             raise ValueError(f"block: {name} has dtype {table.dtype}, expected torch.float32")
+    if spans is not None:
+        _check_spans(spans, B, cu_seqlens, options)
     if cu_seqlens is not None and B != 1:
         raise ValueError(f"block: x has B = {B}, expected 1 with cu_seqlens: the sequences lie in one row")
 
@@ -364,6 +432,7 @@ def transformer_block(
     options: BlockOptions,
     *,
     cu_seqlens: Tensor | None = None,
+    spans: Spans | None = None,
     cache: AnyCache | None = None,
     return_keys: bool = False,
 ) -> Any:
@@ -375,11 +444,13 @@ def transformer_block(
         cos, sin: [T, D/2] or [B, T, D/2] float32, of the positions of these T tokens.
         options: head dim, epsilon, policy, window, rotary layout, collectives.
         cu_seqlens: [N+1] int32, sequences packed in one row (B = 1); attention stays within each.
+        spans: B pairs (begin, end), padding: row b sees only its keys from begin up to end. A query before its span
+            sees none, one beyond it all of the span.
         cache: keys and values so far; this call appends its own and attends to all. No gradient.
         return_keys: give k and v too.
 
     Returns:
-        y: [B, T, C], dtype of `x` (autocast's under autocast).
+        y: [B, T, C], dtype of `x` (under autocast without `keep_residual` autocast's).
         k, v: [B, T, G, D] each, the keys after rotary and the values; only with `return_keys`.
 
     Gradient: of x and of each weight that requires one; those of k and v are taken in.
@@ -401,7 +472,8 @@ def transformer_block(
         if y is not None:
             return y
     dtype = _compute_dtype(x)
-    _check(x, weights, cos, sin, cu_seqlens, options)
+    stream = x.dtype if options.keep_residual else dtype
+    _check(x, weights, cos, sin, cu_seqlens, spans, options)
     if dtype == x.dtype:
         for name, p in weights._asdict().items():
             if p.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
@@ -413,8 +485,8 @@ def transformer_block(
             raise ValueError("block: return_keys is True beside a cache, expected one of the two")
         if isinstance(cache, Cache):
             _check_cache(cache, x.shape, weights.wk_GDxC.shape[0] // options.head_dim, options.head_dim, dtype)
-        w = Weights(*(p.to(dtype) for p in weights))
+        w = _cast(weights, dtype, stream)
         with torch.autocast(x.device.type, enabled=False):
-            return _forward(x.to(dtype), w, cos, sin, cu_seqlens, options, forced(), cache)[0]
+            return _forward(x.to(stream), w, cos, sin, cu_seqlens, options, forced(), spans, cache)[0]
     with torch.autocast(x.device.type, enabled=False):
-        return _Block.apply(x.to(dtype), cos, sin, cu_seqlens, options, dtype, return_keys, *weights)
+        return _Block.apply(x.to(stream), cos, sin, cu_seqlens, spans, options, dtype, return_keys, *weights)

@@ -100,7 +100,7 @@ def test_error_is_within_the_budget(target_name: str, dtype: torch.dtype) -> Non
             assert not problem, f"{policy} {name}: {problem}"
 
 
-def _saved_bytes(policy: str) -> int:
+def _saved_bytes(policy: str, **options: bool) -> int:
     """Bytes that one block holds between forward and backward, parameters and rotary tables aside, by storage."""
     x, _ = _inputs(WIDE, torch.float32)
     layer = _plain_block(WIDE, torch.float32).layers[0]
@@ -115,7 +115,7 @@ def _saved_bytes(policy: str) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        transformer_block(x, _weights(layer), cos, sin, BlockOptions(WIDE.head_dim, policy=policy))
+        transformer_block(x, _weights(layer), cos, sin, BlockOptions(WIDE.head_dim, policy=policy, **options))
     return sum(kept.values())
 
 
@@ -127,6 +127,10 @@ def test_bytes_kept_by_policy() -> None:
     assert _saved_bytes("recompute-all") == rows * item * C
     assert _saved_bytes("recompute-cheap") == cheap
     assert _saved_bytes("save") == cheap + rows * item * (2 * C + F)
+    halves, residual = (cheap - statistics) // 2 + statistics, rows * 2 * 2 * C
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert _saved_bytes("recompute-cheap") == halves
+        assert _saved_bytes("recompute-cheap", keep_residual=True) == halves + residual
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -317,6 +321,78 @@ def test_autocast_computes_in_bfloat16_and_gives_float32_gradients() -> None:
         assert (got - want).norm() / want.norm() < 0.02
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_autocast_can_keep_the_residual_stream(policy: str) -> None:
+    """Then it is not rounded, and x's gradient neither; without autocast the option changes nothing."""
+    layer = _plain_block(WIDE, torch.float32).layers[0]
+    x, dy = _inputs(WIDE, torch.float32)
+    truth = _run_plain(WIDE, torch.float64, x, dy, torch.float32)
+    errors = {}
+    for keep in (False, True):
+        options = BlockOptions(WIDE.head_dim, WIDE.norm_eps, policy, keep_residual=keep)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = transformer_block(x, _weights(layer), *rope_cos_sin(WIDE, T), options)
+        found = [y.detach(), *torch.autograd.grad(y, [x, *_weights(layer)], dy.to(y.dtype))]
+        assert found[0].dtype == (torch.float32 if keep else torch.bfloat16)
+        assert all(g.dtype == torch.float32 for g in found[1:])
+        errors[keep] = [float((a - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True)]
+        assert max(errors[keep]) < 0.02
+    assert errors[True][0] < 0.9 * errors[False][0]
+    keeps = BlockOptions(WIDE.head_dim, WIDE.norm_eps, policy, keep_residual=True)
+    y = transformer_block(x, _weights(layer), *rope_cos_sin(WIDE, T), keeps)
+    assert torch.equal(y, _run_ours(WIDE, torch.float32, x, dy, policy)[0])
+    with torch.no_grad():  # nothing is added to the stream: it and its gradient pass bit for bit
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = transformer_block(x, _weights(layer), *rope_cos_sin(WIDE, T), keeps)
+    assert torch.equal(y, x)
+    assert torch.equal(torch.autograd.grad(y, x, dy)[0], dy)
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    x, dy = _inputs(WIDE, torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = _run_ours(WIDE, torch.float64, x, dy, "recompute-cheap")
+    for got, want in zip(found, _run_plain(WIDE, torch.float64, x, dy, torch.float64), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+SPANS = ((4, T), (2, T - 5))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_padded_rows_are_what_each_is_alone(policy: str) -> None:
+    layer = _plain_block(WIDE, torch.float64).layers[0]
+    w = _weights(layer)
+    x, dy = _inputs(WIDE, torch.float64)
+    cos, sin = rope_cos_sin(WIDE, T)
+    options = BlockOptions(WIDE.head_dim, WIDE.norm_eps, policy)
+    y = transformer_block(x, w, cos, sin, options, spans=SPANS)
+    inside = torch.zeros(B, T, 1, dtype=torch.bool)
+    alone = []
+    for b, (begin, end) in enumerate(SPANS):
+        inside[b, begin:end] = True
+        alone.append(transformer_block(x[b : b + 1, begin:end], w, cos[begin:end], sin[begin:end], options))
+        torch.testing.assert_close(y[b : b + 1, begin:end], alone[b], rtol=1e-9, atol=1e-9)
+    found = torch.autograd.grad(y, [x, *w], dy * inside)
+    parts = [dy[b : b + 1, begin:end] for b, (begin, end) in enumerate(SPANS)]
+    for got, want in zip(found, torch.autograd.grad(alone, [x, *w], parts), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_gradcheck_of_padded_rows() -> None:
+    """Queries before and beyond their row's span too."""
+    config = LlamaConfig(dim=8, n_layers=1, n_heads=2, n_kv_heads=1, ffn_dim=6, vocab_size=8, max_seq_len=8)
+    layer = _plain_block(config, torch.float64).layers[0]
+    x = torch.randn(3, 4, 8, dtype=torch.float64, requires_grad=True)
+    cos, sin = rope_cos_sin(config, 4)
+    options, spans = BlockOptions(config.head_dim), ((1, 4), (1, 3), (2, 2))
+    assert torch.autograd.gradcheck(
+        lambda x, *w: transformer_block(x, Weights(*w), cos, sin, options, spans=spans), (x, *_weights(layer))
+    )
+
+
 def test_empty_batch_and_empty_sequence() -> None:
     layer = _plain_block(WIDE, torch.float32).layers[0]
     for shape in ((0, 5), (2, 0)):
@@ -357,5 +433,10 @@ def test_bad_input_names_argument_value_and_expectation() -> None:
         transformer_block(x, w, cos[1:], sin[1:], options)
     with pytest.raises(ValueError, match=r"head_dim is 24"):
         transformer_block(x, w, cos, sin, BlockOptions(24))
+    for spans in (((0, 3),), ((0, 3), (5, 4)), ((-1, 3), (0, 3))):
+        with pytest.raises(ValueError, match=r"spans is .*, expected 2 pairs \(begin, end\) with 0 <= begin <= end"):
+            transformer_block(x, w, cos, sin, options, spans=spans)
+    with pytest.raises(ValueError, match="spans are given beside a window of 4, expected one of the two"):
+        transformer_block(x, w, cos, sin, BlockOptions(WIDE.head_dim, window=4), spans=((0, 3), (0, 4)))
     with pytest.raises(ValueError, match=r"norm1_C has dtype torch.float64, expected torch.float32 as x"):
         transformer_block(x, w._replace(norm1_C=w.norm1_C.double()), cos, sin, options)

@@ -150,6 +150,8 @@ def test_other_models_with_llama_layers() -> None:
 
 
 def test_nothing_to_patch_raises() -> None:
+    with pytest.raises(ValueError, match="model is a str, expected a module with LlamaDecoderLayers in it"):
+        lf.hf.patch("meta-llama/Llama-3.2-1B")
     with pytest.raises(ValueError, match="Linear has no LlamaDecoderLayer, only Linear"):
         lf.hf.patch(nn.Linear(2, 2))
 
@@ -214,9 +216,9 @@ def test_report_says_what_runs_and_why() -> None:
 def test_report_tells_of_the_last_call() -> None:
     model = patched(make())
     ids, mask = tokens(), torch.ones_like(tokens())
-    mask[0, :3] = 0
+    mask[0, 3:5] = 0
     model(ids, attention_mask=mask)
-    assert lf.hf.report(model).count("last call: ops, for padding") == 1
+    assert lf.hf.report(model).count("last call: ops, for a mask that is not causal") == 1
     model(ids)
     assert "last call" not in lf.hf.report(model)
 

@@ -14,6 +14,7 @@ from functorch.compile import make_boxed_func
 from hf_pairs import BEFORE_4_56, assert_close, exact, make, patched, ran, run, tokens, transformers
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_fast as lf
 
@@ -60,23 +61,69 @@ def test_compiled_without_graph_break(call: dict[str, Any]) -> None:
     assert "llama_fast.swiglu_bwd.default" in seen
 
 
-def test_autocast_keeps_the_residual_stream_in_float32() -> None:
+@pytest.mark.parametrize("runs", ["block", "down_proj has a hook"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+def test_autocast_keeps_the_residual_stream_in_float32(padded: bool, dtype: torch.dtype, runs: str) -> None:
     stock = make()
     ours, truth = patched(stock), exact(stock)
+    call = {"attention_mask": (torch.arange(19) < torch.tensor([[19], [11], [4]])).long()} if padded else {}
+    if runs != "block":
+        for layer in ours.model.layers:
+            layer.mlp.down_proj.register_forward_hook(lambda *_: None)
     found = []
     for model in (ours, stock):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = model(tokens(), output_hidden_states=True)
+        with torch.autocast("cpu", dtype=dtype):
+            out = model(tokens(), output_hidden_states=True, **call)
             assert out.hidden_states[1].dtype == torch.float32
             logits = out.logits.float()
         model.zero_grad()
         logits.square().mean().backward()
         found.append({"logits": logits.detach(), **{n: p.grad for n, p in model.named_parameters()}})
-    assert ran(ours) == "autocast: the block would round the residual stream"
-    logits = truth(tokens()).logits
+    assert ran(ours) == runs
+    assert all(p.grad.dtype == torch.float32 for p in ours.parameters())
+    logits = truth(tokens(), **call).logits
     logits.square().mean().backward()
     truths = {"logits": logits.detach(), **{n: p.grad for n, p in truth.named_parameters()}}
     assert_close(*found, truths)
+
+
+def test_autocast_without_gradients_casts_the_weights_once() -> None:
+    """autocast keeps what it has cast for as long as it lasts: a token costs no pass over the weights."""
+    ours = patched(make())
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        ours(tokens())
+        assert ran(ours).startswith("autocast without gradients")
+        assert "last call: ops, for autocast without gradients" in lf.hf.report(ours)
+        with _Casts() as casts:
+            ours(tokens())
+    assert not casts.of_parameters(ours)
+    double = patched(make()).double()
+    want = double(tokens()).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(double(tokens()).logits, want)  # which autocast leaves as it is
+    assert ran(double) == "block"
+    with torch.autocast("cpu", dtype=torch.float16):
+        half = patched(make()).bfloat16()
+        half(tokens())
+    assert half.model.layers[0]._llama_fast.last == "autocast beside hidden states of torch.bfloat16"
+
+
+class _Casts(TorchDispatchMode):
+    """The sizes of tensors that were cast to another dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten._to_copy.default:
+            self.shapes.append(args[0].shape)
+        return function(*args, **(kwargs or {}))
+
+    def of_parameters(self, model: torch.nn.Module) -> list[torch.Size]:
+        matrices = {p.shape for p in model.parameters() if p.ndim == 2}
+        return [shape for shape in self.shapes if shape in matrices]
 
 
 def _tensors(found: Any) -> list[Tensor]:
@@ -192,6 +239,8 @@ def test_autocast_casts_the_input_of_several_projections_once() -> None:
             kept[t.untyped_storage().data_ptr()] = t
         return t
 
+    for layer in ours.model.layers:
+        layer.mlp.down_proj.register_forward_hook(lambda *_: None)  # so that the ops run
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         ours.model(tokens())
     assert len(kept) == 2 * 4  # in each layer: both normalised inputs, the queries, what attention gave

@@ -45,12 +45,16 @@ def patch(model: nn.Module, *, policy: str = "recompute-cheap", fused_loss: bool
         `model` itself.
 
     Raises:
-        ValueError: an option is not one of those, or the model has no LlamaDecoderLayer that can be patched, or with
-            `fused_loss` no LlamaForCausalLM.
+        ValueError: an option is not one of those, or the model is no module, or has no LlamaDecoderLayer that can be
+            patched, or with `fused_loss` no LlamaForCausalLM.
         NotSupported: the version of transformers or the layout of its layers is unknown.
     """
     if policy not in POLICIES:
         raise ValueError(f"hf.patch: policy is {policy!r}, expected one of {', '.join(POLICIES)}")
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"hf.patch: model is a {type(model).__name__}, expected a module with LlamaDecoderLayers in it"
+        )
     if fused_loss not in FUSED:
         raise ValueError(f"hf.patch: fused_loss is {fused_loss!r}, expected True, False or 'training'")
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, stock.LlamaDecoderLayer)]

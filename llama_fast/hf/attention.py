@@ -4,7 +4,8 @@ What the mask function gives, and what it means; transformers hands on as it is 
 
     None               each query sees the keys up to its own; the last query stands at the last key
     [1,1,1,N+1] int32  sequences packed in the rows of the batch laid end to end, causal within each: where each begins
-    [B,1,1,2] int64    as None, and row b sees only its keys from the first number up to the second: padding
+    [B,1,1,2] int64    as None, and row b sees only its keys from the first number up to the second: padding. It stays
+                       on the CPU, since each layer reads the numbers
     [B,1,T,S]          bool or float, anything else, as transformers makes it for scaled_dot_product_attention
 
 Legend: B batch, T query tokens, S key tokens, H query heads, G key/value heads, D head dim.
@@ -87,7 +88,7 @@ def mask(
             spans = None if _tracing() or attention_mask.shape[-1] != kv_length else _spans(attention_mask, length)
             if spans is not None:
                 whole = spans == [[0, kv_length]] * batch_size
-                return None if whole else torch.tensor(spans, device=attention_mask.device)[:, None, None]
+                return None if whole else torch.tensor(spans)[:, None, None]
     return sdpa_mask(
         batch_size=batch_size,
         kv_length=kv_length,

@@ -157,8 +157,6 @@ def call_objection(layer: Any, x: Tensor, arguments: dict[str, Any]) -> str | No
     attention_mask, cache = arguments.get("attention_mask"), arguments.get(layout.CACHE)
     if against := objection(attention_mask, 0.0, arguments):
         return against
-    if attention_mask is not None and attention_mask.dtype == torch.int64:
-        return "padding"
     if arguments.get("is_causal") is False:
         return "is_causal is False"
     if arguments.get("output_attentions"):
@@ -167,11 +165,14 @@ def call_objection(layer: Any, x: Tensor, arguments: dict[str, Any]) -> str | No
         return f"hidden states that are a {type(x).__name__} of shape {tuple(x.shape)}"
     if any(p.device != x.device or p.dtype != x.dtype for p in block_weights(layer)):
         return f"weights that are not all on {x.device} and {x.dtype}"
-    if torch.is_autocast_enabled(x.device.type):
-        return "autocast: the block would round the residual stream"
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        if x.dtype not in (torch.float32, torch.get_autocast_dtype(x.device.type)):
+            return f"autocast beside hidden states of {x.dtype}"
+        if x.dtype == torch.float32 and not records(x, layer):
+            return "autocast without gradients: it keeps the weights that it has cast, the block would cast them again"
     if arguments.get("position_embeddings") is None:
         return "no rotary tables are given"
-    if cache is not None and attention_mask is not None:
+    if cache is not None and attention_mask is not None and attention_mask.dtype == torch.int32:
         return "packed sequences beside a cache"
     if cache is not None and records(x, layer):
         if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
@@ -239,7 +240,8 @@ class State:
 
     def __init__(self, layer: Any, policy: str = "recompute-cheap") -> None:
         # made here: torch.compile cannot trace how it is made
-        self.options = BlockOptions(layer.self_attn.head_dim, layer.input_layernorm.variance_epsilon, policy)
+        head_dim, eps = layer.self_attn.head_dim, layer.input_layernorm.variance_epsilon
+        self.options = BlockOptions(head_dim, eps, policy, keep_residual=True)
         self.last: str | None = None  # "block", or what stood against it in the last call
 
 
@@ -342,19 +344,21 @@ class LlamaDecoderLayer(_Layer, metaclass=_Recorded):
         attn = self.self_attn
         options = self._llama_fast.options
         cos, sin = (t[..., : t.shape[-1] // 2].float() for t in arguments["position_embeddings"])
-        cache, rows = arguments.get(layout.CACHE), arguments.get("attention_mask")
-        w = block_weights(self)
-        if rows is not None:
+        cache, mask = arguments.get(layout.CACHE), arguments.get("attention_mask")
+        w, spans = block_weights(self), None
+        if mask is not None and mask.dtype == torch.int32:
             B, T, C = x.shape
             cos, sin = (t.expand(B, -1, -1).reshape(1, B * T, -1) for t in (cos, sin))
-            y = transformer_block(x.reshape(1, B * T, C), w, cos, sin, options, cu_seqlens=rows.flatten())
+            y = transformer_block(x.reshape(1, B * T, C), w, cos, sin, options, cu_seqlens=mask.flatten())
             return y.view(B, T, C)
+        if mask is not None:
+            spans = tuple((begin, end) for begin, end in mask.flatten(1).tolist())
         if cache is None:
-            return transformer_block(x, w, cos, sin, options)
+            return transformer_block(x, w, cos, sin, options, spans=spans)
         held = _LayerCache(cache, attn.layer_idx, arguments)
         if not records(x, self):
-            return transformer_block(x, w, cos, sin, options, cache=held)
-        y, k, v = transformer_block(x, w, cos, sin, options, return_keys=True)
+            return transformer_block(x, w, cos, sin, options, spans=spans, cache=held)
+        y, k, v = transformer_block(x, w, cos, sin, options, spans=spans, return_keys=True)
         held.append(k, v)
         return y
 

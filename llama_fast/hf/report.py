@@ -33,7 +33,7 @@ def report(model: nn.Module) -> str:
     Returns:
         One line a layer, equal neighbours together: "block" where all of it is one function; else what stands against
         that, and what of its parts runs on llama_fast and what is transformers' own. What the last call ran is told
-        where it differs from that: a mask, a cache or autocast can stand against the block in one call.
+        where it differs from that: a mask or a cache can stand against the block in one call.
 
     Raises:
         ValueError: there is no LlamaDecoderLayer in the model.
