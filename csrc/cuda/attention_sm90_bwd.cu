@@ -1,5 +1,5 @@
-// Launches the backward of attention on sm_90a (attention_sm90_bwd.cuh) and what stands before and after it: the
-// statistics of the rows of queries, and the rounding of dq.
+// Launches the backward of attention on sm_90a (attention_sm90_bwd.cuh) and what stands before it: the
+// statistics of the rows of queries.
 #include <algorithm>
 
 #include "attention_sm90.h"
@@ -15,12 +15,11 @@ constexpr int kStatsRows = 64;  // BwdConfig::kRows
 
 struct RowParams {
   Rows out, dout, dq;
-  Global<const float> lse;      // [B, H, T]
-  Global<float> stats, dq_sum;  // as in BwdParams
+  Global<const float> lse;  // [B, H, T]
+  Global<float> stats;      // as in BwdParams
   Global<int> turns, next_work;
   Global<const int> cu_seqlens;
   int T, S, H, D, query_tiles, sequences;
-  float scale;
   Mask mask;
 };
 
@@ -38,16 +37,18 @@ LLAMA_FAST_DEVICE QueryTile query_tile(const RowParams& p) {
   return {Span{0, p.T, p.S, block, batch, 0}, (static_cast<int64_t>(batch) * p.H + head) * p.query_tiles + block};
 }
 
-// stats, and zeros for turns and next_work. 8 threads a row.
+// stats, zeros for turns and next_work, and for dq in the tiles that no key is seen from. 8 threads a row.
 template <class T>
 __global__ void __launch_bounds__(128) attention_bwd_stats_kernel(const __grid_constant__ RowParams p) {
   const int thread = threadIdx.x, head = blockIdx.y;
-  if (thread == 0 && blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0) p.next_work[0] = 0;
+  if (thread == 0 && blockIdx.x == 0 && blockIdx.y == 0 && blockIdx.z == 0) p.next_work[0] = p.next_work[1] = 0;
   const QueryTile tile = query_tile(p);
   const Span& span = tile.span;
   if (span.T < 0) return;
   if (thread == 0) p.turns[tile.index] = 0;
   const Global<float> stats = p.stats + tile.index * 2 * kStatsRows;
+  const int last_row = min((span.block + 1) * kStatsRows, span.T) - 1;
+  const bool sees_nothing = p.mask.high(last_row + span.S - span.T, span.S) <= 0;
   for (int r = thread / 8; r < kStatsRows; r += 16) {
     const int row = span.block * kStatsRows + r;
     float sum = 0.0F, lse = kInfinity;  // p = 0 in a row that is not there or sees nothing
@@ -60,6 +61,10 @@ __global__ void __launch_bounds__(128) attention_bwd_stats_kernel(const __grid_c
 #pragma unroll
         for (int i = 0; i < 8; ++i) sum += unpack<T>(pairs_a[i / 2], i % 2) * unpack<T>(pairs_b[i / 2], i % 2);
       }
+      if (sees_nothing) {
+        const auto dq = p.dq.template at<T>(span.batch, span.begin + row, head);
+        for (int column = thread % 8 * 8; column < p.D; column += 64) ptx::st_global_v4(dq + column, uint4{0, 0, 0, 0});
+      }
       const float own = p.lse[(static_cast<int64_t>(span.batch) * p.H + head) * p.T + span.begin + row];
       if (own != -kInfinity) lse = own * kLog2e;
     }
@@ -70,31 +75,6 @@ __global__ void __launch_bounds__(128) attention_bwd_stats_kernel(const __grid_c
       stats[kStatsRows + r] = sum;
     }
   }
-}
-
-// dq = scale dq_sum, rounded. A warpgroup a group of BwdConfig, its registers as they were there.
-template <class Config>
-__global__ void __launch_bounds__(2 * kGroupThreads) attention_bwd_dq_kernel(const __grid_constant__ RowParams p) {
-  using T = typename Config::T;
-  constexpr int kColumns = Config::kHeadDim / Config::kGroups;
-  const int group = threadIdx.x / kGroupThreads, thread = threadIdx.x % kGroupThreads, head = blockIdx.y;
-  const QueryTile tile = query_tile(p);
-  const Span& span = tile.span;
-  if (span.T < 0) return;
-  float dq[kColumns / 2] = {};
-  const int last_row = min((span.block + 1) * kStatsRows, span.T) - 1;
-  if (p.mask.high(last_row + span.S - span.T, span.S) > 0) {  // else nobody has written the sum
-    const Global<float> sum = p.dq_sum + (2 * tile.index + group) * (Config::kDqBytes / 4);
-#pragma unroll
-    for (int i = 0; i < kColumns / 8; ++i) {
-      const float4 x = bit_cast<float4>(ptx::ld_global_nc_v4(sum + (i * kGroupThreads + thread) * 4));
-      dq[4 * i] = x.x, dq[4 * i + 1] = x.y, dq[4 * i + 2] = x.z, dq[4 * i + 3] = x.w;
-    }
-  }
-  const int row = span.block * kStatsRows + thread / 32 * 16 + thread % 32 / 4;
-  const float scale[2] = {p.scale, p.scale};
-  store_rows<T, kColumns>(dq, scale, p.dq.template at<T>(span.batch, span.begin + row, head) + group * kColumns,
-                          p.dq.token, span.T - row, p.D - group * kColumns);
 }
 
 }  // namespace sm90
@@ -117,7 +97,7 @@ struct Scratch {
     stats = dq_sum + tiles * sm90::kStatsRows * D;
     turns = stats + tiles * 2 * sm90::kStatsRows;
     next_work = turns + tiles;
-    words = next_work + 1;
+    words = next_work + 2;
   }
 };
 
@@ -129,7 +109,7 @@ int section_of(const sm90::BwdParams& p, int64_t blocks) {
   const int64_t steps_between = 4 * 128 / Config::kHeadDim;
   const int64_t seen = p.mask.window > 0 ? (p.mask.window + Config::kKeys) / Config::kRows + 1 : p.query_tiles;
   const int64_t rows = std::min<int64_t>(seen, p.mask.causal ? (p.query_tiles + 1) / 2 : p.query_tiles);
-  const int64_t steps = std::max<int64_t>(rows, 1) * (p.H / p.G);  // of a work, on average
+  const int64_t steps = std::max<int64_t>(rows, 1) * p.heads_a_group;  // of a work, on average
   const int64_t heads = static_cast<int64_t>(p.cu_seqlens != nullptr ? 1 : p.B) * p.G;
   const int64_t wanted = std::max<int64_t>(steps_between * blocks / steps, 1);
   const int64_t sections = std::max<int64_t>(heads / wanted, 1);
@@ -147,14 +127,13 @@ void launch_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tens
   sm90::RowParams rows;
   rows.out = sm90::rows_of(out), rows.dout = sm90::rows_of(dout), rows.dq = sm90::rows_of(dq);
   rows.lse = lse.ptr<float>();
-  rows.stats = scratch.ptr<float>() + parts.stats, rows.dq_sum = scratch.ptr<float>() + parts.dq_sum;
+  rows.stats = scratch.ptr<float>() + parts.stats;
   rows.turns = scratch.ptr<int>() + parts.turns, rows.next_work = scratch.ptr<int>() + parts.next_work;
   rows.cu_seqlens = cu_seqlens.ptr<int>();
   rows.T = static_cast<int>(q.size[1]), rows.S = static_cast<int>(k.size[1]);
   rows.H = static_cast<int>(q.size[2]), rows.D = static_cast<int>(q.size[3]);
   rows.query_tiles = static_cast<int>(parts.query_tiles);
   rows.sequences = packed ? static_cast<int>(cu_seqlens.size[0]) - 1 : 0;
-  rows.scale = static_cast<float>(scale);
   rows.mask = sm90::make_mask(causal, window);
 
   sm90::BwdParams p;
@@ -162,14 +141,15 @@ void launch_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tens
   p.k = make_tensor_map<4>(kBwd, k, kOrder, {sm90::kPanelCols, Config::kKeys, 1, 1});
   p.v = make_tensor_map<4>(kBwd, v, kOrder, {sm90::kPanelCols, Config::kKeys, 1, 1});
   p.dout = make_tensor_map<4>(kBwd, dout, kOrder, {sm90::kPanelCols, Config::kRows, 1, 1});
-  p.stats = rows.stats, p.dq_sum = rows.dq_sum, p.turns = rows.turns, p.next_work = rows.next_work;
-  p.dk = sm90::rows_of(dk), p.dv = sm90::rows_of(dv);
+  p.stats = rows.stats, p.dq_sum = scratch.ptr<float>() + parts.dq_sum, p.turns = rows.turns,
+  p.next_work = rows.next_work;
+  p.dq = rows.dq, p.dk = sm90::rows_of(dk), p.dv = sm90::rows_of(dv);
   p.cu_seqlens = rows.cu_seqlens;
   p.B = static_cast<int>(q.size[0]), p.T = rows.T, p.S = rows.S, p.H = rows.H, p.D = rows.D;
-  p.G = static_cast<int>(k.size[2]);
+  p.G = static_cast<int>(k.size[2]), p.heads_a_group = p.H / p.G;
   p.sequences = rows.sequences, p.query_tiles = rows.query_tiles;
   p.key_tiles = packed ? p.S / Config::kKeys + p.sequences : static_cast<int>(ceil_div(p.S, Config::kKeys));
-  p.scale = rows.scale, p.scale_log2 = static_cast<float>(scale * sm90::kLog2e);
+  p.scale = static_cast<float>(scale), p.scale_log2 = static_cast<float>(scale * sm90::kLog2e);
   p.mask = rows.mask;
 
   const OnDevice on(kBwd, s);
@@ -179,7 +159,6 @@ void launch_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tens
   launch(launch_of(kBwd, s, tiles, 128), sm90::attention_bwd_stats_kernel<typename Config::T>, rows);
   launch(launch_of(kBwd, s, grid(std::min(works, multiprocessors(s.device))), Config::kThreads, Config::kSharedBytes),
          sm90::attention_bwd_kernel<Config>, p);
-  launch(launch_of(kBwd, s, tiles, 2 * sm90::kGroupThreads), sm90::attention_bwd_dq_kernel<Config>, rows);
 }
 
 }  // namespace

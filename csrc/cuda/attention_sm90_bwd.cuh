@@ -6,7 +6,8 @@
 // Work is dealt in the order of that sum, so whoever is waited for has begun.
 //   s = k q^T, p = 2^(scale log2(e) s - lse log2(e)), dp = v dout^T, ds = p (dp - delta)      all [keys, queries]
 //   dv += p dout, dk += ds q, dq += ds^T k; p and ds rounded to T; dk and dq times scale at the end
-// Producer warp 0 loads; warps 1 and 2 add dq, of every other step each. A consumer warpgroup owns 64 keys.
+// Producer warp 0 loads; warps 1 and 2 add dq, of every other step each; warp 3 rounds the sums that are complete. A
+// consumer warpgroup owns 64 keys.
 #pragma once
 
 #include "attention_sm90.cuh"
@@ -18,10 +19,10 @@ struct BwdParams {
   Global<const float> stats;     // [tiles of queries][lse log2(e), delta][64]
   Global<float> dq_sum;          // [tiles of queries][2 groups][64 x D/2 accumulators as registers lie]
   Global<int> turns;             // [tiles of queries]: parts of dq_sum that have been added; 0 on entry
-  Global<int> next_work;         // 0 on entry
-  Rows dk, dv;
+  Global<int> next_work;         // [2]: work to be dealt, head of a work to be rounded; 0 on entry
+  Rows dq, dk, dv;
   Global<const int> cu_seqlens;
-  int B, T, S, H, G, D, sequences;
+  int B, T, S, H, G, D, heads_a_group, sequences;
   int query_tiles;  // a head; packed: at most so many in all sequences together
   int key_tiles;    // likewise
   int section;      // key/value heads whose works are dealt together
@@ -44,8 +45,8 @@ struct BwdConfig {
   static constexpr int kK = 0, kV = kK + kKeyBytes, kQ = kV + kKeyBytes, kDout = kQ + kStagesQ * kRowBytes,
                        kDs = kDout + kStagesDout * kRowBytes, kDq = kDs + 2 * kDsBytes,
                        kStats = kDq + kStagesDq * kGroups * kDqBytes, kStep = kStats + kStagesQ * kStatsBytes,
-                       kWorkStep = kStep + kSteps * kStepBytes, kWork = kWorkStep + 16;
-  static constexpr int kFullKeys = kWork + 16, kEmptyKeys = kFullKeys + 8, kFullQ = kEmptyKeys + 8,
+                       kWorkStep = kStep + kSteps * kStepBytes, kWork = kWorkStep + 16, kRound = kWork + 16;
+  static constexpr int kFullKeys = kRound + 8 * (4 * kGroups + 1), kEmptyKeys = kFullKeys + 8, kFullQ = kEmptyKeys + 8,
                        kEmptyQ = kFullQ + 8 * kStagesQ, kFullDout = kEmptyQ + 8 * kStagesQ,
                        kEmptyDout = kFullDout + 8 * kStagesDout, kFullDq = kEmptyDout + 8 * kStagesDout,
                        kEmptyDq = kFullDq + 16 * kGroups, kFullWork = kEmptyDq + 8 * kGroups * kStagesDq,
@@ -57,10 +58,10 @@ struct BwdConfig {
 // all steps of a work.
 struct Step {
   static constexpr int kKeysLeft = 0;  // from the first key of the tile to the end
-  static constexpr int kDiagonal = 4;  // first key of the tile, as a position, less that of row 0
+  static constexpr int kDiagonal = 4;  // first key of the tile, as a row of the tensors, plus T - S
   static constexpr int kKeyTile = 8;
   static constexpr int kWork = 12;  // number of the work among those of the block
-  static constexpr int kRow = 16;   // first row of the tile of queries
+  static constexpr int kRow = 16;   // first row of the tile of queries, in the tensors
   static constexpr int kPart = 20;  // the tile of queries, of all
   static constexpr int kLast = 24;  // whether it is the last one of its work
 };
@@ -121,7 +122,7 @@ LLAMA_FAST_DEVICE void bwd_produce(const BwdParams& p, uint32_t shared) {
     if (index < works<Config>(p)) work = bwd_work<Config>(p, index);
     if (leader)
       deal_work(shared + Config::kWork, shared + Config::kFullWork, shared + Config::kEmptyWork, n, index,
-                work.tiles * (p.H / p.G));
+                work.tiles * p.heads_a_group);
     if (index >= works<Config>(p)) return;
     if (leader) ptx::mbarrier_wait(shared + Config::kEmptyKeys, n % 2 ^ 1);
     if (leader && work.tiles == 0) ptx::mbarrier_arrive(shared + Config::kFullKeys);
@@ -135,33 +136,38 @@ LLAMA_FAST_DEVICE void bwd_produce(const BwdParams& p, uint32_t shared) {
       load_tile<Config::kKeys, Config::kHeadDim>(shared + Config::kV, p.v, full_keys, span.begin + first_key,
                                                  work.group, span.batch);
       // In shared memory, for want of registers.
-      ptx::st_shared_v4(shared + Config::kWorkStep, uint4{static_cast<uint32_t>(span.S - first_key),
-                                                          static_cast<uint32_t>(first_key - span.S + span.T),
-                                                          static_cast<uint32_t>(span.block), n});
-      const int first_head = work.group * (p.H / p.G);
+      ptx::st_shared_v4(
+          shared + Config::kWorkStep,
+          uint4{static_cast<uint32_t>(span.S - first_key),
+                static_cast<uint32_t>(span.begin + first_key - span.S + span.T), static_cast<uint32_t>(span.block), n});
+      const int first_row = span.begin + work.first_tile * Config::kRows;
+      const int first_head = work.group * p.heads_a_group;
+      int row = first_row + (work.tiles - 1) * Config::kRows, head = first_head + p.heads_a_group - 1;
+      int part = work.stats_tile + head * p.query_tiles + work.first_tile + work.tiles - 1;
 #pragma unroll 1
-      for (int tile = work.first_tile + work.tiles - 1; tile >= work.first_tile; --tile) {
+      for (; row >= first_row;
+           row -= Config::kRows, head += p.heads_a_group, part += p.heads_a_group * p.query_tiles - 1) {
 #pragma unroll 1
-        for (int head = first_head + p.H / p.G - 1; head >= first_head; --head, ++step) {
-          const int row = tile * Config::kRows, part = work.stats_tile + head * p.query_tiles + tile;
+        for (; head >= first_head; --head, part -= p.query_tiles, ++step) {
           const int stage = step % Config::kStagesQ;
           const uint32_t full_q = shared + Config::kFullQ + 8 * stage;
           ptx::mbarrier_wait(shared + Config::kEmptyQ + 8 * stage, step / Config::kStagesQ % 2 ^ 1);
+          ptx::fence_proxy_async();  // the statistics were read with ordinary loads
           const uint32_t info = shared + Config::kStep + step % Config::kSteps * Config::kStepBytes;
           ptx::st_shared_v4(info, ptx::ld_shared_v4(shared + Config::kWorkStep));
           ptx::st_shared(info + Step::kRow, row);
           ptx::st_shared(info + Step::kPart, part);
-          ptx::st_shared(info + Step::kLast, head == first_head && tile == work.first_tile);
+          ptx::st_shared(info + Step::kLast, head == first_head && row == first_row);
           ptx::mbarrier_arrive_expect_tx(full_q, Config::kRowBytes + Config::kStatsBytes);
           ptx::bulk_load(shared + Config::kStats + stage * Config::kStatsBytes,
                          p.stats + static_cast<int64_t>(part) * (2 * Config::kRows), Config::kStatsBytes, full_q);
-          load_tile<Config::kRows, Config::kHeadDim>(shared + Config::kQ + stage * Config::kRowBytes, p.q, full_q,
-                                                     span.begin + row, head, span.batch);
+          load_tile<Config::kRows, Config::kHeadDim>(shared + Config::kQ + stage * Config::kRowBytes, p.q, full_q, row,
+                                                     head, span.batch);
           const uint32_t full_dout = shared + Config::kFullDout + 8 * (step % 2);
           ptx::mbarrier_wait(shared + Config::kEmptyDout + 8 * (step % 2), step / 2 % 2 ^ 1);
           ptx::mbarrier_arrive_expect_tx(full_dout, Config::kRowBytes);
           load_tile<Config::kRows, Config::kHeadDim>(shared + Config::kDout + step % 2 * Config::kRowBytes, p.dout,
-                                                     full_dout, span.begin + row, head, span.batch);
+                                                     full_dout, row, head, span.batch);
         }
       }
     }
@@ -217,6 +223,79 @@ LLAMA_FAST_DEVICE void bwd_add_dq(const BwdParams& p, uint32_t shared, uint32_t 
     step = end;
     __syncwarp();
   });
+}
+
+// dq = scale dq_sum, rounded, of the rows whose last tile of keys is the one of a work: a head of a work after the
+// other, in the order of the works, by whichever warp of whichever block is free. For want of registers which head of
+// which work, and which of its tiles, is kept in the warp's 8 bytes of shared memory, `state`, and the rest is computed
+// again. kDepth: pairs of loads in flight.
+template <class Config, int kDepth>
+LLAMA_FAST_DEVICE void bwd_round_dq(const BwdParams& p, uint32_t state) {
+  using T = typename Config::T;
+  constexpr int kPairs = Config::kHeadDim / 16, kPairWords = 2 * 4 * kGroupThreads;  // 16 columns of 64 rows
+  static_assert(kPairs % kDepth == 0 && Config::kGroups * Config::kDqBytes == 4 * kPairs * kPairWords,
+                "the layout of dq_sum");
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1
+  while (true) {
+    __syncwarp();
+    if (lane == 0) {
+      ptx::st_shared(state, atomicAdd(p.next_work + 1, 1));
+      ptx::st_shared(state + 4, 0);
+    }
+    __syncwarp();
+    if (static_cast<int>(ptx::ld_shared(state)) >= works<Config>(p) * p.heads_a_group) return;
+#pragma unroll 1
+    while (true) {
+      Global<const float> sum;
+      Global<T> to;
+      int rows;
+      {
+        const BwdWork work = bwd_work<Config>(p, static_cast<int>(ptx::ld_shared(state)) / p.heads_a_group);
+        const Span& span = work.span;
+        const int first_key = span.block * Config::kKeys, offset = span.S - span.T;
+        int end = work.first_tile + work.tiles;
+        if (first_key + Config::kKeys < span.S)
+          end = p.mask.causal ? min(end, (first_key + Config::kKeys - offset) / Config::kRows) : 0;
+        const int tile = work.first_tile + static_cast<int>(ptx::ld_shared(state + 4));
+        if (tile >= end) break;
+        const int head = work.group * p.heads_a_group + static_cast<int>(ptx::ld_shared(state)) % p.heads_a_group;
+        const int part = work.stats_tile + head * p.query_tiles + tile;
+        if (lane == 0) {
+          const int parts = span.block + 1 - p.mask.low(tile * Config::kRows + offset) / Config::kKeys;
+          while (ptx::ld_acquire_gpu(p.turns + part) != parts) ptx::nanosleep(200);
+        }
+        __syncwarp();
+        if (lane == 0) ptx::st_shared(state + 4, tile + 1 - work.first_tile);
+        const int row = tile * Config::kRows + lane / 4 + lane % 4 / 2 * 8;
+        rows = span.T - row;
+        sum = p.dq_sum + (static_cast<int64_t>(part) * (kPairs * kPairWords) + 4 * lane);
+        to = p.dq.template at<T>(span.batch, span.begin + row, head) + 8 * (lane % 2);
+      }
+#pragma unroll 1
+      for (int warp = 0; warp < 4; ++warp, rows -= 16) {  // the 16 rows that a consumer warp had
+#pragma unroll 1
+        for (int pair = 0; pair < kPairs; pair += kDepth) {
+          float4 x[kDepth][2];
+#pragma unroll
+          for (int i = 0; i < 2 * kDepth; ++i)
+            x[i / 2][i % 2] = bit_cast<float4>(ptx::ld_global_v4(sum + i * (kPairWords / 2)));
+#pragma unroll
+          for (int i = 0; i < kDepth; ++i) {
+            const float4 a = x[i][0], b = x[i][1];
+            uint32_t chunks[4] = {pack<T>(a.x * p.scale, a.y * p.scale), pack<T>(b.x * p.scale, b.y * p.scale),
+                                  pack<T>(a.z * p.scale, a.w * p.scale), pack<T>(b.z * p.scale, b.w * p.scale)};
+            gather_chunks(chunks);
+            if (rows > 0 && 16 * (pair + i) + 8 * (lane % 2) < p.D)
+              ptx::st_global_v4(to + 16 * i, uint4{chunks[0], chunks[1], chunks[2], chunks[3]});
+          }
+          sum = sum + kDepth * kPairWords, to = to + 16 * kDepth;
+        }
+        sum = sum + 4 * 32 - kPairs * kPairWords, to = to + 16 * p.dq.token - 16 * kPairs;
+      }
+      __syncwarp();
+    }
+  }
 }
 
 template <class Config>
@@ -332,9 +411,13 @@ LLAMA_FAST_DEVICE void bwd_consume(const BwdParams& p, uint32_t shared, int grou
           ptx::stmatrix_x4(ds_tile + (ds_row ^ kk << 5), ds);
         }
         ptx::fence_proxy_async();
-        ptx::wgmma_wait_group<0>();  // dv, which frees the weights
+        if (last) {
+          ptx::wgmma_wait_group<0>();  // dv, which frees the weights
+        } else {
+          queue_scores(step + 1);
+          ptx::wgmma_wait_group<1>();
+        }
         release(Config::kEmptyDout + 8 * (step % 2));
-        if (!last) queue_scores(step + 1);
         ptx::bar_sync(1, Config::kGroups * kGroupThreads);
         // dq = dS^T K of all keys of the block
         ptx::wgmma_fence();
@@ -416,7 +499,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) attention_bwd_kernel(cons
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
-  const int group = static_cast<int>(threadIdx.x) / kGroupThreads;
+  const int group =
+      __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kGroupThreads, 0);  // uniform to the compiler
   if (group == Config::kGroups) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
     const int warp = threadIdx.x / 32 % 4;
@@ -424,9 +508,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1) attention_bwd_kernel(cons
       bwd_produce<Config>(p, shared);
     else if (warp <= 2)
       bwd_add_dq<Config>(p, shared, warp - 1);
+    else
+      bwd_round_dq<Config, 1>(p, shared + Config::kRound + 8 * 4 * Config::kGroups);
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
     bwd_consume<Config>(p, shared, group);
+    bwd_round_dq<Config, Config::kHeadDim / 32>(p, shared + Config::kRound + threadIdx.x / 32 * 8);  // what is left
   }
 }
 

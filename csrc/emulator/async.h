@@ -88,6 +88,8 @@ class AsyncUnits {
     int sleeps = 0;                                        // nanosleep
     std::map<const float*, std::vector<float>> registers;  // accumulators as they were at the last fence or wait
   };
+  int idle = 0;                   // nanosleeps since a thread of the block did something else
+  int64_t switches_at_sleep = 0;  // Block::count_switches, at the last nanosleep
 
   // Checks that it is there, and that its initialization lies behind the thread.
   MBarrier& mbarrier(uint32_t address, const char* op, bool by_async_proxy = false);

@@ -1,7 +1,9 @@
 #include "hopper.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
+#include <thread>
 
 #include "async.h"
 #include "memory.h"
@@ -537,10 +539,18 @@ bool elect_sync(uint32_t mask) {
 }
 
 void sleep() {
-  constexpr int kMostSleeps = 1 << 22;
+  constexpr int kMostSleeps = 1 << 22, kMostIdle = 1 << 19;
   Block& b = block();
+  AsyncUnits& u = units();
   if (++mine().sleeps > kMostSleeps)
     b.fail("nanosleep: %d times; what this thread waits for does not come", kMostSleeps);
+  u.idle = b.count_switches == u.switches_at_sleep + 1 ? u.idle + 1 : 0;
+  u.switches_at_sleep = b.count_switches;
+  if (u.idle > 2 * kGroup) {  // all that is left of the block waits for another one
+    if (u.idle > kMostIdle) b.fail("nanosleep: what the whole block waits for does not come");
+    --mine().sleeps;
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
+  }
   b.async().land_one(0);
   b.make_ready(b.self().id);
   b.wait("nanosleep");
