@@ -30,4 +30,17 @@ BENCHMARKS = tuple(
         (_case("llama-3.2-1b", 1, 2048), "llama-3.2-1b, a decode step", False),
     )
     for dtype in (torch.bfloat16, torch.float32)
+) + tuple(
+    Benchmark(
+        Case("attention", {"B": B, "T": T, "S": T, "H": H, "G": G, "D": D}, options),
+        torch.bfloat16,
+        label,
+        device="cuda",
+    )
+    for label, B, T, H, G, D, options in (
+        ("T16k D128", 1, 16384, 16, 16, 128, {}),
+        ("4xT4k 32/8 D128", 4, 4096, 32, 8, 128, {}),
+        ("8xT2k D64", 8, 2048, 32, 32, 64, {}),
+        ("T16k window4k", 1, 16384, 16, 16, 128, {"window": 4096}),
+    )
 )

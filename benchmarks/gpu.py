@@ -114,9 +114,9 @@ def check_repeat(unit: Row, args: argparse.Namespace) -> Iterator[Row]:
 
 
 def _repeat_problem(clock: Clock, op: str, inputs: Mapping[str, Tensor], backend: str) -> str:
-    def function(*args: Tensor) -> Any:
+    def function(**arguments: Tensor) -> Any:
         with lf.backend(backend):
-            return getattr(lf, op)(*args)
+            return getattr(lf, op)(**arguments)
 
     with clock.current():
         _, _, both = forward_and_backward(function, inputs, {})

@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 import llama_fast as lf
-from benchmarks import gpu_results, results
-from benchmarks.gpu_cases import DTYPES, Rival, Timed, bench_cases, rivals, test_cases
+from benchmarks import gpu_results, harness, results, suite
+from benchmarks import providers as known
+from benchmarks.gpu_cases import DTYPES, tiny_case
 from benchmarks.gpu_run import (
     OURS,
     ROOT,
     Row,
-    backends_of,
     header,
     in_processes,
     output,
@@ -31,19 +32,35 @@ from benchmarks.gpu_run import (
     write,
 )
 from benchmarks.gpu_time import Clock, Time, first_line, forward_and_backward
+from benchmarks.harness import Benchmark
+from benchmarks.providers import Provider
 from llama_fast.ops import proven
 from llama_fast.ops.table import OPS
 
 SLACK = 1.02  # a kernel of ours may take this much of the vendor's time and still count as not slower
 
 
+torch._functorch.config.donated_buffer = False  # a backward is timed many times over one forward
+
+
 # ---- speed ----------------------------------------------------------------------------------------------------------
+def cases_of(op: str, tiny: bool) -> list[Benchmark]:
+    """What is timed of an op; `tiny`: one small case, for a dry run."""
+    return [Benchmark(tiny_case(op), torch.bfloat16, "tiny")] if tiny else suite.collect([op], device="cuda")
+
+
+def providers(op: str, args: argparse.Namespace) -> list[Provider]:
+    """Everybody who computes an op, of ours the backends that are asked for."""
+    found = known.of(op, args.device, "aot_eager" if args.tiny else "inductor")
+    return [p for p in found if not p.ours or p.name.partition(":")[2] in args.backends]
+
+
 def command_bench(args: argparse.Namespace) -> int:
     """Times every case in a process of its own, which is started again without the provider that ended it."""
     begin = time.perf_counter()
     if args.workers > 1:
         in_processes(warm_units(args), args, args.limit / 3)
-    cases = [(op, i) for op in args.ops for i in range(len(bench_cases(op, args.tiny)[: args.cases]))]
+    cases = [(op, i) for op in args.ops for i in range(len(cases_of(op, args.tiny)[: args.cases]))]
     todo: list[Row] = [{"op": op, "case": i, "skip": []} for op, i in cases]
     todo += [{"op": op, "case": None, "skip": []} for op in args.ops]
     rows: list[Row] = []
@@ -71,13 +88,13 @@ def command_bench(args: argparse.Namespace) -> int:
             write(args, result | {"seconds": time.perf_counter() - begin}, quiet=True)
     for item in todo:
         if item["case"] is not None:
-            label = bench_cases(item["op"], args.tiny)[item["case"]].label
+            label = cases_of(item["op"], args.tiny)[item["case"]].label
             rows.append({"op": item["op"], "case": label, "problem": "no time left"})
     result = header(args) | {"rates": rates, "rows": rows, "launch_seconds": launches}
     write(args, result | {"seconds": time.perf_counter() - begin})
     if rates:
         path = output(args, result).with_suffix(".results.json")
-        timed = [bench_cases(op, args.tiny)[i] for op, i in cases]
+        timed = [cases_of(op, args.tiny)[i] for op, i in cases]
         results.write(gpu_results.of(rows, timed, rates, args.device, result["device_class"], args.commit), path)
         print(f"for llama-fast report: {path}")
     return _print_bench(rows, rates, launches, time.perf_counter() - begin)
@@ -96,7 +113,7 @@ def _take(events: list[Row], todo: list[Row], rows: list[Row], rates: Row, launc
     if not todo or started is None:
         return todo
     op, case, provider = started["op"], started["case"], started["provider"]
-    label = bench_cases(op, started["tiny"])[case].label if case is not None else "launch cost"
+    label = cases_of(op, started["tiny"])[case].label if case is not None else "launch cost"
     told = any(r["op"] == op and r["case"] == label and r.get("provider") == provider and "problem" in r for r in rows)
     if not told:
         rows.append({"op": op, "case": label, "provider": provider, "problem": fate})
@@ -134,59 +151,44 @@ def command_timer(args: argparse.Namespace) -> int:
 
 def warm_units(args: argparse.Namespace) -> list[Row]:
     """Each provider that compiles, on each case: several processes fill the caches of Triton and torch.compile."""
-    found = []
-    for op in args.ops:
-        for index, timed in enumerate(bench_cases(op, args.tiny)[: args.cases]):
-            compiled = [
-                p.name for p in providers(timed, args.backends, args.tiny) if p.name in ("triton", "compile", "liger")
-            ]
-            found += [{"kind": "warm", "op": op, "case": index, "provider": name} for name in compiled]
-    return found
+    compiling = (f"{results.OURS}:triton", "torch.compile", "liger")
+    return [
+        {"kind": "warm", "op": op, "case": index, "provider": name}
+        for op in args.ops
+        for index in range(len(cases_of(op, args.tiny)[: args.cases]))
+        for name in compiling
+        if any(p.name == name for p in providers(op, args))
+    ]
 
 
 def check_warm(unit: Row, args: argparse.Namespace) -> Iterator[Row]:
     """Runs a provider once. No rows: what fails will fail again where it is timed."""
-    timed = bench_cases(unit["op"], args.tiny)[unit["case"]]
-    (provider,) = (p for p in providers(timed, args.backends, args.tiny) if p.name == unit["provider"])
-    if provider.function is not None:
-        forward_and_backward(provider.function, _inputs(timed, args), timed.case.options, provider.context)[2]()
+    benchmark = cases_of(unit["op"], args.tiny)[unit["case"]]
+    (provider,) = (p for p in providers(unit["op"], args) if p.name == unit["provider"])
+    if provider.objection(benchmark.case, benchmark.dtype, args.device) is None:
+        forward_and_backward(provider.call, _inputs(benchmark, args), benchmark.case.options)[2]()
     yield from ()
-
-
-def providers(timed: Timed, asked: list[str], tiny: bool = False) -> list[Rival]:
-    """Our backends, the vendor's, and the rivals, as functions of the public function's arguments."""
-    op = timed.case.op
-
-    def forced(name: str) -> Any:
-        def function(*inputs: Tensor, **options: Any) -> Any:
-            with lf.backend(name):
-                return getattr(lf, op)(*inputs, **options)
-
-        return function
-
-    found = [Rival(name, forced(name)) for name in backends_of(op, asked)]
-    masked = timed.case.options.get("window")  # a mask tensor [T, T] says nothing about anybody's kernel
-    return found if masked else [*found, *rivals(op, "aot_eager" if tiny else "inductor")]
 
 
 def bench_one(clock: Clock, item: Row, args: argparse.Namespace, seconds: float, tell: Callable[..., None]) -> None:
     """Tells the rows of one case: each provider's times, or why it has none."""
-    timed = bench_cases(item["op"], args.tiny)[item["case"]]
-    case, inputs = timed.case, _inputs(timed, args)
-    base = {"op": case.op, "case": timed.label, "dtype": timed.dtype, "proves": timed.proves}
+    benchmark = cases_of(item["op"], args.tiny)[item["case"]]
+    case, inputs = benchmark.case, _inputs(benchmark, args)
+    base = {"op": case.op, "case": benchmark.label, "dtype": harness.dtype_name(benchmark.dtype)}
     place = {"op": item["op"], "case": item["case"], "tiny": args.tiny}
     calls: dict[str, dict[str, Any]] = {"fwd": {}, "bwd": {}, "both": {}}
     expected: tuple[Tensor, ...] | None = None
     # what the others are compared with comes first: eager PyTorch, or the vendor's kernel
-    order = sorted(providers(timed, args.backends, args.tiny), key=lambda p: {"eager": 0, "torch": 1}.get(p.name, 2))
-    for rival in (p for p in order if p.name not in item["skip"]):
-        row = base | {"provider": rival.name}
-        if rival.function is None:
-            tell(row=row | {"problem": rival.reason[:200]})
+    order = sorted(providers(case.op, args), key=lambda p: {"eager": 0, "torch": 1}.get(p.name, 2))
+    for p in (p for p in order if p.name not in item["skip"]):
+        row = base | {"provider": p.name}
+        objection = p.objection(case, benchmark.dtype, args.device)
+        if objection is not None:
+            tell(row=row | {"problem": objection[:300]})
             continue
-        tell(started=place | {"provider": rival.name})
+        tell(started=place | {"provider": p.name})
         try:
-            fwd, bwd, both = forward_and_backward(rival.function, inputs, case.options, rival.context)
+            fwd, bwd, both = forward_and_backward(p.call, inputs, case.options)
             found = tuple(x.detach().clone() for x in both())
             clock.wait()
             if expected is None:
@@ -195,12 +197,12 @@ def bench_one(clock: Clock, item: Row, args: argparse.Namespace, seconds: float,
             if wrong:
                 tell(row=row | {"problem": wrong})
                 continue
-            if timed.together:
+            if case.op in gpu_results.TOGETHER:
                 peak = clock.peak_bytes(both)
-                calls["both"][rival.name] = (clock.prepare(both, graph=False), peak)
+                calls["both"][p.name] = (clock.prepare(both, graph=False), peak)
             else:
-                calls["fwd"][rival.name] = (clock.prepare(fwd), 0)
-                calls["bwd"][rival.name] = (clock.prepare(bwd), 0)
+                calls["fwd"][p.name] = (clock.prepare(fwd), 0)
+                calls["bwd"][p.name] = (clock.prepare(bwd), 0)
         except lf.NotSupported as error:
             tell(row=row | {"problem": str(error).splitlines()[-1].strip()[:200]})
         except Exception as error:
@@ -215,12 +217,12 @@ def bench_one(clock: Clock, item: Row, args: argparse.Namespace, seconds: float,
 
 
 def _times(t: Time) -> Row:
-    return {"seconds": t.median, "low": t.low, "high": t.high, "no_graph": t.no_graph}
+    return {"seconds": t.median, "low": t.low, "high": t.high, "runs": t.runs, "no_graph": t.no_graph}
 
 
-def _inputs(timed: Timed, args: argparse.Namespace) -> dict[str, Tensor]:
+def _inputs(benchmark: Benchmark, args: argparse.Namespace) -> dict[str, Tensor]:
     """As Case.inputs, made on the device: a billion random numbers take seconds on a processor."""
-    case, dtype, device = timed.case, DTYPES[timed.dtype], args.device
+    case, dtype, device = benchmark.case, benchmark.dtype, args.device
     if device == "cpu":
         return case.inputs(dtype)
     made: dict[str, Tensor] = {}
@@ -253,40 +255,30 @@ def disagreement(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> str
 
 def launch_costs(clock: Clock, item: Row, args: argparse.Namespace, tell: Callable[..., None]) -> None:
     """Tells the processor's time of one eager forward call on small tensors, of each provider of an op."""
-    op, case = item["op"], test_cases(item["op"], True)[0]
+    op, case = item["op"], tiny_case(item["op"])
     inputs = case.inputs(torch.bfloat16, args.device)
-    for rival in providers(Timed("", case), args.backends, args.tiny):
-        if rival.function is None or rival.name.startswith("sdpa") or rival.name in item["skip"]:
+    for p in providers(op, args):
+        if p.objection(case, torch.bfloat16, args.device) or p.name.startswith("sdpa") or p.name in item["skip"]:
             continue
-        tell(started={"op": op, "case": None, "provider": rival.name, "tiny": args.tiny})
+        tell(started={"op": op, "case": None, "provider": p.name, "tiny": args.tiny})
         try:
-            fwd, _, _ = forward_and_backward(rival.function, inputs, {}, rival.context)
-            tell(launches={f"{op} {rival.name}": clock.launch_cost(fwd, 100 if clock.gpu else 1)})
+            fwd, _, _ = forward_and_backward(p.call, inputs, {})
+            tell(launches={f"{op} {p.name}": clock.launch_cost(fwd, 100 if clock.gpu else 1)})
         except Exception:  # its reason stands in the rows already
             clock.wait()
 
 
 def _rate(rows: list[Row], args: argparse.Namespace, rates: Row) -> None:
     """Adds what a row's time means: bytes or operations a second, and the share of the device's."""
-    cases = {(op, t.label): t.case for op in args.ops for t in bench_cases(op, args.tiny)}
-    for row in rows:
-        if "seconds" not in row:
-            continue
-        op, case = OPS[row["op"]], cases[row["op"], row["case"]]
-        dims = dict(case.dims)
-        if "..." in dims:
-            dims["R"] = torch.Size(dims["..."]).numel()
-        parts = {"fwd": (0,), "bwd": (1,), "both": (0, 1)}[row["direction"]]
-        if op.flops is not None:
-            costs = op.flops(dims, case.options)
-            flops = sum(costs[i] for i in parts)
-            row["tflops"] = flops / row["seconds"] / 1e12
-            row["share"] = flops / row["seconds"] / rates["matrix"]
+    cases = {(op, b.label): b for op in args.ops for b in cases_of(op, args.tiny)}
+    for row in (r for r in rows if "seconds" in r):
+        work = harness.facts(cases[row["op"], row["case"]], gpu_results.DIRECTIONS[row["direction"]])
+        if work["flops"]:
+            row["tflops"] = work["flops"] / row["seconds"] / 1e12
+            row["share"] = work["flops"] / row["seconds"] / rates["matrix"]
         else:
-            moved = op.traffic(dims, DTYPES[row["dtype"]].itemsize)
-            traffic = sum(moved[i] for i in parts)
-            row["gbytes"] = traffic / row["seconds"] / 1e9
-            row["share"] = traffic / row["seconds"] / rates["copy"]
+            row["gbytes"] = work["bytes"] / row["seconds"] / 1e9
+            row["share"] = work["bytes"] / row["seconds"] / rates["copy"]
 
 
 def _print_bench(rows: list[Row], rates: Row, launches: Row, seconds: float) -> int:
@@ -298,16 +290,21 @@ def _print_bench(rows: list[Row], rates: Row, launches: Row, seconds: float) -> 
         dtype = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[r["dtype"]]
         rate = f"{r['tflops']:.0f}" if "tflops" in r else f"{r['share']:.0%}"
         peak = f" {r['peak'] / 2**30:.2f}GiB" if r["peak"] else ""
-        text = f"{r['provider']}{'*' if r['no_graph'] else ''} {r['seconds'] * 1e3:.4f} {rate}{peak}"
+        name = r["provider"].removeprefix(results.OURS + ":") + "*" * bool(r["no_graph"])
+        text = f"{name} {r['seconds'] * 1e3:.4f} {rate}{peak}"
         lines.setdefault(f"{r['op']} {r['case']} {dtype} {r['direction']}", []).append(text)
     for name, texts in lines.items():
         print(f"{name}: " + " | ".join(texts))
     for reason in dict.fromkeys(r["no_graph"] for r in rows if r.get("no_graph")):
         names = dict.fromkeys(f"{r['op']} {r['provider']}" for r in rows if r.get("no_graph") == reason)
         print(f"*: {reason}: {', '.join(names)}"[:260])
-    for r in [r for r in rows if "seconds" not in r][:30]:
-        print(f"none: {r['op']} {r['case']} {r.get('provider', '')}: {r['problem']}"[:180])
-    print("launch, us: " + ", ".join(f"{name} {s * 1e6:.0f}" for name, s in launches.items()))
+    absent: dict[str, list[str]] = {}
+    for r in (r for r in rows if "seconds" not in r):
+        absent.setdefault(f"{r['op']} {r.get('provider', '')}: {r['problem']}"[:180], []).append(r["case"])
+    for text, cases in list(absent.items())[:40]:
+        print(f"none: {text} ({', '.join(cases)})"[:240])
+    costs = (f"{name.replace(results.OURS + ':', '')} {s * 1e6:.0f}" for name, s in launches.items())
+    print("launch, us: " + ", ".join(costs))
     print(f"{len(rows)} rows, {seconds:.0f} s")
     return 0 if any("seconds" in r for r in rows) else 1
 
@@ -321,13 +318,13 @@ def command_tune(args: argparse.Namespace) -> int:
     if args.workers > 1:
         in_processes(tune_units(args), args, args.limit / 2)
     for op, index in _tuned(args):
-        timed = bench_cases(op, args.tiny)[index]
+        benchmark = cases_of(op, args.tiny)[index]
         with clock.current():
-            both = _triton_run(timed, args)
+            both = _triton_run(benchmark, args)
             with launch.record() as choices:
                 both()
             for kernel, (heuristic, candidates) in choices.items():
-                rows += _tune_kernel(clock, timed, kernel, [heuristic, *candidates], both, args, begin)
+                rows += _tune_kernel(clock, benchmark, kernel, [heuristic, *candidates], both, args, begin)
     write(args, header(args) | {"rows": rows})
     for r in rows:
         print(f"{r['op'][:13]:13} {r['case']:17} {r['kernel']:18} {r['seconds'] * 1e3:9.4f} ms  {r['parameters']}")
@@ -338,13 +335,13 @@ def command_tune(args: argparse.Namespace) -> int:
 def _tuned(args: argparse.Namespace) -> list[tuple[str, int]]:
     """(op, case) of what has a Triton kernel."""
     ops = [op for op in args.ops if any(b.name == "triton" for b in OPS[op].backends)]
-    return [(op, i) for op in ops for i in range(len(bench_cases(op, args.tiny)[: args.cases]))]
+    return [(op, i) for op in ops for i in range(len(cases_of(op, args.tiny)[: args.cases]))]
 
 
-def _triton_run(timed: Timed, args: argparse.Namespace) -> Any:
-    (ours,) = (p for p in providers(timed, ["triton"]) if p.name == "triton")
-    assert ours.function is not None
-    return forward_and_backward(ours.function, _inputs(timed, args), timed.case.options)[2]
+def _triton_run(benchmark: Benchmark, args: argparse.Namespace) -> Any:
+    case = benchmark.case
+    (ours,) = (p for p in known.of(case.op, args.device) if p.name == f"{results.OURS}:triton")
+    return forward_and_backward(ours.call, _inputs(benchmark, args), case.options)[2]
 
 
 def tune_units(args: argparse.Namespace) -> list[Row]:
@@ -355,7 +352,7 @@ def tune_units(args: argparse.Namespace) -> list[Row]:
 def check_candidates(unit: Row, args: argparse.Namespace) -> Iterator[Row]:
     """Runs every fourth candidate of each kernel once. No rows, as `check_warm`."""
     launch: Any = importlib.import_module("llama_fast.kernels.launch")
-    both = _triton_run(bench_cases(unit["op"], args.tiny)[unit["case"]], args)
+    both = _triton_run(cases_of(unit["op"], args.tiny)[unit["case"]], args)
     with launch.record() as choices:
         both()
     for kernel, (_, candidates) in choices.items():
@@ -366,7 +363,13 @@ def check_candidates(unit: Row, args: argparse.Namespace) -> Iterator[Row]:
 
 
 def _tune_kernel(
-    clock: Clock, timed: Timed, kernel: str, candidates: list[Any], both: Any, args: argparse.Namespace, begin: float
+    clock: Clock,
+    benchmark: Benchmark,
+    kernel: str,
+    candidates: list[Any],
+    both: Any,
+    args: argparse.Namespace,
+    begin: float,
 ) -> list[Row]:
     """The best six of the candidates, the first of which is the heuristic, and the heuristic itself."""
     launch: Any = importlib.import_module("llama_fast.kernels.launch")
@@ -384,7 +387,7 @@ def _tune_kernel(
     for n, (name, t) in enumerate(sorted(times.items(), key=lambda item: item[1].median)):
         if n < 6 or name == heuristic:
             mark = " (heuristic)" if name == heuristic else ""
-            row = {"op": timed.case.op, "case": timed.label, "kernel": kernel, "parameters": name + mark}
+            row = {"op": benchmark.case.op, "case": benchmark.label, "kernel": kernel, "parameters": name + mark}
             rows.append(row | _times(t))
     return rows
 
@@ -418,7 +421,7 @@ def _all_green(rows: list[Row], op: str, backend: str, dtypes: list[str]) -> boo
 def _fastest(rows: list[Row], op: str, direction: str, dtypes: list[str], right: list[str]) -> str | None:
     vendor = "torch" if any(b.name == "torch" for b in OPS[op].backends) else "eager"
     ratios: dict[str, list[float]] = {b: [] for b in right}
-    for label in dict.fromkeys(r["case"] for r in rows if r["op"] == op and r.get("proves") and r["dtype"] in dtypes):
+    for label in dict.fromkeys(r["case"] for r in rows if r["op"] == op and r.get("dtype") in dtypes):
         times = {
             r["provider"]: r["seconds"]
             for r in rows
@@ -426,7 +429,8 @@ def _fastest(rows: list[Row], op: str, direction: str, dtypes: list[str], right:
         }
         for b in right:
             theirs = times.get(vendor, times.get("eager"))
-            ratios[b].append(times[b] / theirs if b in times and theirs else float("inf"))
+            mine = times.get(f"{results.OURS}:{b}")
+            ratios[b].append(mine / theirs if mine and theirs else float("inf"))
     good = {b: sum(r) for b, r in ratios.items() if r and max(r) <= SLACK}
     return min(good, key=lambda b: good[b]) if good else None
 

@@ -1,25 +1,18 @@
-"""What `benchmarks.gpu` checks and times: cases of every op, and the rivals that are timed beside the backends."""
+"""The cases of every op that `benchmarks.gpu test` checks; what is timed stands in the ops' own files."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch._functorch.config
-from torch import Tensor
 
-from llama_fast.ops import eager
 from llama_fast.ops.table import OPS
 from llama_fast.verify import Case
 
-Call = Callable[[], Any]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-# ---- correctness ----------------------------------------------------------------------------------------------------
 def _packed(*bounds: int) -> dict[str, Any]:
     return {
         "dims": {"R": bounds[-1], "N": len(bounds)},
@@ -100,7 +93,7 @@ def _loss_cases() -> Iterator[Case]:
 def test_cases(op: str, tiny: bool) -> list[Case]:
     """The cases of an op, each checked in every dtype on every backend; `tiny`: one small one, for a dry run."""
     if tiny:
-        return [_tiny(op)]
+        return [tiny_case(op)]
     if op == "attention":
         return list(_attention_cases())
     if op in ("rms_norm", "add_rms_norm"):
@@ -108,135 +101,8 @@ def test_cases(op: str, tiny: bool) -> list[Case]:
     return list({"swiglu": _swiglu_cases, "rope": _rope_cases, "linear_cross_entropy": _loss_cases}[op]())
 
 
-def _tiny(op: str) -> Case:
+def tiny_case(op: str) -> Case:
+    """A small case of an op, for a dry run."""
     sizes = {"B": 1, "T": 9, "S": 9, "H": 2, "G": 1, "D": 16, "C": 40, "F": 40, "V": 33, "...": (5,)}
     patterns = " ".join(OPS[op].public.values()).replace("/2", "").split()
     return Case(op, {k: v for k, v in sizes.items() if k in patterns})
-
-
-# ---- speed ----------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Timed:
-    """A case that is timed.
-
-    Args:
-        label: names it in tables and results.
-        case: sizes and options.
-        dtype: a key of DTYPES.
-        together: forward and backward are timed as one, with the peak of memory.
-        proves: counts for proven.json, and not only for the reader.
-    """
-
-    label: str
-    case: Case
-    dtype: str = "bfloat16"
-    together: bool = False
-    proves: bool = True
-
-
-def _attention(label: str, B: int, T: int, H: int, G: int, D: int, S: int = 0, **options: Any) -> Timed:
-    return Timed(label, Case("attention", {"B": B, "T": T, "S": S or T, "H": H, "G": G, "D": D}, options))
-
-
-def _bench_cases() -> tuple[Timed, ...]:
-    def norm(op: str, rows: int, C: int, dtype: str = "bfloat16") -> Timed:
-        return Timed(f"{rows}x{C}", Case(op, {"...": (rows,), "C": C}), dtype)
-
-    rope = {"B": 4, "T": 8192, "H": 32, "G": 8, "D": 128}
-    loss = {"...": (8192,), "C": 4096, "V": 128256}
-    return (
-        norm("rms_norm", 32768, 4096),
-        norm("rms_norm", 8192, 8192),
-        norm("rms_norm", 262144, 128),
-        norm("rms_norm", 16384, 4096, "float32"),
-        norm("add_rms_norm", 32768, 4096),
-        norm("add_rms_norm", 16384, 4096, "float32"),
-        Timed("16384x14336", Case("swiglu", {"...": (16384,), "F": 14336})),
-        Timed("8192x11008", Case("swiglu", {"...": (8192,), "F": 11008}), "float32"),
-        Timed("4x8192 32+8x128", Case("rope", rope)),
-        Timed("interleaved", Case("rope", rope, {"interleaved": True})),
-        Timed("2x8192 fp32", Case("rope", {**rope, "B": 2}), "float32"),
-        _attention("T16k D128", 1, 16384, 16, 16, 128),
-        _attention("4xT4k 32/8 D128", 4, 4096, 32, 8, 128),
-        _attention("8xT2k D64", 8, 2048, 32, 32, 64),
-        _attention("T16k window4k", 1, 16384, 16, 16, 128, window=4096),
-        Timed("8192x4096->128256", Case("linear_cross_entropy", loss), together=True),
-    )
-
-
-def bench_cases(op: str, tiny: bool) -> list[Timed]:
-    """What is timed of an op; `tiny`: one small case, for a dry run."""
-    if tiny:
-        return [Timed("tiny", _tiny(op), together=op == "linear_cross_entropy")]
-    return [t for t in _bench_cases() if t.case.op == op]
-
-
-@dataclass
-class Rival:
-    """Something else that computes an op, for timing: PyTorch plain and compiled, or another library's kernel.
-
-    Args:
-        name: as in the tables.
-        function: the public function's arguments -> its result; None where it cannot run.
-        reason: why not, where it is None.
-        context: entered around every call.
-    """
-
-    name: str
-    function: Callable[..., Any] | None
-    reason: str = ""
-    context: Callable[[], Any] | None = field(default=None)
-
-
-def _library(name: str, module: str, make: Callable[[Any], Callable[..., Any]]) -> Rival:
-    try:
-        return Rival(name, make(importlib.import_module(module)))
-    except Exception as error:  # not installed, or not for this torch
-        return Rival(name, None, f"{type(error).__name__}: {error}")
-
-
-def _sdpa(backend: str) -> Rival:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    return Rival(f"sdpa-{backend}", eager.attention, context=lambda: sdpa_kernel(getattr(SDPBackend, _SDPA[backend])))
-
-
-_SDPA = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
-
-
-def _liger_rope(m: Any) -> Callable[..., Any]:
-    def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Any:
-        if interleaved:
-            raise NotImplementedError("halves only")
-        doubled = [torch.cat((t, t), dim=-1).unsqueeze(0) for t in (cos, sin)]
-        q_BHTD, k_BGTD = m.LigerRopeFunction.apply(q.transpose(1, 2), k.transpose(1, 2), *doubled)
-        return q_BHTD.transpose(1, 2), k_BGTD.transpose(1, 2)
-
-    return rope
-
-
-def _liger_loss(m: Any) -> Callable[..., Any]:
-    return lambda hidden, weight, targets: m.LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, targets)[0]
-
-
-_LIGER: dict[str, tuple[str, Callable[[Any], Callable[..., Any]]]] = {
-    "rms_norm": ("liger_kernel.ops.rms_norm", lambda m: lambda x, w, eps=1e-6: m.LigerRMSNormFunction.apply(x, w, eps)),
-    "add_rms_norm": (
-        "liger_kernel.ops.fused_add_rms_norm",
-        lambda m: lambda x, r, w, eps=1e-6: m.LigerFusedAddRMSNormFunction.apply(x, r, w, eps),
-    ),
-    "swiglu": ("liger_kernel.ops.swiglu", lambda m: m.LigerSiLUMulFunction.apply),
-    "rope": ("liger_kernel.ops.rope", _liger_rope),
-    "linear_cross_entropy": ("liger_kernel.ops.fused_linear_cross_entropy", _liger_loss),
-}
-
-
-def rivals(op: str, compiler: str) -> list[Rival]:
-    """PyTorch plain and compiled, SDPA's kernels one by one, and Liger-Kernel's where it is installed."""
-    found = [Rival("eager", getattr(eager, op))]
-    if op == "attention":  # compiled, it is the same call of SDPA
-        return [*found, *(_sdpa(name) for name in _SDPA)]
-    torch._functorch.config.donated_buffer = False  # a backward is timed many times over one forward
-    found.append(Rival("compile", torch.compile(getattr(eager, op), dynamic=False, backend=compiler)))
-    module, make = _LIGER[op]
-    return [*found, _library("liger", module, make)]

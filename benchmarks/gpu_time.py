@@ -21,7 +21,7 @@ _FLUSH_BYTES = 256 << 20  # written before each run: several times the L2 of any
 
 @dataclass(frozen=True)
 class Time:
-    """Of one function, in seconds: median, 20th and 80th percentile.
+    """Of one function, in seconds: median, 20th and 80th percentile of `runs`.
 
     `no_graph` says why launches are counted; "": a graph was replayed, so they are not.
     """
@@ -29,6 +29,7 @@ class Time:
     median: float
     low: float
     high: float
+    runs: int
     no_graph: str
 
 
@@ -154,7 +155,8 @@ class Clock:
 
 def _summary(times: list[float], no_graph: str) -> Time:
     ordered = sorted(times)
-    return Time(statistics.median(ordered), ordered[len(ordered) // 5], ordered[-1 - len(ordered) // 5], no_graph)
+    fifth = len(ordered) // 5
+    return Time(statistics.median(ordered), ordered[fifth], ordered[-1 - fifth], len(ordered), no_graph)
 
 
 def cause(error: BaseException) -> BaseException:
@@ -171,25 +173,21 @@ def first_line(error: BaseException) -> str:
 
 
 def forward_and_backward(
-    function: Callable[..., Any],
-    inputs: Mapping[str, Tensor],
-    options: Mapping[str, Any],
-    context: Callable[[], Any] | None = None,
+    function: Callable[..., Any], inputs: Mapping[str, Tensor], options: Mapping[str, Any]
 ) -> tuple[Call, Call, Call]:
     """Of a differentiable function three calls: forward, backward of a forward made now, and the two together.
 
     Each can be captured in a CUDA graph: inputs and incoming gradients are made here. They belong to these calls alone,
     because some libraries' kernels overwrite them (docs/gpu.md): only the first of `backward` and `both` is then right.
     """
-    leaves = [
-        x.clone().requires_grad_(x.is_floating_point() and name not in ("cos", "sin")) for name, x in inputs.items()
-    ]
-    wanted = [x for x in leaves if x.requires_grad]
-    context = context or contextlib.nullcontext
+    leaves = {
+        name: x.clone().requires_grad_(x.is_floating_point() and name not in ("cos", "sin"))
+        for name, x in inputs.items()
+    }
+    wanted = [x for x in leaves.values() if x.requires_grad]
 
     def forward() -> Any:
-        with context():
-            return function(*leaves, **options)
+        return function(**leaves, **options)
 
     kept = forward()
     outputs = kept if isinstance(kept, tuple) else (kept,)
@@ -200,12 +198,9 @@ def forward_and_backward(
     ]
 
     def backward() -> Any:
-        with context():
-            return torch.autograd.grad(outputs, wanted, gradients, retain_graph=True)
+        return torch.autograd.grad(outputs, wanted, gradients, retain_graph=True)
 
     def both() -> Any:
-        found = forward()
-        with context():
-            return torch.autograd.grad(found, wanted, gradients)
+        return torch.autograd.grad(forward(), wanted, gradients)
 
     return forward, backward, both

@@ -41,12 +41,14 @@ class Benchmark:
         dtype: of the inputs.
         label: the preset whose shape it is, and what it is of it.
         quick: part of `llama-fast bench --quick`.
+        device: where it is measured: "cpu", or "cuda" by `python -m benchmarks.gpu bench`.
     """
 
     case: Case
     dtype: torch.dtype
     label: str
     quick: bool = False
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
@@ -324,17 +326,18 @@ def facts(benchmark: Benchmark, direction: str) -> dict[str, Any]:
     case, op = benchmark.case, OPS[benchmark.case.op]
     moved = op.traffic(sizes(case), benchmark.dtype.itemsize)
     flops = op.flops(sizes(case), case.options) if op.flops else (0, 0)
-    parts = 1 if direction == "forward" else 2
+    parts = {"forward": (0,), "backward": (1,)}.get(direction, (0, 1))
+    by_name = f"python -m benchmarks {case.op} --case '{benchmark.name}'"
     return {
         "op": case.op,
         "label": benchmark.label,
         "case": case_of(case),
         "dtype": dtype_name(benchmark.dtype),
         "direction": direction,
-        "bytes": sum(moved[:parts]),
-        "flops": sum(flops[:parts]),
+        "bytes": sum(moved[i] for i in parts),
+        "flops": sum(flops[i] for i in parts),
         "tokens": None,
-        "command": f"python -m benchmarks {case.op} --case '{benchmark.name}'",
+        "command": by_name if benchmark.device == "cpu" else f"python -m benchmarks.gpu bench --ops {case.op}",
     }
 
 

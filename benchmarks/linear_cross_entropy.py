@@ -35,6 +35,12 @@ BENCHMARKS = (
         torch.bfloat16,
         "llama-3.2-1b",
     ),
+    Benchmark(
+        Case("linear_cross_entropy", {"...": (8192,), "C": 4096, "V": 128256}),
+        torch.bfloat16,
+        "8192x4096->128256",
+        device="cuda",
+    ),
 )
 
 

@@ -7,7 +7,9 @@ time unless it makes one.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import importlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -59,9 +61,16 @@ class Provider:
         """Why it cannot run this case here, or None."""
         if self.device and device != self.device:
             return f"runs on {self.device} only"
-        if self.module and find_spec(self.module.partition(".")[0]) is None:
+        if self.module and not _installed(self.module):
             return f"not installed: pip install {self.package}"
         return self.limit(case, dtype)
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ImportError:  # of the package around it
+        return False
 
 
 def sizes(case: Case) -> dict[str, int]:
@@ -69,16 +78,23 @@ def sizes(case: Case) -> dict[str, int]:
     return {"R" if n == "..." else n: math.prod(size) if n == "..." else size for n, size in case.dims.items()}
 
 
-def of(op: str, device: str) -> list[Provider]:
-    """All providers of an op, ours first."""
-    own = [b for b in OPS[op].backends if b.name not in _NOT_OURS and b.device in (None, device)]
-    found = [_ours(op, b, device) for b in own]
-    found.append(Provider("eager", getattr(eager, op), slow=False))
-    found.append(Provider("torch.compile", _compiled(op)))
+def of(op: str, device: str, compiler: str = "inductor") -> list[Provider]:
+    """All providers of an op, ours first; `compiler`: torch.compile's backend."""
+    backends = {b.name: b for b in OPS[op].backends if b.device in (None, device)}
+    found = [_forced(op, b, device) for name, b in backends.items() if name not in _NOT_OURS]
+    found.append(Provider("eager", getattr(eager, op), limit=_no_window, slow=False))
+    if device == "cuda" and "torch" in backends:  # the measure of llama_fast/ops/proven.json
+        found.append(dataclasses.replace(_forced(op, backends["torch"], device), name="torch"))
+    if device != "cuda" or op != "attention":  # there it is eager's call again
+        found.append(Provider("torch.compile", _compiled(op, compiler), limit=_no_window))
     return [*found, *_PEERS.get(op, lambda: iter(()))()]
 
 
-def _ours(op: str, b: Backend, device: str) -> Provider:
+def _no_window(case: Case, dtype: torch.dtype) -> str | None:
+    return "takes a window as a mask of T x S numbers" if case.options.get("window") else None
+
+
+def _forced(op: str, b: Backend, device: str) -> Provider:
     function = getattr(llama_fast, op)
 
     def call(**arguments: Any) -> Any:
@@ -86,14 +102,14 @@ def _ours(op: str, b: Backend, device: str) -> Provider:
             return function(**arguments)
 
     def limit(case: Case, dtype: torch.dtype) -> str | None:
-        return dispatch.objection(b, sizes(case), dtype, device)
+        return dispatch.objection(b, {**sizes(case), **case.options}, dtype, device)
 
     return Provider(f"{OURS}:{b.name}", call, limit=limit, slow=False)
 
 
 @functools.cache
-def _compiled(op: str) -> Callable[..., Any]:
-    function = torch.compile(getattr(eager, op), dynamic=False)
+def _compiled(op: str, compiler: str) -> Callable[..., Any]:
+    function = torch.compile(getattr(eager, op), dynamic=False, backend=compiler)
 
     def call(**arguments: Any) -> Any:
         return function(**arguments)
@@ -116,9 +132,9 @@ def _their_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _rms_norm_peers() -> Iterator[Provider]:
     def liger(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-        from liger_kernel.transformers.functional import liger_rms_norm
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-        return liger_rms_norm(x, weight, eps, in_place=False)
+        return LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False)  # not over the incoming gradient
 
     def flash(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
         from flash_attn.ops.triton.layer_norm import rms_norm_fn
@@ -130,14 +146,14 @@ def _rms_norm_peers() -> Iterator[Provider]:
 
     yield Provider("transformers", transformers, "transformers", "transformers")
     yield Provider("liger", liger, "liger_kernel", "liger-kernel", "cuda")
-    yield Provider("flash-attn", flash, "flash_attn", "flash-attn", "cuda")
+    yield Provider("flash-attn", flash, "flash_attn.ops", "flash-attn", "cuda")
 
 
 def _add_rms_norm_peers() -> Iterator[Provider]:
     def liger(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-        from liger_kernel.transformers.functional import liger_fused_add_rms_norm
+        from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
 
-        return liger_fused_add_rms_norm(x, residual, weight, eps, in_place=False)
+        return LigerFusedAddRMSNormFunction.apply(x, residual, weight, eps)
 
     def flash(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
         from flash_attn.ops.triton.layer_norm import rms_norm_fn
@@ -150,14 +166,14 @@ def _add_rms_norm_peers() -> Iterator[Provider]:
 
     yield Provider("transformers", transformers, "transformers", "transformers")
     yield Provider("liger", liger, "liger_kernel", "liger-kernel", "cuda")
-    yield Provider("flash-attn", flash, "flash_attn", "flash-attn", "cuda")
+    yield Provider("flash-attn", flash, "flash_attn.ops", "flash-attn", "cuda")
 
 
 def _swiglu_peers() -> Iterator[Provider]:
     def liger(gate: Tensor, up: Tensor) -> Tensor:
-        from liger_kernel.transformers.functional import liger_swiglu
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
-        return liger_swiglu(gate, up)
+        return LigerSiLUMulFunction.apply(gate, up)  # its backward writes over gate and up
 
     def flash(gate: Tensor, up: Tensor) -> Tensor:
         from flash_attn.ops.activations import swiglu
@@ -165,7 +181,7 @@ def _swiglu_peers() -> Iterator[Provider]:
         return swiglu(gate, up)
 
     yield Provider("liger", liger, "liger_kernel", "liger-kernel", "cuda")
-    yield Provider("flash-attn", flash, "flash_attn", "flash-attn", "cuda")
+    yield Provider("flash-attn", flash, "flash_attn.ops", "flash-attn", "cuda")
 
 
 # ---- rotary ---------------------------------------------------------------------------------------------------------
@@ -186,10 +202,11 @@ def _rope_peers() -> Iterator[Provider]:
         return q_BHTD.transpose(1, 2), k_BGTD.transpose(1, 2)
 
     def liger(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        from liger_kernel.transformers.functional import liger_rope
+        from liger_kernel.ops.rope import LigerRopeFunction
 
         cos, sin = _doubled(cos, q.dtype), _doubled(sin, q.dtype)
-        q_BHTD, k_BGTD = liger_rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+        # it writes over q and k, its backward over the incoming gradients
+        q_BHTD, k_BGTD = LigerRopeFunction.apply(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
         return q_BHTD.transpose(1, 2), k_BGTD.transpose(1, 2)
 
     def flash(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> tuple[Tensor, Tensor]:
@@ -200,7 +217,7 @@ def _rope_peers() -> Iterator[Provider]:
 
     yield Provider("transformers", transformers, "transformers", "transformers", limit=_halves_only, slow=False)
     yield Provider("liger", liger, "liger_kernel", "liger-kernel", "cuda", _halves_only)
-    yield Provider("flash-attn", flash, "flash_attn", "flash-attn", "cuda")
+    yield Provider("flash-attn", flash, "flash_attn.ops", "flash-attn", "cuda")
 
 
 # ---- attention ------------------------------------------------------------------------------------------------------
@@ -239,6 +256,16 @@ def _half_only(case: Case, dtype: torch.dtype) -> str | None:
     return None if dtype in (torch.bfloat16, torch.float16) else "takes bfloat16 and float16 only"
 
 
+_FLASH_SOURCE = "git+https://github.com/Dao-AILab/flash-attention"
+
+
+def _all_weights(case: Case, dtype: torch.dtype) -> str | None:
+    held = math.prod(case.dims.get(n, 1) for n in "BHTS")
+    if held > 1 << 29:
+        return f"holds all weights: {held / 1e9:.0f} G numbers, several times"
+    return _square_causal(case, dtype)
+
+
 def _attention_peers() -> Iterator[Provider]:
     def xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         from xformers.ops import memory_efficient_attention
@@ -252,34 +279,42 @@ def _attention_peers() -> Iterator[Provider]:
         k, v = (x.unsqueeze(3).expand(-1, -1, -1, H // G, -1) for x in (k, v))
         return memory_efficient_attention(q, k, v, attn_bias=bias).flatten(2, 3)
 
-    def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool = True, window: int | None = None) -> Tensor:
-        from flash_attn import flash_attn_func
+    def flash(module: str, q: Tensor, k: Tensor, v: Tensor, causal: bool = True, window: int | None = None) -> Tensor:
+        more = {"window_size": (window - 1, 0)} if window else {}
+        out = importlib.import_module(module).flash_attn_func(q, k, v, causal=causal, **more)
+        return out[0] if isinstance(out, tuple) else out  # FlashAttention 3 and 4 give the log-sum-exp too
 
-        window_size = (window - 1, 0) if window else (-1, -1)
-        return flash_attn_func(q, k, v, causal=causal, window_size=window_size)
-
-    def plain_causal(case: Case, dtype: torch.dtype) -> str | None:
-        return "called for a causal mask without options" if case.options else None
+    def xformers_limit(case: Case, dtype: torch.dtype) -> str | None:
+        (b,) = (b for b in OPS["attention"].backends if b.name == "xformers")
+        return dispatch.objection(b, {**sizes(case), "causal": True, "window": 0, **case.options}, dtype, "cuda")
 
     sdpa = SDPBackend
-    yield Provider("sdpa:math", _sdpa(sdpa.MATH, False), limit=_square_causal)
+    yield Provider("sdpa:math", _sdpa(sdpa.MATH, False), limit=_all_weights)
     yield Provider("sdpa:flash", _sdpa(sdpa.FLASH_ATTENTION, True), limit=_square_causal)
     yield Provider("sdpa:efficient", _sdpa(sdpa.EFFICIENT_ATTENTION, True), device="cuda", limit=_square_causal)
     yield Provider("sdpa:cudnn", _sdpa(sdpa.CUDNN_ATTENTION, False), device="cuda", limit=_square_causal)
     yield Provider("sdpa_repeated", _repeated, limit=_grouped_square, slow=False)
-    yield Provider("xformers", xformers, "xformers", "xformers", "cuda", plain_causal)
-    yield Provider("flash-attn", flash, "flash_attn", "flash-attn", "cuda", _half_only)
+    yield Provider("xformers", xformers, "xformers", "xformers", "cuda", xformers_limit)
+    for name, module, package in (
+        ("flash-attn", "flash_attn.flash_attn_interface", "flash-attn"),
+        ("flash-attn-3", "flash_attn_interface", f"{_FLASH_SOURCE}#subdirectory=hopper"),
+        ("flash-attn-4", "flash_attn.cute", "flash-attn-4"),
+    ):
+        yield Provider(name, functools.partial(flash, module), module, package, "cuda", _half_only)
 
 
 # ---- the head -------------------------------------------------------------------------------------------------------
 def _linear_cross_entropy_peers() -> Iterator[Provider]:
-    def liger(hidden: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float = 0.0, **options: Any) -> Tensor:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    def liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
         flat = hidden.reshape(-1, hidden.shape[-1])
-        return liger_fused_linear_cross_entropy(flat, weight, targets.reshape(-1), label_smoothing=label_smoothing)
+        return LigerFusedLinearCrossEntropyFunction.apply(flat, weight, targets.reshape(-1))[0]
 
-    yield Provider("liger", liger, "liger_kernel", "liger-kernel", "cuda")
+    def no_options(case: Case, dtype: torch.dtype) -> str | None:
+        return f"called without {', '.join(case.options)}" if case.options else None
+
+    yield Provider("liger", liger, "liger_kernel", "liger-kernel", "cuda", no_options)
 
 
 _PEERS: dict[str, Callable[[], Iterator[Provider]]] = {

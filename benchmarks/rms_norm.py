@@ -24,4 +24,14 @@ BENCHMARKS = tuple(
         ("llama-7b", 1, False),
     )
     for dtype in (torch.bfloat16, torch.float32)
+) + tuple(
+    Benchmark(Case(op, {"...": (rows,), "C": C}), dtype, f"{rows}x{C}", device="cuda")
+    for op, rows, C, dtype in (
+        ("rms_norm", 32768, 4096, torch.bfloat16),
+        ("rms_norm", 8192, 8192, torch.bfloat16),
+        ("rms_norm", 262144, 128, torch.bfloat16),  # the heads of a model that normalises q and k
+        ("rms_norm", 16384, 4096, torch.float32),
+        ("add_rms_norm", 32768, 4096, torch.bfloat16),
+        ("add_rms_norm", 16384, 4096, torch.float32),
+    )
 )

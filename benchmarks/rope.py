@@ -30,4 +30,11 @@ BENCHMARKS = tuple(
         ("llama-3-8b", 1, False),
     )
     for dtype in (torch.bfloat16, torch.float32)
+) + tuple(
+    Benchmark(Case("rope", {"B": B, "T": 8192, "H": 32, "G": 8, "D": 128}, options), dtype, label, device="cuda")
+    for label, B, options, dtype in (
+        ("4x8192 32+8x128", 4, {}, torch.bfloat16),
+        ("interleaved", 4, {"interleaved": True}, torch.bfloat16),
+        ("2x8192 fp32", 2, {}, torch.float32),
+    )
 )

@@ -28,14 +28,14 @@ from .providers import Provider
 from .results import Environment, Limit, Line, Results, is_ours
 
 
-def collect(ops: Sequence[str], quick: bool = False) -> list[Benchmark]:
-    """The cases of these ops, from every file beside this one that has BENCHMARKS, in the order of `ops`."""
+def collect(ops: Sequence[str], quick: bool = False, device: str = "cpu") -> list[Benchmark]:
+    """A device's cases of these ops, from every file beside this one that has BENCHMARKS, in the order of `ops`."""
     found: list[Benchmark] = []
     for info in pkgutil.iter_modules([str(Path(__file__).parent)]):
         if info.name in OPS:
             module = importlib.import_module(f"{__package__}.{info.name}")
             found += getattr(module, "BENCHMARKS", ())
-    chosen = [b for b in found if b.case.op in ops and (b.quick or not quick)]
+    chosen = [b for b in found if b.device == device and b.case.op in ops and (b.quick or not quick)]
     return sorted(chosen, key=lambda b: list(ops).index(b.case.op))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_bench, gpu_cases, gpu_results, gpu_run, gpu_time, results
+from benchmarks import gpu, gpu_bench, gpu_cases, gpu_results, gpu_run, gpu_time, harness, providers, results
 from llama_fast.ops.table import OPS
 from llama_fast.verify import Case
 
@@ -61,7 +61,7 @@ def test_test(tmp_path: Path) -> None:
 def test_bench_and_proof(tmp_path: Path) -> None:
     result, text = dry(tmp_path, "bench", "--ops", "swiglu", "--workers", "1", "--limit", "30")
     timed = {(r["provider"], r["direction"]) for r in result["rows"] if "seconds" in r}
-    assert {(p, d) for p in ("triton", "eager") for d in ("fwd", "bwd")} <= timed
+    assert {(p, d) for p in ("llama_fast:triton", "eager") for d in ("fwd", "bwd")} <= timed
     assert result["rates"]["copy"] > 0
     assert "swiglu tiny bf16 fwd: " in text
     assert any("liger" in r["provider"] for r in result["rows"])
@@ -74,17 +74,19 @@ def test_bench_and_proof(tmp_path: Path) -> None:
 
 def test_rows_become_lines() -> None:
     case = Case("attention", {"B": 1, "T": 8, "S": 8, "H": 2, "G": 2, "D": 16})
-    todo = [gpu_cases.Timed("small", case), gpu_cases.Timed("other", case, together=True)]
+    loss = Case("linear_cross_entropy", {"...": (8,), "C": 16, "V": 32})
+    todo = [harness.Benchmark(c, torch.bfloat16, "small", device="cuda") for c in (case, loss)]
     base = {"op": "attention", "case": "small", "dtype": "bfloat16"}
-    time = {"seconds": 1e-3, "low": 1.1e-3, "high": 1.2e-3, "no_graph": ""}  # a median below the 20th: rounding
+    # a median below the 20th: rounding
+    time = {"seconds": 1e-3, "low": 1.1e-3, "high": 1.2e-3, "runs": 9, "no_graph": ""}
     rows = [
-        base | {"provider": "triton", "direction": "bwd", "peak": 0} | time,
-        base | {"provider": "sdpa-flash", "direction": "bwd", "peak": 5} | time,
-        base | {"provider": "liger", "problem": "ModuleNotFoundError: no liger"},
-        base | {"provider": "cuda", "problem": "gradient 0 is 0.3 of its size away from the first provider's"},
-        base | {"case": "other", "provider": "compile", "problem": "no time left"},
-        {"op": "attention", "case": "other", "problem": "no time left"},
-        base | {"provider": "sdpa-flash", "problem": "RuntimeError: its forward cannot be captured"},
+        base | {"provider": "llama_fast:triton", "direction": "bwd", "peak": 0} | time,
+        base | {"provider": "sdpa:flash", "direction": "bwd", "peak": 5} | time,
+        base | {"provider": "liger", "problem": "not installed: pip install liger-kernel"},
+        base | {"provider": "llama_fast:cuda", "problem": "gradient 0 is 0.3 of its size away"},
+        base | {"op": loss.op, "provider": "torch.compile", "problem": "no time left"},
+        {"op": loss.op, "case": "small", "problem": "no time left"},
+        base | {"provider": "sdpa:flash", "problem": "RuntimeError: its forward cannot be captured"},
     ]
     found = gpu_results.of(rows, todo, {"copy": 1e12, "matrix": 1e15}, "cpu", "sm_90", commit="c0ffee")
     results.check(found)
@@ -112,9 +114,9 @@ def test_bench_goes_on_without_the_provider_that_ends_its_process(
     code = (
         "import os, sys\n"
         "from benchmarks import gpu, gpu_bench\n"
-        "from benchmarks.gpu_cases import Rival\n"
-        "rivals = gpu_bench.rivals\n"
-        f"gpu_bench.rivals = lambda *a: [*rivals(*a), Rival('bad', lambda *a, **k: {way})]\n"
+        "from benchmarks.providers import Provider\n"
+        "providers = gpu_bench.providers\n"
+        f"gpu_bench.providers = lambda *a: [*providers(*a), Provider('bad', lambda **k: {way})]\n"
         "raise SystemExit(gpu.main(sys.argv[1:]))\n"
     )
     command = gpu_run.worker_command
@@ -254,9 +256,10 @@ def _results(**changes: Any) -> tuple[Any, Any]:
         for b in ("cuda", "triton")
         for d in gpu_cases.DTYPES
     ]
-    seconds = {"eager": 2.0, "triton": 1.0, "cuda": 1.5} | changes.get("seconds", {})
+    ours = {"triton": 1.0, "cuda": 1.5} | changes.get("seconds", {})
+    seconds = {"eager": 2.0} | {f"llama_fast:{b}": s for b, s in ours.items()}
     bench = [
-        {"op": "swiglu", "case": "a", "dtype": "bfloat16", "proves": True, "provider": p, "direction": d, "seconds": s}
+        {"op": "swiglu", "case": "a", "dtype": "bfloat16", "provider": p, "direction": d, "seconds": s}
         for p, s in seconds.items()
         for d in ("fwd", "bwd")
     ]
@@ -274,7 +277,7 @@ def test_proof_lists_the_faster_of_what_is_right_and_not_slower() -> None:
     for unit in ({"kind": "compile", "op": "swiglu"}, {"kind": "budget", "op": "swiglu", "dtype": "float16"}):
         assert gpu_bench.proof(test | {"not_run": [unit]}, bench) == {}
     assert gpu_bench.proof(test | {"not_run": [{"kind": "budget", "op": "rope", "dtype": "float16"}]}, bench)
-    untimed = [r for r in bench["rows"] if (r["provider"], r["direction"]) != ("triton", "bwd")]
+    untimed = [r for r in bench["rows"] if (r["provider"], r["direction"]) != ("llama_fast:triton", "bwd")]
     found = gpu_bench.proof(test, {"rows": untimed})
     assert found == {"triton": {"swiglu_fwd": ["half"]}, "cuda": {"swiglu_bwd": ["half"]}}
 
@@ -295,9 +298,25 @@ def test_prove_keeps_other_devices(tmp_path: Path) -> None:
 def test_every_op_has_cases_of_both_kinds() -> None:
     for op in OPS:
         assert len(gpu_cases.test_cases(op, False)) > 5
-        assert gpu_cases.bench_cases(op, False)
+        timed = gpu_bench.cases_of(op, False)
+        assert timed
+        assert len({b.label for b in timed}) == len(timed)  # rows are known by it
         for case in gpu_cases.test_cases(op, False):
             assert str(case)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_provider_takes_a_gpus_cases_or_says_why_not(op: str) -> None:
+    """As far as can be asked without a GPU; nothing is run."""
+    names = [p.name for p in providers.of(op, "cuda")]
+    assert {"llama_fast:cuda", "llama_fast:triton", "eager"} <= set(names)
+    assert ("torch" in names) == any(b.name == "torch" for b in OPS[op].backends)  # what `prove` compares with
+    for b in gpu_bench.cases_of(op, False):
+        reasons = {p.name: p.objection(b.case, b.dtype, "cuda") for p in providers.of(op, "cuda")}
+        windowed = bool(b.case.options.get("window"))
+        assert (reasons["eager"] is None) != windowed
+        assert any(reasons[n] is None for n in ("eager", "torch") if n in reasons)  # the others are compared with it
+        assert all(r is None or r for r in reasons.values())
 
 
 def test_large_inputs_are_those_of_the_case() -> None:
@@ -305,7 +324,7 @@ def test_large_inputs_are_those_of_the_case() -> None:
     args = gpu.parse(["bench", "--device", "cpu", "--tiny"])
     args.device = "meta"
     for op in OPS:
-        (timed,) = gpu_cases.bench_cases(op, True)
+        (timed,) = gpu_bench.cases_of(op, True)
         made, expected = gpu_bench._inputs(timed, args), timed.case.inputs(torch.bfloat16)
         assert {n: (x.shape, x.dtype) for n, x in made.items()} == {n: (x.shape, x.dtype) for n, x in expected.items()}
 

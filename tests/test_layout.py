@@ -63,7 +63,7 @@ SHARED = {
         "floors": "floors.toml",
         "gpu": "the GPU kernels on a GPU",
         "gpu_bench": "their speed",
-        "gpu_cases": "what is checked and timed",
+        "gpu_cases": "what is checked",
         "gpu_run": "units of work in processes",
         "gpu_time": "timing on a GPU",
         "sass_cuda": "what nvcc made of the CUDA kernels",

@@ -62,7 +62,8 @@ class Backend:
 
     Args:
         name: what `lf.backend(name)` takes.
-        module: where the launchers `<op>_fwd` and `<op>_bwd` stand; imported when first used.
+        module: where the launchers `<op>_fwd` and `<op>_bwd` stand; imported when first used. If it has an `objection`
+            (dims, dtype, device type), that is asked after the limits: xFormers knows itself what it takes.
         device: torch device type, or None for any.
         dtypes: those that it computes in.
         limits: each gives None or the sentence that says why a call cannot be taken. Besides the sizes it sees the
