@@ -127,7 +127,7 @@ def cross_entropy_rows(
 ) -> None:
     R, V = logits.shape
     launch = heuristic(V)
-    scale = loss if row_scale is None else row_scale
+    scale = loss if row_scale is None else row_scale.contiguous()
     args = (logits, targets, scale, loss, lse, logits.stride(0), V, ignore_index, label_smoothing, z_loss)
     constants = (row_scale is not None, label_smoothing != 0.0, launch.BLOCK_V)
     with on_device_of(logits):

@@ -32,36 +32,39 @@ class OnDevice {
   OnDevice& operator=(const OnDevice&) = delete;
 };
 
-// Streaming multiprocessors of a device; 4 when emulated, so that loops over them have more than one turn.
-inline int64_t multiprocessors(int device) {
 #ifdef LLAMA_FAST_EMULATE
-  return 4 + 0 * device;
-#else
-  constexpr int kDevices = 64;
-  static int known[kDevices] = {};
-  int count = device < kDevices ? known[device] : 0;
-  if (count == 0) {
-    check("multiprocessors", cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    if (device < kDevices) known[device] = count;
-  }
-  return count;
-#endif
-}
 
-// 10 major + minor of a device's compute capability; when emulated what set_architecture says.
-#ifdef LLAMA_FAST_EMULATE
+// Streaming multiprocessors of a device: so few that loops over them have more than one turn.
+inline int64_t multiprocessors(int) { return 4; }
+// 10 major + minor of a device's compute capability: what set_architecture says.
 inline int& emulated_architecture() {
   static int value = 80;
   return value;
 }
 inline int architecture(int) { return emulated_architecture(); }
+
 #else
-inline int architecture(int device) {
-  int major = 0, minor = 0;
-  check("architecture", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  check("architecture", cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  return 10 * major + minor;
+
+struct Device {
+  int multiprocessors = 0, major = 0, minor = 0;
+};
+
+inline Device properties(int device) {
+  constexpr int kDevices = 64;
+  static Device known[kDevices];
+  if (device < kDevices && known[device].multiprocessors != 0) return known[device];
+  Device found;
+  check("attributes of the device", cudaDeviceGetAttribute(&found.major, cudaDevAttrComputeCapabilityMajor, device));
+  check("attributes of the device", cudaDeviceGetAttribute(&found.minor, cudaDevAttrComputeCapabilityMinor, device));
+  check("attributes of the device",
+        cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  if (device < kDevices) known[device] = found;
+  return found;
 }
+
+inline int64_t multiprocessors(int device) { return properties(device).multiprocessors; }
+inline int architecture(int device) { return 10 * properties(device).major + properties(device).minor; }
+
 #endif
 
 // A launch of `blocks` blocks of `threads` threads.

@@ -38,6 +38,11 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
+def _part(x: Tensor, chunk: slice | None) -> Tensor:
+    """Rows of `x`; all where chunk is None, without the microseconds of a slice."""
+    return x if chunk is None else x[chunk]
+
+
 def primitives(row_kernel: RowKernel) -> tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]:
     """The launchers `linear_cross_entropy_fwd` and `linear_cross_entropy_bwd` made of a row kernel."""
 
@@ -61,13 +66,16 @@ def primitives(row_kernel: RowKernel) -> tuple[Callable[..., tuple[Tensor, ...]]
         logits_buffer = hidden.new_empty(step, V)
         total = hidden.new_zeros(V, C, dtype=torch.float32) if accumulator else dweight
         for begin in range(0, R, step):
-            chunk = slice(begin, min(begin + step, R))
-            logits = linear.nt(hidden[chunk], weight, out=logits_buffer[: chunk.stop - begin])
-            scale = None if row_scale is None else row_scale[chunk]
-            row_kernel(logits, targets[chunk], scale, ignore_index, label_smoothing, z_loss, loss[chunk], lse[chunk])
+            end = min(begin + step, R)
+            chunk = None if step == R else slice(begin, end)
+            some_hidden = _part(hidden, chunk)
+            logits = linear.nt(some_hidden, weight, out=_part(logits_buffer, chunk and slice(0, end - begin)))
+            scale = None if row_scale is None else _part(row_scale, chunk)
+            row = (_part(targets, chunk), scale, ignore_index, label_smoothing, z_loss)
+            row_kernel(logits, *row, _part(loss, chunk), _part(lse, chunk))
             if gradients:  # the logits are their own gradient now
-                linear.nn(logits, weight, out=dhidden[chunk])
-                linear.tn(logits, hidden[chunk], out=total, accumulate=accumulator or begin > 0)
+                linear.nn(logits, weight, out=_part(dhidden, chunk))
+                linear.tn(logits, some_hidden, out=total, accumulate=accumulator or begin > 0)
         if accumulator:
             dweight.copy_(total)
         return results

@@ -78,15 +78,19 @@ def _stream(x: Tensor) -> tuple[int, int]:
     return index, torch._C._cuda_getCurrentRawStream(index)
 
 
-Scratch = Callable[[tuple[Any, ...]], Tensor]
+Scratch = Callable[[list[Any]], Tensor]
 
 
 def _launcher(op: Op, direction: str, scratch: Scratch | None = None) -> Callable[..., tuple[Tensor, ...]]:
     """The primitive of the library's function of its name; `scratch` gives a tensor that follows the results."""
     name = f"{op.name}_{direction}"
+    tensors = [i for i, arg in enumerate(op.schema(direction).args) if arg.type == "Tensor"]
 
-    def launch(*args: Any) -> tuple[Tensor, ...]:
-        args = tuple(rows(a) if isinstance(a, Tensor) and a.ndim > 0 else a for a in args)
+    def launch(*arguments: Any) -> tuple[Tensor, ...]:
+        args = list(arguments)
+        for i in tensors:
+            if args[i].stride(-1) != 1:
+                args[i] = rows(args[i])
         results = op.allocate(direction, args)
         temporary = () if scratch is None else (scratch(args),)
         getattr(_library, name)(*args, *results, *temporary, _stream(args[0]))
@@ -101,7 +105,7 @@ def _norm_elements(R: int, C: int, item: int, device: int) -> int:
     return _library.norm_scratch(R, C, item, device)
 
 
-def _norm_scratch(args: tuple[Any, ...]) -> Tensor:
+def _norm_scratch(args: list[Any]) -> Tensor:
     """float32, for the parts of dweight."""
     dy = args[0]
     R, C = dy.shape

@@ -7,6 +7,7 @@ is kept or computed twice. Backward for "none": any gradient may come in, so the
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, count: Tensor, options: tuple[Any, ...]
     ) -> Tensor:
-        loss, _, dhidden, dweight = _fwd(hidden, weight, targets, _row_scale(1.0 / count, targets), *options)
+        loss, _, dhidden, dweight = _fwd(hidden, weight, targets, _row_scale(count.reciprocal(), targets), *options)
         ctx.save_for_backward(hidden, weight, targets, count)
         ctx.gradients, ctx.options, ctx.backend = (dhidden, dweight), options, forced()
         return _total(loss, count)
@@ -72,7 +73,7 @@ class _LinearCrossEntropySumTraced(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, count: Tensor, options: tuple[Any, ...]
     ) -> Tensor:
-        loss, _, dhidden, dweight = _fwd(hidden, weight, targets, _row_scale(1.0 / count, targets), *options)
+        loss, _, dhidden, dweight = _fwd(hidden, weight, targets, _row_scale(count.reciprocal(), targets), *options)
         ctx.save_for_backward(dhidden, dweight)
         return _total(loss, count)
 
@@ -84,12 +85,12 @@ class _LinearCrossEntropySumTraced(torch.autograd.Function):
 
 
 def _row_scale(scale: Tensor, targets: Tensor) -> Tensor:
-    return scale.expand(targets.shape).contiguous()
+    return scale.expand(targets.shape)
 
 
 def _total(loss: Tensor, count: Tensor) -> Tensor:
     """The sum in float64, rounded once."""
-    return (loss.double().sum() / count).to(loss.dtype)
+    return (loss.sum(dtype=torch.float64) / count).to(loss.dtype)
 
 
 def linear_cross_entropy(
@@ -149,11 +150,15 @@ def linear_cross_entropy(
     rows, flat = hidden.reshape(targets.numel(), hidden.shape[-1]), targets.reshape(-1)
     _check_targets(flat, weight.shape[0], ignore_index)
     options = (ignore_index, float(label_smoothing), float(z_loss))
-    with torch.autocast(device, enabled=False):
+    autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    with autocast:
         if reduction == "none":
             return _LinearCrossEntropyRows.apply(rows, weight, flat, options).view(targets.shape)
-        counted = (flat != ignore_index).sum() if reduction == "mean" else torch.ones((), device=flat.device)
-        count = counted.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
+        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        if reduction == "mean":
+            count = (flat != ignore_index).sum(dtype=dtype)
+        else:
+            count = torch.ones((), dtype=dtype, device=flat.device)
         if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
             summed = _LinearCrossEntropySumTraced if torch.compiler.is_compiling() else _LinearCrossEntropySum
             return summed.apply(rows, weight, flat, count, options)

@@ -89,7 +89,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     weight = _weight_like(x, weight)
     table.RMS_NORM.check(x=x, weight=weight)
     _check_eps("rms_norm", eps)
-    return apply(_RMSNorm, x.reshape(-1, x.shape[-1]), weight, eps).view(x.shape)
+    if x.ndim == 2:
+        return apply(_RMSNorm, x, weight, eps)
+    return apply(_RMSNorm, x.reshape(-1, x.shape[-1]), weight, eps).view(*x.shape)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -117,6 +119,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6)
     weight = _weight_like(x, weight)
     table.ADD_RMS_NORM.check(x=x, residual=residual, weight=weight)
     _check_eps("add_rms_norm", eps)
+    if x.ndim == 2:
+        return apply(_AddRMSNorm, x, residual, weight, eps)
     C = x.shape[-1]
     y, total = apply(_AddRMSNorm, x.reshape(-1, C), residual.reshape(-1, C), weight, eps)
-    return y.view(x.shape), total.view(x.shape)
+    return y.view(*x.shape), total.view(*x.shape)

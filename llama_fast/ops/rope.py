@@ -34,7 +34,9 @@ def _angles(table_: Tensor, D: int) -> Tensor:
     """cos or sin as the primitives take it: float32, the first half of a doubled one."""
     if table_.ndim and table_.shape[-1] == D:
         table_ = table_[..., : D // 2]
-    return table_.detach().float() if table_.is_floating_point() else table_
+    if table_.requires_grad or table_.dtype != torch.float32:
+        return table_.detach().float() if table_.is_floating_point() else table_
+    return table_
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> tuple[Tensor, Tensor]:

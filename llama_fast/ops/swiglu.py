@@ -56,5 +56,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Source: Shazeer 2020, arXiv:2002.05202.
     """
     table.SWIGLU.check(gate=gate, up=up)
+    if gate.ndim == 2:
+        return apply(_SwiGLU, gate, up)
     R, F = gate.shape[:-1].numel(), gate.shape[-1]
-    return apply(_SwiGLU, gate.reshape(R, F), up.reshape(R, F)).view(gate.shape)
+    return apply(_SwiGLU, gate.reshape(R, F), up.reshape(R, F)).view(*gate.shape)

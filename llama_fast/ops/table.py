@@ -179,8 +179,8 @@ class Op:
             if len(self._known) >= MOST_SHAPES:
                 self._known.clear()
             specs = self._known[key] = self._specs(direction, args)
-        device = args[0].device
-        return tuple([torch.empty(shape, dtype=dtype, device=device) for shape, dtype in specs])
+        like = args[0]  # new_empty of single sizes is twice as fast as torch.empty of a list
+        return tuple([like.new_empty(*shape, dtype=dtype) for shape, dtype in specs])
 
     def _specs(self, direction: str, args: Sequence[Any]) -> list[tuple[list[int], torch.dtype]]:
         dims, like = self.bind(direction, args), args[0].dtype
