@@ -1,6 +1,8 @@
 // What a launcher needs of the device that its stream belongs to.
 #pragma once
 
+#include <atomic>
+
 #include "launch.cuh"
 #include "ops.h"
 
@@ -45,25 +47,24 @@ inline int architecture(int) { return emulated_architecture(); }
 
 #else
 
-struct Device {
-  int multiprocessors = 0, major = 0, minor = 0;
-};
-
-inline Device properties(int device) {
+// 1000 multiprocessors + 10 major + minor; the driver is asked once.
+inline int properties(int device) {
   constexpr int kDevices = 64;
-  static Device known[kDevices];
-  if (device < kDevices && known[device].multiprocessors != 0) return known[device];
-  Device found;
-  check("attributes of the device", cudaDeviceGetAttribute(&found.major, cudaDevAttrComputeCapabilityMajor, device));
-  check("attributes of the device", cudaDeviceGetAttribute(&found.minor, cudaDevAttrComputeCapabilityMinor, device));
-  check("attributes of the device",
-        cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  if (device < kDevices) known[device] = found;
+  static std::atomic<int> known[kDevices];
+  int found = device < kDevices ? known[device].load() : 0;
+  if (found == 0) {
+    int count = 0, major = 0, minor = 0;
+    check("attributes of the device", cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    check("attributes of the device", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    check("attributes of the device", cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    found = 1000 * count + 10 * major + minor;
+    if (device < kDevices) known[device] = found;
+  }
   return found;
 }
 
-inline int64_t multiprocessors(int device) { return properties(device).multiprocessors; }
-inline int architecture(int device) { return 10 * properties(device).major + properties(device).minor; }
+inline int64_t multiprocessors(int device) { return properties(device) / 1000; }
+inline int architecture(int device) { return properties(device) % 1000; }
 
 #endif
 
