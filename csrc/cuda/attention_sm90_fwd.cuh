@@ -76,7 +76,7 @@ template <class Config>
 LLAMA_FAST_DEVICE void fwd_produce(const FwdParams& p, uint32_t shared) {
   constexpr int kStages = Config::kStages;
   const bool leader = threadIdx.x % 32 == 0;
-  uint32_t k_count = 0, v_count = 0, q_count = 0;
+  uint32_t k_count = 0, v_count = 0;
   int index = blockIdx.x;
 #pragma unroll 1
   for (uint32_t n = 0;; ++n) {
@@ -85,6 +85,8 @@ LLAMA_FAST_DEVICE void fwd_produce(const FwdParams& p, uint32_t shared) {
     const FwdWork work = fwd_work<Config>(p, index);
     const Span& span = work.span;
     const int group = work.head / p.heads_a_group;
+    if (leader) ptx::mbarrier_wait(shared + Config::kEmptyQ, (n & 1) ^ 1);
+    if (leader && work.first_key_block >= work.last_key_block) ptx::mbarrier_arrive(shared + Config::kFullQ);
     if (leader && work.first_key_block < work.last_key_block) {
       const auto load_keys = [&](const ptx::TensorMap& map, int tiles, int full, int empty, uint32_t& count,
                                  int block) {
@@ -96,11 +98,9 @@ LLAMA_FAST_DEVICE void fwd_produce(const FwdParams& p, uint32_t shared) {
                                                         span.begin + block * Config::kBlockKeys, group, span.batch);
         ++count;
       };
-      ptx::mbarrier_wait(shared + Config::kEmptyQ, (q_count & 1) ^ 1);
       ptx::mbarrier_arrive_expect_tx(shared + Config::kFullQ, Config::kQBytes);
       load_tile<Config::kRows, Config::kHeadDim>(shared + Config::kQ, p.q, shared + Config::kFullQ,
                                                  span.begin + span.block * Config::kRows, work.head, span.batch);
-      ++q_count;
       load_keys(p.k, Config::kK, Config::kFullK, Config::kEmptyK, k_count, work.last_key_block - 1);
 #pragma unroll 1
       for (int block = work.last_key_block - 1; block >= work.first_key_block; --block) {
@@ -170,13 +170,19 @@ LLAMA_FAST_DEVICE void fwd_consume(const FwdParams& p, uint32_t shared, int grou
   constexpr int kStages = Config::kStages, kKeys = Config::kBlockKeys, kHeadDim = Config::kHeadDim;
   const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
   const int own_row = 64 * group + 16 * warp + lane / 4;  // and own_row + 8
-  uint32_t k_count = 0, v_count = 0, q_count = 0;
+  uint32_t count = 0;                                     // blocks of keys before this one
   const uint64_t q_operand = row_operand(shared + Config::kQ + 64 * group * kRowBytes);
   const uint64_t k_operand = row_operand(shared + Config::kK);
   const uint64_t v_operand = column_operand<kKeys>(shared + Config::kV);
 
   const auto release = [&](int barriers) {
     if (lane == 0) ptx::mbarrier_arrive(shared + barriers);
+  };
+  const auto await_and_release = [&](int full, int empty, uint32_t count) {  // a stage that the group does not use
+    const int stage = 8 * (count % kStages);
+    ptx::mbarrier_wait(shared + full + stage, count / kStages & 1);
+    __syncwarp();  // all lanes have seen the phase end
+    release(empty + stage);
   };
   using Scores = float[kKeys / 2];
   constexpr int kFirst = Config::kGroups == 2 ? 16 : 4;
@@ -203,7 +209,7 @@ LLAMA_FAST_DEVICE void fwd_consume(const FwdParams& p, uint32_t shared, int grou
       for (int i = 0; i < 4; ++i) weights[kk][i] = pack<T>(s[8 * kk + 2 * i], s[8 * kk + 2 * i + 1]);
   };
 
-  const auto tile = [&](const FwdWork& work) {
+  const auto tile = [&](const FwdWork& work, uint32_t n) {
     const Span& span = work.span;
     const int row = span.block * Config::kRows + own_row;  // in the sequence
     const int position = row + span.S - span.T;
@@ -211,8 +217,22 @@ LLAMA_FAST_DEVICE void fwd_consume(const FwdParams& p, uint32_t shared, int grou
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) out[i] = 0.0F;
 
-    if (work.first_key_block < work.last_key_block) {
-      const int first_position = position - own_row + 64 * group, last_position = first_position + 63;
+    const int first_position = position - own_row + 64 * group, last_position = first_position + 63;  // of the group
+    // Blocks of keys that only groups of later rows see: gives back their stages, and passes the turn, which goes round
+    // once a block but the last.
+    int last_block = work.first_key_block;
+    if (row - own_row + 64 * group < span.T)
+      last_block = max(last_block, (p.mask.high(min(last_position, span.S - 1), span.S) + kKeys - 1) / kKeys);
+#pragma unroll 1
+    for (int block = work.last_key_block - 1; block >= last_block; --block) {
+      await_and_release(Config::kFullK, Config::kEmptyK, count);
+      if (block > work.first_key_block) {
+        ptx::bar_sync(1 + group, 2 * kGroupThreads);
+        ptx::bar_arrive(1 + (group + 1) % Config::kGroups, 2 * kGroupThreads);
+      }
+      await_and_release(Config::kFullV, Config::kEmptyV, count++);
+    }
+    if (work.first_key_block < last_block) {
       const auto hide = [&](Scores& s, int block) {  // -inf where a key is not seen
         const int first = block * kKeys;
         if (first >= p.mask.low(last_position) && first + kKeys <= p.mask.high(first_position, span.S)) return;
@@ -228,30 +248,29 @@ LLAMA_FAST_DEVICE void fwd_consume(const FwdParams& p, uint32_t shared, int grou
             }
         }
       };
-      const auto await_keys = [&] {
-        ptx::mbarrier_wait(shared + Config::kFullK + 8 * (k_count % kStages), k_count / kStages & 1);
+      const auto await_keys = [&](uint32_t count) {
+        ptx::mbarrier_wait(shared + Config::kFullK + 8 * (count % kStages), count / kStages & 1);
       };
       float factor[2];
-      ptx::mbarrier_wait(shared + Config::kFullQ, q_count & 1);
-      await_keys();
+      ptx::mbarrier_wait(shared + Config::kFullQ, n & 1);
+      await_keys(count);
       ptx::wgmma_fence();
       Scores s;
-      queue_scores(s, k_count % kStages);
+      queue_scores(s, count % kStages);
       ptx::wgmma_wait_group<0>();
       ptx::wgmma_use(s);
-      release(Config::kEmptyK + 8 * (k_count % kStages));
-      ++k_count;
-      hide(s, work.last_key_block - 1);
+      release(Config::kEmptyK + 8 * (count % kStages));
+      hide(s, last_block - 1);
       softmax_step<kKeys, kFirst>(s, rows, factor, p.scale_log2);
       round_weights(s);
-      if (work.last_key_block - 2 >= work.first_key_block) await_keys();
-      for (int block = work.last_key_block - 2; block >= work.first_key_block; --block) {
-        const int k_stage = k_count % kStages, v_stage = v_count % kStages;
+      if (last_block - 2 >= work.first_key_block) await_keys(count + 1);
+      for (int block = last_block - 2; block >= work.first_key_block; --block) {
+        const int k_stage = (count + 1) % kStages, v_stage = count % kStages;
         ptx::bar_sync(1 + group, 2 * kGroupThreads);
         ptx::wgmma_fence();
         Scores s;
         queue_scores(s, k_stage);
-        ptx::mbarrier_wait(shared + Config::kFullV + 8 * v_stage, v_count / kStages & 1);
+        ptx::mbarrier_wait(shared + Config::kFullV + 8 * v_stage, count / kStages & 1);
         ptx::wgmma_fence();
         queue_values(v_stage);
         ptx::bar_arrive(1 + (group + 1) % Config::kGroups, 2 * kGroupThreads);
@@ -260,10 +279,9 @@ LLAMA_FAST_DEVICE void fwd_consume(const FwdParams& p, uint32_t shared, int grou
         release(Config::kEmptyK + 8 * k_stage);
         hide(s, block);
         const bool grown = softmax_step<kKeys, kFirst>(s, rows, factor, p.scale_log2);
-        ++k_count;
         // Here, so that a branch stands between the weights and the wait for the products that run beside them:
         // without, ptxas puts the wait first.
-        if (block > work.first_key_block) await_keys();
+        if (block > work.first_key_block) await_keys(count + 2);
         ptx::wgmma_wait_group<0>();
         ptx::wgmma_use(out);
         release(Config::kEmptyV + 8 * v_stage);
@@ -272,18 +290,21 @@ LLAMA_FAST_DEVICE void fwd_consume(const FwdParams& p, uint32_t shared, int grou
           for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= factor[i / 2 % 2];
         }
         round_weights(s);
-        ++v_count;
+        ++count;
       }
       release(Config::kEmptyQ);
-      ++q_count;
-      const int v_stage = v_count % kStages;
-      ptx::mbarrier_wait(shared + Config::kFullV + 8 * v_stage, v_count / kStages & 1);
+      const int v_stage = count % kStages;
+      ptx::mbarrier_wait(shared + Config::kFullV + 8 * v_stage, count / kStages & 1);
       ptx::wgmma_fence();
       queue_values(v_stage);
       ptx::wgmma_wait_group<0>();
       ptx::wgmma_use(out);
       release(Config::kEmptyV + 8 * v_stage);
-      ++v_count;
+      ++count;
+    } else {
+      ptx::mbarrier_wait(shared + Config::kFullQ, n & 1);
+      __syncwarp();
+      release(Config::kEmptyQ);
     }
 
     float inverse[2];
@@ -299,11 +320,9 @@ LLAMA_FAST_DEVICE void fwd_consume(const FwdParams& p, uint32_t shared, int grou
     store_rows<T, kHeadDim>(out, inverse, p.out.template at<T>(span.batch, span.begin + row, work.head), p.out.token,
                             span.T - row, p.D);
   };
-  each_dealt_work(shared + Config::kWork, shared + Config::kFullWork, shared + Config::kEmptyWork, fwd_tiles(p),
-                  [&](uint32_t, uint32_t slot) {
-                    const FwdWork work = fwd_work<Config>(p, static_cast<int>(ptx::ld_shared(slot)));
-                    if (work.span.T >= 0) tile(work);
-                  });
+  each_dealt_work(
+      shared + Config::kWork, shared + Config::kFullWork, shared + Config::kEmptyWork, fwd_tiles(p),
+      [&](uint32_t n, uint32_t slot) { tile(fwd_work<Config>(p, static_cast<int>(ptx::ld_shared(slot))), n); });
 }
 
 template <class Config>
@@ -327,7 +346,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) attention_fwd_kernel(cons
     ptx::fence_mbarrier_init();
   }
   __syncthreads();
-  const int group = static_cast<int>(threadIdx.x) / kGroupThreads;  // the last one produces
+  const int group = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kGroupThreads, 0);  // the last one produces
   if (group == Config::kGroups) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
     if (threadIdx.x / 32 % 4 == 0) fwd_produce<Config>(p, shared);
