@@ -211,9 +211,9 @@ def _print_test(rows: list[Row], missing: list[Row], seconds: float) -> int:
     for (op, backend, kind), found in sorted(groups.items()):
         refused, bad = [r for r in found if "objection" in r], [r for r in found if r.get("problem")]
         ran = len(found) - len(refused)
-        worst = max((r["share"] for r in found if "share" in r), default=float("nan"))
+        worst = max((f"{r['share']:13.2f}" for r in found if "share" in r), key=float, default="")
         mark = f"  {len(bad)} {'over budget' if backend in VENDORS else 'RED'}" if bad else ""
-        print(f"{op:21} {backend:9} {kind:8} {ran - len(bad):4}/{ran:<4} {len(refused):8} {worst:13.2f}{mark}")
+        print(f"{op:21} {backend:9} {kind:8} {ran - len(bad):4}/{ran:<4} {len(refused):8} {worst:>13}{mark}")
     objections = sorted({(r["backend"], r["op"], r["objection"]) for r in rows if "objection" in r})
     for backend, op, text in objections[:12]:
         print(f"refused: {backend} {op}: {text}"[:160])

@@ -50,9 +50,12 @@ def _of_file(name: str, r: Results) -> str:
     limits = ", ".join(f"{x.name} {x.rate / 1e9:,.0f} {'GB/s' if x.unit == 'byte/s' else 'Gflop/s'}" for x in r.limits)
     threads = f", {e.threads} threads, {e.isa}" if e.kind == "cpu" else ""
     commit = (e.commit or "none")[:10]
+    several = len({x.provider for x in r.lines if is_ours(x.provider) and x.tokens is None}) > 1
     head = (
         f"**{e.device}**{threads}, torch {e.packages.get('torch')}, {e.time[:10]}, commit `{commit}`, "
         f"[{name}](benchmarks/results/{name}). Limits in the same run: {limits}."
+        + " Of our backends the faster one counts."
+        * several
     )
     tables = [_ops_table([x for x in r.lines if x.tokens is None]), _models_table(r)]
     return "\n\n".join([head, *filter(None, tables), *report.paper(r)])
@@ -69,10 +72,11 @@ def _mean(ratios: Sequence[float]) -> str:
 
 
 def _ops_table(lines: Sequence[Line]) -> str:
-    """A row an op: geometric means over its cases."""
-    rows = []
+    """A row an op: geometric means over its cases; columns that nobody has are left out."""
+    rows: list[tuple[str, ...]] = []
+    alone = any(x.direction == "backward" for x in lines)
     for op in dict.fromkeys(x.op for x in lines):
-        found: dict[str, list[float]] = {"forward": [], "forward+backward": [], "best": [], "kept": []}
+        found: dict[str, list[float]] = {"forward": [], "backward": [], "forward+backward": [], "best": [], "kept": []}
         shares = []
         for group in plots.group(x for x in lines if x.op == op):
             ours, others = group[0], [x for x in group if not is_ours(x.provider)]
@@ -82,15 +86,21 @@ def _ops_table(lines: Sequence[Line]) -> str:
             found["best"] += [min(_ratio(ours, x) for x in others)] if others else []
             for x in others:
                 if x.provider == "eager":
-                    found.setdefault(x.direction, []).append(_ratio(ours, x))
+                    found[x.direction].append(_ratio(ours, x))
                     found["kept"] += [x.kept_bytes / ours.kept_bytes] if x.kept_bytes and ours.kept_bytes else []
         if shares:
-            means = " | ".join(_mean(found[k]) for k in ("forward", "forward+backward", "best", "kept"))
-            rows.append(f"| `{op}` | {means} | {min(shares):.0%} to {max(shares):.0%} |")
+            second = _mean(found["backward"] or found["forward+backward"])
+            both = " with forward" if alone and not found["backward"] and second != "-" else ""
+            means = (_mean(found[k]) for k in ("best", "kept"))
+            share = " to ".join(dict.fromkeys(f"{f(shares):.0%}" for f in (min, max)))
+            rows.append((f"`{op}`", _mean(found["forward"]), second + both, *means, share))
     if not rows:
         return ""
-    head = "| op | forward, over eager | and backward | over the fastest other | fewer bytes kept | of the limit |"
-    return "\n".join([head, "|---|---|---|---|---|---|", *rows])
+    backward = "backward, over eager" if alone else "and backward"
+    head = ("op", "forward, over eager", backward, "over the fastest other", "fewer bytes kept", "of the limit")
+    kept = [i for i in range(len(head)) if any(row[i] != "-" for row in rows)]
+    first, *rest = ("| " + " | ".join(row[i] for i in kept) + " |" for row in (head, *rows))
+    return "\n".join([first, "|" + "---|" * len(kept), *rest])
 
 
 def _models_table(r: Results) -> str:

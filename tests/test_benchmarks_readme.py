@@ -21,13 +21,26 @@ def test_the_readme_shows_the_committed_results() -> None:
 def test_figures_are_those_of_the_files() -> None:
     text = readme.text([("zen5.json", made_up())])
     row = next(line for line in text.splitlines() if line.startswith("| `attention`"))
-    assert row == "| `attention` | 3.40x | 3.40x | 2.70x | 3.40x | 114% to 114% |"
+    assert row == "| `attention` | 3.40x | 3.40x | 2.70x | 3.40x | 114% |"
     assert "**A Processor <9000>**, 2 threads, avx512bf16" in text
     assert "[zen5.json](benchmarks/results/zen5.json)" in text
     assert "copy 40 GB/s, matmul bfloat16 900 Gflop/s" in text
     commit = made_up().environment.commit
     assert commit is not None
     assert commit[:10] in text
+
+
+def test_a_gpus_backward_is_told_apart_and_empty_columns_are_left_out() -> None:
+    made = made_up()
+    renamed = {"forward+backward": "backward"}
+    lines = [dataclasses.replace(x, kept_bytes=None) for x in made.lines]
+    lines = [dataclasses.replace(x, direction=renamed.get(x.direction, x.direction)) for x in lines]
+    loss = [x for x in lines if x.op == "rms_norm" and x.direction == "backward"]
+    lines += [dataclasses.replace(x, op="linear_cross_entropy", direction="forward+backward") for x in loss]
+    found = readme.text([("gpu.json", dataclasses.replace(made, lines=tuple(lines)))])
+    assert "| op | forward, over eager | backward, over eager | over the fastest other | of the limit |" in found
+    assert "| `attention` | 3.40x | 3.40x | 2.70x |" in found
+    assert "| `linear_cross_entropy` | - | 7.50x with forward | 7.50x |" in found
 
 
 def test_models_are_shown_in_the_papers_terms() -> None:
