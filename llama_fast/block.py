@@ -31,10 +31,17 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from llama_fast.ops import linear, native
-from llama_fast.ops.dispatch import forced, primitives
+from llama_fast.ops.attention import check_packed
+from llama_fast.ops.dispatch import (
+    autocast_dtype,
+    forced,
+    no_autocast,
+    once_differentiable,
+    primitives,
+    refuse_transforms,
+)
 from llama_fast.parallel import Collectives, Single
 
 POLICIES = ("save", "recompute-cheap", "recompute-all")
@@ -348,12 +355,6 @@ class _Block(torch.autograd.Function):
         return dx, None, None, None, None, None, None, None, *gradients
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    cast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64  # which autocast leaves as it is
-    return torch.get_autocast_dtype(kind) if cast else x.dtype
-
-
 def _may_decode(x: Tensor, options: BlockOptions) -> bool:
     """Whether nothing but the tensors themselves can keep a block with a cache from being one native call."""
     return (
@@ -385,6 +386,15 @@ def _check(
 ) -> None:
     if x.ndim != 3:
         raise ValueError(f"block: x has shape {tuple(x.shape)}, expected [B, T, C]")
+    if cu_seqlens is not None:
+        if not isinstance(cu_seqlens, Tensor):
+            raise ValueError(f"block: cu_seqlens is a {type(cu_seqlens).__name__}, expected a torch.Tensor")
+        if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32:
+            found = f"shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}"
+            raise ValueError(f"block: cu_seqlens has {found}, expected [N + 1] torch.int32")
+        if x.shape[0] != 1:
+            raise ValueError(f"block: x has B = {x.shape[0]}, expected 1 with cu_seqlens: the sequences lie in one row")
+        check_packed(cu_seqlens, x.shape[1])
     B, T, C = x.shape
     D = options.head_dim
     for name, p in w._asdict().items():
@@ -404,8 +414,6 @@ def _check(
             raise ValueError(f"block: {name} has dtype {table.dtype}, expected torch.float32")
     if spans is not None:
         _check_spans(spans, B, cu_seqlens, options)
-    if cu_seqlens is not None and B != 1:
-        raise ValueError(f"block: x has B = {B}, expected 1 with cu_seqlens: the sequences lie in one row")
 
 
 def _check_cache(cache: Cache, shape: tuple[int, ...], G: int, D: int, dtype: torch.dtype) -> None:
@@ -465,18 +473,23 @@ def transformer_block(
 
     Source: Touvron et al. 2023, arXiv:2302.13971.
     """
+    refuse_transforms()
+    for name, tensor in (("x", x), ("cos", cos), ("sin", sin)):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"block: {name} is a {type(tensor).__name__}, expected a torch.Tensor")
     if cos.ndim == 2:
         cos, sin = cos.unsqueeze(0), sin.unsqueeze(0)
     if isinstance(cache, Cache) and cache.starts is None and not return_keys and _may_decode(x, options):
         y = native.decode_block(x, weights, cos, sin, *cache[:3], options.eps, options.interleaved, options.window)
         if y is not None:
             return y
-    dtype = _compute_dtype(x)
+    autocast = autocast_dtype(x)
+    dtype = x.dtype if autocast is None or x.dtype == torch.float64 else autocast  # which leaves float64 as it is
     stream = x.dtype if options.keep_residual else dtype
     _check(x, weights, cos, sin, cu_seqlens, spans, options)
-    if dtype == x.dtype:
+    if autocast is None:
         for name, p in weights._asdict().items():
-            if p.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            if p.dtype != dtype:
                 raise ValueError(f"block: {name} has dtype {p.dtype}, expected {dtype} as x")
     if cache is not None:
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in weights)):
@@ -486,7 +499,7 @@ def transformer_block(
         if isinstance(cache, Cache):
             _check_cache(cache, x.shape, weights.wk_GDxC.shape[0] // options.head_dim, options.head_dim, dtype)
         w = _cast(weights, dtype, stream)
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(autocast, x):
             return _forward(x.to(stream), w, cos, sin, cu_seqlens, options, forced(), spans, cache)[0]
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(autocast, x):
         return _Block.apply(x.to(stream), cos, sin, cu_seqlens, spans, options, dtype, return_keys, *weights)

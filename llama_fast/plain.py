@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_fast.config import LlamaConfig, rope_cos_sin
+from llama_fast.ops.dispatch import readable
 
 INIT_STD = 0.02
 _RESIDUAL = ("o_proj.weight", "down_proj.weight")  # the projections that write into the residual stream
@@ -59,7 +60,7 @@ def check_tokens(config: LlamaConfig, tokens: Tensor) -> None:
         raise ValueError(f"tokens is {tuple(tokens.shape)} {tokens.dtype}: expected [B, T] torch.int64")
     if tokens.shape[1] > config.max_seq_len:
         raise ValueError(f"tokens has T = {tokens.shape[1]}: expected at most max_seq_len = {config.max_seq_len}")
-    if tokens.device.type == "cpu" and tokens.numel():
+    if readable(tokens) and tokens.numel():
         low, high = (int(x) for x in tokens.aminmax())
         if low < 0 or high >= config.vocab_size:
             raise ValueError(f"tokens holds ids {low} .. {high}: expected 0 .. {config.vocab_size - 1}")
@@ -74,7 +75,7 @@ def check_targets(config: LlamaConfig, tokens: Tensor, targets: Tensor, ignore_i
     if targets.shape != tokens.shape or targets.dtype != torch.int64:
         expected = f"{tuple(tokens.shape)} torch.int64, as tokens"
         raise ValueError(f"targets is {tuple(targets.shape)} {targets.dtype}: expected {expected}")
-    if targets.device.type == "cpu":
+    if readable(targets):
         bad = targets[((targets < 0) | (targets >= config.vocab_size)) & (targets != ignore_index)]
         if bad.numel():
             expected = f"0 .. {config.vocab_size - 1} or {ignore_index}"

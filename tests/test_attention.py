@@ -232,6 +232,13 @@ def test_compiles_without_graph_break() -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_compiles_for_any_sizes() -> None:
+    compiled = torch.compile(lambda q, k: lf.attention(q, k, k), fullgraph=True, dynamic=True, backend="aot_eager")
+    for T, S in ((3, 7), (11, 13)):
+        q, k, _ = _case(T, S).inputs(torch.float32).values()
+        assert torch.equal(compiled(q, k), lf.attention(q, k, k))
+
+
 def test_autocast_casts_as_sdpa() -> None:
     q, k, v = _case(33, 33).inputs(torch.float32).values()
     with torch.autocast("cpu", torch.bfloat16):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,9 +18,9 @@ from llama_fast.verify import CASES, Case
 FIRST = {op: next(c for c in CASES if c.op == op) for op in OPS}
 # the same calls without a single row or token
 EMPTY = {
-    "rms_norm": [{"...": (0, 3), "C": 16}, {"...": (2, 0), "C": 16}],
-    "add_rms_norm": [{"...": (0, 3), "C": 16}],
-    "swiglu": [{"...": (0,), "F": 16}],
+    "rms_norm": [{"...": (0, 3), "C": 16}, {"...": (2, 0), "C": 16}, {"...": (3,), "C": 0}],
+    "add_rms_norm": [{"...": (0, 3), "C": 16}, {"...": (3,), "C": 0}],
+    "swiglu": [{"...": (0,), "F": 16}, {"...": (3,), "F": 0}],
     "rope": [{"B": 0, "T": 3, "H": 4, "G": 2, "D": 16}, {"B": 2, "T": 0, "H": 4, "G": 2, "D": 16}],
     "attention": [
         {"B": 0, "T": 3, "S": 3, "H": 4, "G": 2, "D": 16},
@@ -159,15 +161,28 @@ def test_targets_outside_the_vocabulary(bad: int) -> None:
         lf.linear_cross_entropy(hidden, weight, torch.tensor([0, 1, bad, 2]))
 
 
-def test_options_out_of_range() -> None:
-    q = torch.randn(1, 4, 2, 16)
-    with pytest.raises(ValueError, match="window"):
-        lf.attention(q, q, q, window=-1)
-    hidden, weight, targets = torch.randn(4, 16), torch.randn(32, 16), torch.zeros(4, dtype=torch.int64)
-    with pytest.raises(ValueError, match="label_smoothing"):
-        lf.linear_cross_entropy(hidden, weight, targets, label_smoothing=1.5)
-    with pytest.raises(ValueError, match="reduction"):
-        lf.linear_cross_entropy(hidden, weight, targets, reduction="median")
+@pytest.mark.parametrize(
+    ("op", "name", "values"),
+    [
+        ("rms_norm", "eps", [-1.0, math.nan, None, "small"]),
+        ("add_rms_norm", "eps", [-1.0, math.nan, None, "small"]),
+        ("rope", "interleaved", [None, "yes", 2]),
+        ("attention", "window", [-1, 0, 2.5, "3", 2**63]),
+        ("attention", "scale", [math.nan, math.inf, -math.inf, "a"]),
+        ("attention", "causal", [None, "no", 2]),
+        ("linear_cross_entropy", "ignore_index", [None, 2.5, "a", 2**63]),
+        ("linear_cross_entropy", "label_smoothing", [-0.1, 1.5, math.nan, None]),
+        ("linear_cross_entropy", "z_loss", [-1.0, math.nan, None]),
+        ("linear_cross_entropy", "reduction", ["median", None]),
+    ],
+)
+def test_options_out_of_range(op: str, name: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=rf"{op}: {name} is {re.escape(repr(value))}, expected"):
+            _call(op, FIRST[op].inputs(torch.float32), **{name: value})
+
+
+def test_a_backend_of_no_op() -> None:
     with pytest.raises(ValueError, match="'quick' is not one of"), lf.backend("quick"):
         pass
 

@@ -438,5 +438,14 @@ def test_bad_input_names_argument_value_and_expectation() -> None:
             transformer_block(x, w, cos, sin, options, spans=spans)
     with pytest.raises(ValueError, match="spans are given beside a window of 4, expected one of the two"):
         transformer_block(x, w, cos, sin, BlockOptions(WIDE.head_dim, window=4), spans=((0, 3), (0, 4)))
+    with pytest.raises(ValueError, match=r"cos is a NoneType, expected a torch.Tensor"):
+        transformer_block(x, w, None, sin, options)
+    with pytest.raises(ValueError, match=r"x has B = 2, expected 1 with cu_seqlens"):
+        transformer_block(x, w, cos, sin, options, cu_seqlens=torch.tensor([0, T], dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"cu_seqlens has shape \(2,\) and dtype torch.int64, expected \[N \+ 1\]"):
+        transformer_block(x, w, cos, sin, options, cu_seqlens=torch.tensor([0, T]))
+    for bounds in ([], [0], [1, T], [0, T + 1], [0, 5, 3, T]):
+        with pytest.raises(ValueError, match="cu_seqlens"):
+            transformer_block(x[:1], w, cos, sin, options, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"norm1_C has dtype torch.float64, expected torch.float32 as x"):
         transformer_block(x, w._replace(norm1_C=w.norm1_C.double()), cos, sin, options)

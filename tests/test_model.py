@@ -125,3 +125,15 @@ def test_bad_tokens_are_named() -> None:
         model(torch.zeros(1, 129, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"targets holds the id 300"):
         model.loss(torch.zeros(1, 2, dtype=torch.int64), torch.tensor([[1, 300]]))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_graph_break(dynamic: bool) -> None:
+    model = Llama(TINY)
+    loss = torch.compile(model.loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for length in (24, 13):
+        tokens, targets = (x[:, :length] for x in _batch(TINY))
+        found, expected = (
+            torch.autograd.grad(f(tokens, targets), list(model.parameters())) for f in (loss, model.loss)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

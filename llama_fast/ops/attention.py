@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+import sys
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from llama_fast.ops import table
-from llama_fast.ops.dispatch import apply, forced, primitives
+from llama_fast.ops.dispatch import apply, autocast_dtype, forced, once_differentiable, plain, primitives
 
+_MOST, _LONGEST = sys.float_info.max, 2**63 - 1  # what the kernels' arguments hold
 _attention_fwd, _attention_bwd = primitives["attention_fwd"], primitives["attention_bwd"]
 
 
@@ -43,8 +44,14 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, None, None, None, None
 
 
-def _check_packed(cu_seqlens: Tensor, rows: int, max_seqlen: int | None) -> None:
-    """Checks the values: one pass over N numbers, which on a GPU waits for the device."""
+def check_packed(cu_seqlens: Tensor, rows: int, max_seqlen: int | None = None) -> None:
+    """Checks the values against the `rows` of q: one pass over N numbers, which on a GPU waits for the device.
+
+    Raises:
+        ValueError: they do not ascend from 0 to `rows`, or a sequence is longer than `max_seqlen`.
+    """
+    if torch.compiler.is_compiling() or not plain(cu_seqlens):
+        return
     if cu_seqlens.numel() == 0:
         raise ValueError("attention: cu_seqlens is empty, expected [N + 1] row numbers from 0 to the number of rows")
     bounds = cu_seqlens.tolist()
@@ -118,9 +125,8 @@ def attention(
 
     Source: Dao 2023, arXiv:2307.08691; Rabe and Staats 2021, arXiv:2112.05682.
     """
-    tensors = all(isinstance(x, Tensor) for x in (q, k, v))
-    if tensors and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
+    dtype = autocast_dtype(q)
+    if dtype is not None and q.dtype != torch.float64 and isinstance(k, Tensor) and isinstance(v, Tensor):
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     dims = table.ATTENTION.check(q=q, k=k, v=v, cu_seqlens=cu_seqlens)
     if not q.ndim == k.ndim == v.ndim:
@@ -133,13 +139,12 @@ def attention(
         )
     if scale is None:
         scale = 1.0 / math.sqrt(dims["D"]) if dims["D"] > 0 else 1.0
-    if not math.isfinite(scale):
-        raise ValueError(f"attention: scale is {scale}, expected a finite number")
-    if window is not None and window < 1:
-        raise ValueError(f"attention: window is {window}, expected None or a number of keys >= 1")
+    table.check_number("attention", "scale", scale, "a finite number", low=-_MOST, high=_MOST)
+    if window is not None:
+        table.check_number("attention", "window", window, "None or a number of keys >= 1", 1, _LONGEST, whole=True)
+    table.check_flag("attention", "causal", causal)
     if cu_seqlens is None:
         return apply(_Attention, q, k, v, None, scale, causal, window or 0)
-    if not torch.compiler.is_compiling():
-        _check_packed(cu_seqlens, dims["R"], max_seqlen)
+    check_packed(cu_seqlens, dims["R"], max_seqlen)
     out = apply(_Attention, q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), cu_seqlens, scale, causal, window or 0)
     return out.squeeze(0)

@@ -1,7 +1,8 @@
 """The only place that chooses a backend, and the primitives through which everything else calls one.
 
-Eager calls go straight to the launcher. Under `torch.compile` the call becomes the registered op
-`torch.ops.llama_fast.<primitive>`, opaque to the compiler, with a fake kernel made from the op's row.
+Eager calls go straight to the launcher. Where something else must see the call (`torch.compile`, a dispatch mode, a
+tensor subclass such as FakeTensor or DTensor) it becomes the registered op `torch.ops.llama_fast.<primitive>`, opaque
+to the compiler, with a fake kernel made from the op's row.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from llama_fast.ops import proven
 from llama_fast.ops.table import MOST_SHAPES, OPS, Backend, Op
@@ -32,6 +34,31 @@ def backend_names() -> tuple[str, ...]:
     return tuple(dict.fromkeys(b.name for op in OPS.values() for b in op.backends))
 
 
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, float, int, bool, type(None)})
+
+
+def plain(*args: Any) -> bool:
+    """Whether the arguments are scalars and tensors whose memory a kernel may read, and no dispatch mode is active."""
+    return not torch._C._len_torch_dispatch_stack() and _PLAIN.issuperset(map(type, args))
+
+
+def readable(x: Tensor) -> bool:
+    """Whether a check may look at the values of `x`: at no cost (on a CPU), and outside of tracing."""
+    return not torch.compiler.is_compiling() and x.device.type == "cpu" and type(x) in _PLAIN
+
+
+def autocast_dtype(x: Any) -> torch.dtype | None:
+    """The dtype of autocast where it is on for the device of the tensor `x`, else None."""
+    if not isinstance(x, Tensor) or not torch.amp.is_autocast_available(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+
+
+def no_autocast(dtype: torch.dtype | None, x: Any) -> Any:
+    """A context without autocast on the device of `x`, where `autocast_dtype` has given `dtype`."""
+    return nullcontext() if dtype is None else torch.autocast(x.device.type, enabled=False)
+
+
 @contextmanager
 def backend(name: str | None) -> Iterator[None]:
     """Within the block, ops run on the backend `name` or raise `NotSupported`; None leaves the choice as it was.
@@ -43,6 +70,12 @@ def backend(name: str | None) -> Iterator[None]:
     """
     if name is not None and name not in backend_names():
         raise ValueError(f"backend: {name!r} is not one of {', '.join(backend_names())}")
+    with _forcing(name):
+        yield
+
+
+@contextmanager
+def _forcing(name: str | None) -> Iterator[None]:
     token = _forced.set(name if name is not None else _forced.get())
     try:
         yield
@@ -170,9 +203,15 @@ class Primitive:
 
     def __call__(self, *args: Any, backend: str | None = None) -> tuple[Tensor, ...]:
         if torch.compiler.is_compiling():
-            results = getattr(torch.ops.llama_fast, self.name)(*args)
-            return (results,) if self._single else results
+            return self._registered(args)
+        if not plain(*args):
+            with _forcing(backend):
+                return self._registered(args)
         return self.launch(args, backend or forced())
+
+    def _registered(self, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        results = getattr(torch.ops.llama_fast, self.name)(*args)
+        return (results,) if self._single else results
 
     def launch(self, args: tuple[Any, ...], only: str | None) -> tuple[Tensor, ...]:
         leader = args[self._leader]
@@ -208,6 +247,58 @@ for _op in OPS.values():
         primitives[_primitive.name] = _primitive
 
 
+# ---- autograd --------------------------------------------------------------------------------------------------------
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates the backward of an autograd.Function: to differentiate it again is an error.
+
+    torch's decorator of this name lets the second derivative pass as zero where the incoming gradient is a constant.
+    It runs without autocast, wherever it is called: in the dtypes of the forward.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *gradients: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return backward(ctx, *gradients)
+        first = next((g for g in gradients if g is not None), None)
+        with torch.no_grad(), no_autocast(autocast_dtype(first), first):
+            results = backward(ctx, *gradients)
+        if not torch.is_grad_enabled():
+            return results
+        causes = [x for x in (*gradients, *ctx.saved_tensors) if isinstance(x, Tensor) and x.requires_grad]
+        name = type(ctx).__name__.removesuffix("Backward").lstrip("_")
+        return _Once.apply(name, len(results), *results, *causes) if causes else results
+
+    return wrapper
+
+
+class _Once(torch.autograd.Function):
+    """The first `n` of the tensors; to autograd they depend on all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, n: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.name = name
+        return tuple(None if x is None else x.detach() for x in tensors[:n])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(f"{ctx.name} is differentiable once: llama_fast has no derivative of its backward pass")
+
+
+def recorded(*args: Any) -> bool:
+    """Whether autograd takes part in a call with these arguments, in backward or (which no op has) in forward mode."""
+    wanted = torch.is_grad_enabled() and any([isinstance(a, Tensor) and a.requires_grad for a in args])
+    return wanted or forward_ad._current_level >= 0
+
+
+def refuse_transforms() -> None:
+    """Raises NotSupported within a transform of torch.func: a kernel cannot read the tensors that it makes."""
+    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+        raise NotSupported(
+            "llama_fast's ops do not take part in torch.func's transforms (grad, vmap, jvp and their kin): expected "
+            "torch.autograd, or plain PyTorch (llama_fast.ops.reference)"
+        )
+
+
 class _Forgetful:
     """The context of a forward pass that has no backward."""
 
@@ -216,8 +307,12 @@ class _Forgetful:
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """`function.apply(*args)`; where no argument wants a gradient its forward alone, for half the host time."""
-    wanted = torch.is_grad_enabled() and any([isinstance(a, Tensor) and a.requires_grad for a in args])
-    if wanted or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    """`function.apply(*args)`; where no argument wants a gradient its forward alone, for half the host time.
+
+    Raises:
+        NotSupported: within a transform of torch.func.
+    """
+    refuse_transforms()
+    if recorded(*args) or torch.compiler.is_compiling():
         return function.apply(*args)
     return function.forward(_Forgetful(), *args)

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from llama_fast.ops.dispatch import once_differentiable, plain
 
 # Letters of this file: a product gives [M, N] and contracts over K.
 #   nt: y = x W^T      x [M, K], W [N, K]     M = rows,          N = outputs of the layer, K = inputs
@@ -156,8 +157,7 @@ def _watched(a: Tensor, b: Tensor) -> bool:
         or a.device.type != "cpu"
         or b.device.type != "cpu"
         or a.dtype != b.dtype
-        or type(a) not in (Tensor, torch.nn.Parameter)
-        or type(b) not in (Tensor, torch.nn.Parameter)
+        or not plain(a, b)
         or torch.is_autocast_enabled("cpu")
         or torch._C._are_functorch_transforms_active()
     )

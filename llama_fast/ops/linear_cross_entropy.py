@@ -7,15 +7,24 @@ is kept or computed twice. Backward for "none": any gradient may come in, so the
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from llama_fast.ops import table
-from llama_fast.ops.dispatch import forced, primitives
+from llama_fast.ops.dispatch import (
+    autocast_dtype,
+    forced,
+    no_autocast,
+    once_differentiable,
+    plain,
+    primitives,
+    readable,
+    recorded,
+    refuse_transforms,
+)
 
 _fwd, _bwd = primitives["linear_cross_entropy_fwd"], primitives["linear_cross_entropy_bwd"]
 
@@ -67,7 +76,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
 
 
 class _LinearCrossEntropySumTraced(torch.autograd.Function):
-    """The same for torch.compile, which sees saved tensors only and no change in place."""
+    """The same for torch.compile and its like, which see saved tensors only and no change in place."""
 
     @staticmethod
     def forward(
@@ -136,38 +145,38 @@ def linear_cross_entropy(
     Source: chunks with gradients in the forward pass: Hsu et al. 2024 (Liger-Kernel), arXiv:2410.10989. z_loss:
         Chowdhery et al. 2022 (PaLM), arXiv:2204.02311.
     """
-    device = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    refuse_transforms()
+    dtype = autocast_dtype(hidden)
+    if dtype is not None and isinstance(weight, Tensor):
         hidden, weight = (x if x.dtype == torch.float64 else x.to(dtype) for x in (hidden, weight))
     table.LINEAR_CROSS_ENTROPY.check(hidden=hidden, weight=weight, targets=targets)
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"linear_cross_entropy: label_smoothing is {label_smoothing}, expected a number in [0, 1]")
-    if not z_loss >= 0.0:
-        raise ValueError(f"linear_cross_entropy: z_loss is {z_loss}, expected a number >= 0")
+    number = functools.partial(table.check_number, "linear_cross_entropy")
+    number("ignore_index", ignore_index, "an integer", -(2**63), 2**63 - 1, whole=True)
+    number("label_smoothing", label_smoothing, "a number in [0, 1]", 0.0, 1.0)
+    number("z_loss", z_loss, "a number >= 0", 0.0)
     if reduction not in _REDUCTIONS:
         raise ValueError(f"linear_cross_entropy: reduction is {reduction!r}, expected one of {', '.join(_REDUCTIONS)}")
     rows, flat = hidden.reshape(targets.numel(), hidden.shape[-1]), targets.reshape(-1)
     _check_targets(flat, weight.shape[0], ignore_index)
     options = (ignore_index, float(label_smoothing), float(z_loss))
-    autocast = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-    with autocast:
+    with no_autocast(dtype, hidden):
         if reduction == "none":
             return _LinearCrossEntropyRows.apply(rows, weight, flat, options).view(targets.shape)
-        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
         if reduction == "mean":
-            count = (flat != ignore_index).sum(dtype=dtype)
+            count = (flat != ignore_index).sum(dtype=wide)
         else:
-            count = torch.ones((), dtype=dtype, device=flat.device)
-        if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-            summed = _LinearCrossEntropySumTraced if torch.compiler.is_compiling() else _LinearCrossEntropySum
+            count = torch.ones((), dtype=wide, device=flat.device)
+        if recorded(rows, weight):
+            traced = torch.compiler.is_compiling() or not plain(rows, weight, flat)
+            summed = _LinearCrossEntropySumTraced if traced else _LinearCrossEntropySum
             return summed.apply(rows, weight, flat, count, options)
         return _total(_fwd(rows, weight, flat, None, *options)[0], count)
 
 
 def _check_targets(targets: Tensor, V: int, ignore_index: int) -> None:
-    """Only on a CPU and not under torch.compile: elsewhere to look at the values means to wait for them."""
-    if targets.device.type != "cpu" or torch.compiler.is_compiling() or targets.numel() == 0:
+    """Only where they can be read at no cost: on a GPU to look at the values means to wait for them."""
+    if not readable(targets) or targets.numel() == 0:
         return
     bad = (targets != ignore_index) & ((targets < 0) | (targets >= V))
     if bool(bad.any()):

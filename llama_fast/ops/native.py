@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llama_fast.ops import chunks, table
+from llama_fast.ops.dispatch import plain
 from llama_fast.ops.table import Op
 
 _import_error: str | None = None
@@ -98,15 +99,10 @@ def decode_block(
     None, with nothing written, where the native call does not take these tensors: too many rows, another dtype or
     device, or shapes that do not fit. The ops one by one then compute it, or name what is wrong.
     """
-    if (
-        _native is None
-        or not 1 <= x.shape[0] * x.shape[1] <= DECODE_ROWS
-        or torch._C._are_functorch_transforms_active()
-    ):
+    tensors = (x, *weights, cos, sin, k_cache, v_cache)
+    few = 1 <= x.shape[0] * x.shape[1] <= DECODE_ROWS
+    if _native is None or not few or not plain(*tensors) or not all(tensor.is_cpu for tensor in tensors):
         return None
-    for tensor in (x, *weights, cos, sin, k_cache, v_cache):
-        if type(tensor) not in _PLAIN or not tensor.is_cpu:
-            return None
     x = x.contiguous()
     y = torch.empty_like(x)
     try:
@@ -114,9 +110,6 @@ def decode_block(
     except ValueError:  # a dtype that the library does not know, float64: costs nothing where there is none
         return None
     return y if done else None
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 # ---- linear_cross_entropy --------------------------------------------------------------------------------------------

@@ -1,12 +1,11 @@
 """Every op in plain PyTorch: the truth of the tests in float64, and the backend that runs everywhere.
 
 The functions named as the ops are differentiable and say what an op means, with no thought of speed; half precision is
-computed in float32 and rounded once. The `reference` backend's primitives are made of them: a backward is autograd's.
+computed in float32 and rounded once. The `reference` backend's primitives are made of them; a backward is written out,
+since autograd does not record within a registered op.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,16 +18,6 @@ def unavailable() -> str | None:
 
 def _up(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
-
-
-def _gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], doutputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    doutputs = [d.to(o.dtype) for d, o in zip(doutputs, outputs, strict=True)]
-    gradients = torch.autograd.grad(list(outputs), list(inputs), doutputs)
-    return tuple(g.contiguous() for g in gradients)  # a primitive's results are contiguous, as the table says
-
-
-def _leaves(*tensors: Tensor) -> list[Tensor]:
-    return [t.detach().requires_grad_() for t in tensors]
 
 
 # ---- rms_norm, add_rms_norm -----------------------------------------------------------------------------------------
@@ -81,9 +70,9 @@ def swiglu_fwd(gate: Tensor, up: Tensor) -> tuple[Tensor]:
 
 
 def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
-    with torch.enable_grad():
-        leaves = _leaves(gate, up)
-        return _gradients([swiglu(*leaves)], leaves, [dy])
+    dy, g, u = _up(dy), _up(gate), _up(up)
+    s = torch.sigmoid(g)
+    return (dy * u * s * (1 + g * (1 - s))).to(gate.dtype), (dy * g * s).to(up.dtype)
 
 
 # ---- rope -----------------------------------------------------------------------------------------------------------
@@ -127,23 +116,25 @@ def attention_mask(
     return mask
 
 
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float, causal: bool, window: int
-) -> tuple[Tensor, Tensor]:
-    H, G = q.shape[2], k.shape[2]
+def _by_head(x: Tensor, H: int) -> Tensor:
+    """[B, T, G, D] -> [B, H, T, D], each head G for the H/G that share it."""
     # float32 inputs in float64: rounded scores of 4 and more would move the weights by several units in the last place
-    wide = torch.float64 if q.dtype in (torch.float32, torch.float64) else torch.float32
-    q_BHTD, k_BHSD, v_BHSD = (x.to(wide).transpose(1, 2) for x in (q, k, v))
-    k_BHSD, v_BHSD = (x.repeat_interleave(H // G, dim=1) for x in (k_BHSD, v_BHSD))
+    wide = torch.float64 if x.dtype in (torch.float32, torch.float64) else torch.float32
+    return x.to(wide).transpose(1, 2).repeat_interleave(H // max(x.shape[2], 1), dim=1)
+
+
+def _weights(
+    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, scale: float, causal: bool, window: int
+) -> tuple[Tensor, Tensor]:
+    """Weights [B, H, T, S] and log-sum-exp [B, H, T] of the scores."""
+    q_BHTD, k_BHSD = (_by_head(x, q.shape[2]) for x in (q, k))
     mask = attention_mask(q.shape[1], k.shape[1], causal=causal, window=window, cu_seqlens=cu_seqlens, device=q.device)
     scores = (q_BHTD @ k_BHSD.transpose(-1, -2) * scale).masked_fill(~mask, -torch.inf)
     sees = mask.any(-1, keepdim=True)
     scores = scores.masked_fill(~sees, 0.0)
     weights = torch.where(mask, scores.softmax(-1), 0.0)
     lse = torch.logsumexp(scores, dim=-1, keepdim=True) if k.shape[1] else scores.sum(-1, True)
-    out = (weights @ v_BHSD).transpose(1, 2).to(q.dtype).contiguous()
-    lse = torch.where(sees, lse, -torch.inf).squeeze(-1)
-    return out, lse if q.dtype == torch.float64 else lse.float()
+    return weights, torch.where(sees, lse, -torch.inf).squeeze(-1)
 
 
 def attention(
@@ -162,14 +153,16 @@ def attention(
     if packed:
         q, k, v = (x.unsqueeze(0) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, _ = _attention(q, k, v, cu_seqlens, scale, causal, window or 0)
+    out, _ = attention_fwd(q, k, v, cu_seqlens, scale, causal, window or 0)
     return out.squeeze(0) if packed else out
 
 
 def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float, causal: bool, window: int
 ) -> tuple[Tensor, Tensor]:
-    return _attention(q, k, v, cu_seqlens, scale, causal, window)
+    weights, lse = _weights(q, k, cu_seqlens, scale, causal, window)
+    out = (weights @ _by_head(v, q.shape[2])).transpose(1, 2).to(q.dtype).contiguous()
+    return out, lse if q.dtype == torch.float64 else lse.float()
 
 
 def attention_bwd(
@@ -184,9 +177,22 @@ def attention_bwd(
     causal: bool,
     window: int,
 ) -> tuple[Tensor, ...]:
-    with torch.enable_grad():
-        q, k, v = _leaves(q, k, v)
-        return _gradients([_attention(q, k, v, cu_seqlens, scale, causal, window)[0]], [q, k, v], [dout])
+    H = q.shape[2]
+    p, _ = _weights(q, k, cu_seqlens, scale, causal, window)
+    q_BHTD, k_BHSD, v_BHSD, dout_BHTD = (_by_head(x, H) for x in (q, k, v, dout))
+    dp = dout_BHTD @ v_BHSD.transpose(-1, -2)
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+
+    def summed(dx_BHSD: Tensor, x: Tensor) -> Tensor:
+        """Over the heads that share one of x, in its shape and dtype."""
+        B, S, G, D = x.shape
+        return dx_BHSD.view(B, G, H // max(G, 1), S, D).sum(2).transpose(1, 2).to(x.dtype).contiguous()
+
+    return (
+        summed(ds @ k_BHSD, q),
+        summed(ds.transpose(-1, -2) @ q_BHTD, k),
+        summed(p.transpose(-1, -2) @ dout_BHTD, v),
+    )
 
 
 # ---- linear_cross_entropy -------------------------------------------------------------------------------------------
@@ -249,7 +255,11 @@ def linear_cross_entropy_bwd(
     label_smoothing: float,
     z_loss: float,
 ) -> tuple[Tensor, ...]:
-    with torch.enable_grad():
-        hidden, weight = _leaves(hidden, weight)
-        loss, _ = _cross_entropy_rows(hidden, weight, targets, ignore_index, label_smoothing, z_loss)
-        return _gradients([loss], [hidden, weight], [dloss])
+    h, w, V = _up(hidden), _up(weight), weight.shape[0]
+    logits, counts = h @ w.T, targets != ignore_index
+    lse = torch.logsumexp(logits, dim=-1, keepdim=True)
+    dlogits = (logits - lse).exp() * (1.0 + 2.0 * z_loss * lse) - label_smoothing / max(V, 1)
+    true = targets.where(counts, 0).unsqueeze(1)
+    dlogits = dlogits.scatter_add(1, true, dlogits.new_full(true.shape, label_smoothing - 1.0))
+    dlogits = torch.where(counts.unsqueeze(1), dlogits * _up(dloss).unsqueeze(1), 0.0)
+    return (dlogits @ w).to(hidden.dtype), (dlogits.T @ h).to(weight.dtype)

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from llama_fast.ops import table
-from llama_fast.ops.dispatch import apply, forced, primitives
+from llama_fast.ops.dispatch import apply, autocast_dtype, forced, once_differentiable, primitives
 
 _rms_norm_fwd, _rms_norm_bwd = primitives["rms_norm_fwd"], primitives["rms_norm_bwd"]
 _add_rms_norm_fwd, _add_rms_norm_bwd = primitives["add_rms_norm_fwd"], primitives["add_rms_norm_bwd"]
@@ -47,15 +46,10 @@ class _AddRMSNorm(torch.autograd.Function):
         return dx, dx, dweight, None
 
 
-def _check_eps(name: str, eps: float) -> None:
-    if not eps >= 0.0:
-        raise ValueError(f"{name}: eps is {eps}, expected a number >= 0")
-
-
 def _weight_like(x: Tensor, weight: Tensor) -> Tensor:
     """Under autocast the gain may be float32 beside a half-precision x, as for F.rms_norm."""
     tensors = isinstance(x, Tensor) and isinstance(weight, Tensor)  # the check that follows refuses anything else
-    if tensors and weight.dtype != x.dtype and torch.is_autocast_enabled(x.device.type):
+    if tensors and weight.dtype != x.dtype and autocast_dtype(x) is not None:
         return weight.to(x.dtype)
     return weight
 
@@ -87,11 +81,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     Source: Zhang and Sennrich 2019, arXiv:1910.07467.
     """
     weight = _weight_like(x, weight)
-    table.RMS_NORM.check(x=x, weight=weight)
-    _check_eps("rms_norm", eps)
+    C = table.RMS_NORM.check(x=x, weight=weight)["C"]
+    table.check_number("rms_norm", "eps", eps, "a number >= 0", low=0.0)
     if x.ndim == 2:
         return apply(_RMSNorm, x, weight, eps)
-    return apply(_RMSNorm, x.reshape(-1, x.shape[-1]), weight, eps).view(*x.shape)
+    R = x.shape[:-1].numel()
+    return apply(_RMSNorm, x.reshape(R, C), weight, eps).view(*x.shape)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -117,10 +112,10 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6)
         NotSupported: no backend takes the call; the message lists every objection.
     """
     weight = _weight_like(x, weight)
-    table.ADD_RMS_NORM.check(x=x, residual=residual, weight=weight)
-    _check_eps("add_rms_norm", eps)
+    C = table.ADD_RMS_NORM.check(x=x, residual=residual, weight=weight)["C"]
+    table.check_number("add_rms_norm", "eps", eps, "a number >= 0", low=0.0)
     if x.ndim == 2:
         return apply(_AddRMSNorm, x, residual, weight, eps)
-    C = x.shape[-1]
-    y, total = apply(_AddRMSNorm, x.reshape(-1, C), residual.reshape(-1, C), weight, eps)
+    R = x.shape[:-1].numel()
+    y, total = apply(_AddRMSNorm, x.reshape(R, C), residual.reshape(R, C), weight, eps)
     return y.view(*x.shape), total.view(*x.shape)

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from llama_fast.ops import table
-from llama_fast.ops.dispatch import apply, forced, primitives
+from llama_fast.ops.dispatch import apply, forced, once_differentiable, primitives
 
 _rope_fwd, _rope_bwd = primitives["rope_fwd"], primitives["rope_bwd"]
 
@@ -70,6 +69,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = 
     if isinstance(q, Tensor) and q.ndim == 4 and isinstance(cos, Tensor) and isinstance(sin, Tensor):
         cos, sin = _angles(cos, q.shape[-1]), _angles(sin, q.shape[-1])
     table.ROPE.check(q=q, k=k, cos=cos, sin=sin)
+    table.check_flag("rope", "interleaved", interleaved)
     if cos.ndim == 2:
         cos = cos.unsqueeze(0)
     if sin.ndim == 2:

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from llama_fast.ops import table
-from llama_fast.ops.dispatch import apply, forced, primitives
+from llama_fast.ops.dispatch import apply, forced, once_differentiable, primitives
 
 _swiglu_fwd, _swiglu_bwd = primitives["swiglu_fwd"], primitives["swiglu_bwd"]
 

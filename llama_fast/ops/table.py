@@ -7,6 +7,7 @@ dispatch, the test matrix and the rooflines of the benchmarks are read from here
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -267,6 +268,29 @@ class Op:
 def _size(token: str, dims: Dims) -> int:
     letter, _, divisor = token.partition("/")
     return dims[letter] // int(divisor) if divisor else dims[letter]
+
+
+# ---- options --------------------------------------------------------------------------------------------------------
+def check_number(
+    op: str, name: str, value: Any, expected: str, low: float, high: float = math.inf, whole: bool = False
+) -> None:
+    """Checks an option of the public function `op`; `whole`: an integer.
+
+    Raises:
+        ValueError: it is no number, NaN, or not in low .. high; says what was `expected`.
+    """
+    try:
+        ok = low <= value <= high and (not whole or hasattr(value, "__index__"))
+    except TypeError:
+        ok = False
+    if not ok:
+        raise ValueError(f"{op}: {name} is {value!r}, expected {expected}")
+
+
+def check_flag(op: str, name: str, value: Any) -> None:
+    """Raises ValueError unless the option `name` of the public function `op` is True or False."""
+    if value not in (True, False):
+        raise ValueError(f"{op}: {name} is {value!r}, expected True or False")
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
