@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama_fast.ops import dispatch, native
 from llama_fast.ops.dispatch import Primitive
@@ -18,6 +19,25 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # "cpu/avx2" is the cpu backend forced to that instruction set; the tests run each that this processor has.
 TARGETS = (*(f"cpu/{isa}" for isa in native.isas()), "reference")
+
+
+class EveryResult(TorchDispatchMode):
+    """A mode whose `saw` is given the results of every operation, those within an op of ours included."""
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op.namespace == "llama_fast":
+            with self:
+                results = dispatch.primitives[op._opname].launch(args, dispatch.forced())
+            return results if len(op._schema.returns) > 1 else results[0]
+        results = op(*args, **(kwargs or {}))
+        for x in results if isinstance(results, tuple | list) else (results,):
+            if isinstance(x, Tensor):
+                self.saw(x)
+        return results
+
+    def saw(self, x: Tensor) -> None:
+        """Called with each."""
+        raise NotImplementedError
 
 
 @contextmanager

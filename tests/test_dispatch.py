@@ -110,6 +110,7 @@ def test_a_subclass_of_tensor_gives_the_same(name: str) -> None:
     assert torch.equal(_sum(function(*named)).as_subclass(Tensor), total)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 @pytest.mark.parametrize("name", [c for c in CALLS if c != "linear"])
 def test_transforms_of_torch_func_are_refused_by_name(name: str) -> None:
     function, leaves = _call(name)
@@ -123,6 +124,7 @@ def test_transforms_of_torch_func_are_refused_by_name(name: str) -> None:
             transformed()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, for a first tangent
 @pytest.mark.parametrize("name", [c for c in CALLS if c != "linear"])
 def test_a_tangent_of_forward_mode_is_not_lost(name: str) -> None:
     function, leaves = _call(name)

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import DTYPES, TARGETS, assert_bug_is_caught, assert_within_budget, target
+from numerics import DTYPES, TARGETS, EveryResult, assert_bug_is_caught, assert_within_budget, target
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_fast as lf
 from llama_fast.ops import chunks, eager, native
@@ -190,7 +189,7 @@ def test_scaled_and_retained_backward() -> None:
     torch.testing.assert_close(weight.grad, 2.0 * kept[1])
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(EveryResult):
     """Bytes of the tensors made within the block that are alive, and the most there were at one time."""
 
     def __init__(self) -> None:
@@ -198,17 +197,14 @@ class LiveBytes(TorchDispatchMode):
         self.live = self.peak = self.largest = 0
         self.known: set[int] = set()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for x in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in self.known and not x._is_view():
-                storage = x.untyped_storage()
-                key, size = storage._cdata, storage.nbytes()
-                self.known.add(key)
-                self.live += size
-                self.peak, self.largest = max(self.peak, self.live), max(self.largest, size)
-                weakref.finalize(x, self._free, key, size)
-        return result
+    def saw(self, x: Tensor) -> None:
+        if x.untyped_storage()._cdata not in self.known and not x._is_view():
+            storage = x.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            self.known.add(key)
+            self.live += size
+            self.peak, self.largest = max(self.peak, self.live), max(self.largest, size)
+            weakref.finalize(x, self._free, key, size)
 
     def _free(self, key: int, size: int) -> None:
         self.known.discard(key)
