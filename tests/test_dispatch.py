@@ -162,12 +162,3 @@ def test_backward_within_autocast_gives_the_same_bits(name: str, forward_too: bo
     with torch.autocast("cpu", torch.bfloat16):
         within = torch.autograd.grad(again, leaves)
     assert all(torch.equal(a, b) for a, b in zip(outside, within, strict=True))
-
-
-def test_negated_views_are_read_as_they_mean() -> None:
-    q = torch.randn(2, 5, 4, 16)
-    turns = torch.polar(torch.ones(5, 8), torch.rand(5, 8))
-    sin = turns.conj().imag  # shares memory with turns, and is minus what stands there
-    assert sin.is_neg()
-    found, _ = lf.rope(q, q, turns.real, sin)
-    assert torch.equal(found, lf.rope(q, q, turns.real.clone(), sin.clone())[0])
