@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
+import statistics
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hf_pairs import DTYPES, B, Case, T, assert_close, exact, make, patched, ran, run, tokens
+from hf_pairs import DTYPES, SPREAD, B, Case, T, assert_close, exact, make, patched, ran, rms, run, tokens
 from torch import Tensor
 
 from llama_fast.block import POLICIES
@@ -74,6 +76,24 @@ def test_logits_and_gradients(name: str, dtype: torch.dtype) -> None:
     found = run(ours, case.rows, **case.call)
     assert case.runs in ran(ours)
     assert_close(found, run(stock, case.rows, **case.call), run(exact(stock), case.rows, **case.call))
+
+
+@pytest.mark.parametrize("name", ["plain", "left padding", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_over_seeds_the_errors_are_no_larger_than_stock(dtype: torch.dtype, name: str) -> None:
+    """The mean logarithm of the errors' quotient is at most 0, up to three standard errors: logits and gradients."""
+    call, n = CASES[name].call, 20
+    logits, gradients = [], []
+    for seed in range(n):
+        stock = make(seed).to(dtype)
+        ids = tokens(seed=100 + seed)
+        ours, theirs, truth = (run(m, input_ids=ids, **call) for m in (patched(stock), stock, exact(stock)))
+        ratio = {k: math.log(rms(ours[k] - t) / rms(theirs[k] - t)) for k, t in truth.items()}
+        logits.append(ratio.pop("logits"))
+        gradients.append(statistics.mean(ratio.values()))
+    for found in (logits, gradients):
+        assert statistics.mean(found) <= 3 * statistics.stdev(found) / n**0.5
+    assert statistics.stdev(logits) <= 1.5 * SPREAD[dtype]  # else the bound of a single draw is not what it says
 
 
 def _curve(model: Any, steps: int = 12) -> Tensor:
