@@ -279,9 +279,9 @@ LLAMA_FAST_DEVICE void fwd_consume(const FwdParams& p, uint32_t shared, int grou
         release(Config::kEmptyK + 8 * k_stage);
         hide(s, block);
         const bool grown = softmax_step<kKeys, kFirst>(s, rows, factor, p.scale_log2);
-        // Here, so that a branch stands between the weights and the wait for the products that run beside them:
-        // without, ptxas puts the wait first.
-        if (block > work.first_key_block) await_keys(count + 2);
+        // Here, and with a condition that is never false but needs every weight, so that the weights stand before the
+        // wait for the products that run beside them: ptxas puts the wait first where it can.
+        if (block > work.first_key_block && !(rows.sum[0] < 0.0F || rows.sum[1] < 0.0F)) await_keys(count + 2);
         ptx::wgmma_wait_group<0>();
         ptx::wgmma_use(out);
         release(Config::kEmptyV + 8 * v_stage);
