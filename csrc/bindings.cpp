@@ -1,14 +1,39 @@
 // Python's view of the CPU ops (pybind11; no math). std::invalid_argument becomes ValueError.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "ops.h"
 #include "tensor_caster.h"
 
 namespace py = pybind11;
 
+namespace {
+
+// A layer as Python gives it: the eleven tensors of DecodeLayer, eps, interleaved, window.
+llama_fast::cpu::DecodeLayer decode_layer(const py::tuple& from) {
+  const auto tensor = [&](size_t i) { return from[i].cast<llama_fast::Tensor>(); };
+  return {tensor(0),
+          tensor(1),
+          tensor(2),
+          tensor(3),
+          tensor(4),
+          tensor(5),
+          tensor(6),
+          tensor(7),
+          tensor(8),
+          tensor(9),
+          tensor(10),
+          from[11].cast<double>(),
+          from[12].cast<bool>(),
+          from[13].cast<int64_t>()};
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_native, module) {
   namespace cpu = llama_fast::cpu;
   module.doc() = "The native ops of llama_fast. Use llama_fast's public functions: these check nothing.";
+  module.attr("interface") = llama_fast::kInterface;
   py::module_ m = module.def_submodule("cpu", "Kernels of csrc/cpu.");
   using unlocked = py::call_guard<py::gil_scoped_release>;
   using py::arg;
@@ -40,9 +65,17 @@ PYBIND11_MODULE(_native, module) {
   m.def("attention_bwd", &cpu::attention_bwd, arg("dout"), arg("q"), arg("k"), arg("v"), arg("out"), arg("lse"),
         arg("cu_seqlens"), arg("scale"), arg("causal"), arg("window"), arg("dq"), arg("dk"), arg("dv"), unlocked());
   m.def("gemv", &cpu::gemv, arg("x"), arg("weight"), arg("y"), unlocked());
-  m.def("decode_block", &cpu::decode_block, arg("x"), arg("norm1"), arg("wq"), arg("wk"), arg("wv"), arg("wo"),
-        arg("norm2"), arg("wgate"), arg("wup"), arg("wdown"), arg("cos"), arg("sin"), arg("k_cache"), arg("v_cache"),
-        arg("used"), arg("eps"), arg("interleaved"), arg("window"), arg("y"), unlocked());
+  m.def("argmax", &cpu::argmax, arg("x"), arg("best"), unlocked());
+  py::class_<cpu::DecodePlan>(m, "DecodePlan")
+      .def(py::init([](const llama_fast::Tensor& embed, const llama_fast::Tensor& cos, const llama_fast::Tensor& sin,
+                       const py::list& layers, const llama_fast::Tensor& norm, double eps,
+                       const llama_fast::Tensor& head) {
+             std::vector<cpu::DecodeLayer> all;
+             for (const py::handle item : layers) all.push_back(decode_layer(item.cast<py::tuple>()));
+             return cpu::DecodePlan(embed, cos, sin, std::move(all), norm, eps, head);
+           }),
+           arg("embed"), arg("cos"), arg("sin"), arg("layers"), arg("norm"), arg("eps"), arg("head"))
+      .def("step", &cpu::DecodePlan::step, arg("tokens"), arg("used"), arg("starts"), arg("logits"), unlocked());
   m.def("cross_entropy_rows", &cpu::cross_entropy_rows, arg("logits"), arg("targets"), arg("row_scale"),
         arg("ignore_index"), arg("label_smoothing"), arg("z_loss"), arg("loss"), arg("lse"), unlocked());
 }

@@ -7,8 +7,12 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace llama_fast {
+
+// Raised, with INTERFACE of llama_fast/ops/library.py, by every change of a name or a signature that Python calls.
+constexpr int kInterface = 1;
 
 enum class DType : int8_t { f32, bf16, f16, i32, i64 };
 
@@ -69,19 +73,50 @@ void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const T
                    const Tensor& lse, const Tensor& cu_seqlens, double scale, bool causal, int64_t window,
                    const Tensor& dq, const Tensor& dk, const Tensor& dv);
 
+// One key/value head of one sequence and its few query heads, in the caller's memory: q, out: [1, 1, rep, D], k, v:
+// [1, S, 1, D] T; rep <= kFewRows; scratch: attention_few_scratch(D) floats on a cache line. Bitwise attention_fwd.
+constexpr int64_t kFewRows = 8;
+int64_t attention_few_scratch(int64_t D);
+void attention_few(const Tensor& q, const Tensor& k, const Tensor& v, double scale, int64_t window, const Tensor& out,
+                   const Tensor& lse, float* scratch);
+
 // y = x W^T for 1 to 4 rows;  x: [R, C], weight: [V, C], y: [R, V] T
+constexpr int64_t kGemvRows = 4;
 void gemv(const Tensor& x, const Tensor& weight, const Tensor& y);
 // ys[i] = x weights[i]^T for i in [0, count), in one loop over threads
 void gemv_group(const Tensor& x, const Tensor* weights, const Tensor* ys, int count);
 
-// One LLaMA block on R = B T rows, 1 to 4, of a decode: x, y [B, T, C] contiguous; wq [H D, C], wk and wv [G D, C],
-// wo [C, H D], wgate and wup [F, C], wdown [C, F]; cos, sin [1 or B, T, D/2] f32. The keys and values of these rows are
-// written to k_cache and v_cache [B, S_max, G, D] at `used`. Gives false, with nothing written, where a tensor is of
-// another dtype than x (float32 or bfloat16; cos and sin float32), of another shape, or has gaps in its last dimension.
-bool decode_block(const Tensor& x, const Tensor& norm1, const Tensor& wq, const Tensor& wk, const Tensor& wv,
-                  const Tensor& wo, const Tensor& norm2, const Tensor& wgate, const Tensor& wup, const Tensor& wdown,
-                  const Tensor& cos, const Tensor& sin, const Tensor& k_cache, const Tensor& v_cache, int64_t used,
-                  double eps, bool interleaved, int64_t window, const Tensor& y);
+// best[r] = the place of the largest number of row r;  x: [R, V] T, V >= 1; best: [R] i64
+void argmax(const Tensor& x, const Tensor& best);
+
+// A step of a decode: one token of each of R rows, 1 to 4, through a whole model, in one loop over threads.
+//
+// embed, head: [V, C], norm1, norm2, norm: [C], wq: [H D, C], wk, wv: [G D, C], wo: [C, H D], wgate, wup: [F, C],
+// wdown: [C, F], k_cache, v_cache: [R, S, G, D] T (float32, bfloat16 or float16); cos, sin: [P, D/2] f32. Raises
+// std::invalid_argument where they do not fit each other, or H / G is above kFewRows.
+struct DecodeLayer {
+  Tensor norm1, wq, wk, wv, wo, norm2, wgate, wup, wdown, k_cache, v_cache;
+  double eps;
+  bool interleaved;
+  int64_t window;
+};
+
+class DecodePlan {
+ public:
+  DecodePlan(const Tensor& embed, const Tensor& cos, const Tensor& sin, std::vector<DecodeLayer> layers,
+             const Tensor& norm, double eps, const Tensor& head);
+  // logits [R, V] T of tokens [R] i64 at position `used`, whose keys and values are written there. Row r attends to its
+  // keys from starts[r] on, to all where `starts` is empty. False, with nothing written, where a token is outside
+  // [0, V), the cache or the tables end before `used`, or a size differs. The caller sees to it that the memory of all
+  // tensors is still what it was when the plan was made. Not for two threads at once.
+  bool step(const Tensor& tokens, int64_t used, const std::vector<int64_t>& starts, const Tensor& logits);
+
+ private:
+  Tensor embed_, cos_, sin_, norm_, head_;
+  double eps_;
+  std::vector<DecodeLayer> layers_;
+  std::vector<char> memory_;
+};
 
 // One chunk of rows of the linear cross-entropy: logits [R, V] T; targets [R] i64; loss, lse [R] f32 (written).
 // With row_scale [R] f32 the logits are overwritten by d(sum_r row_scale[r] loss[r]) / d(logits); without, left alone.

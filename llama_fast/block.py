@@ -32,7 +32,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from llama_fast.ops import linear, native
+from llama_fast.ops import linear
 from llama_fast.ops.attention import check_packed
 from llama_fast.ops.dispatch import (
     autocast_dtype,
@@ -355,18 +355,6 @@ class _Block(torch.autograd.Function):
         return dx, None, None, None, None, None, None, None, *gradients
 
 
-def _may_decode(x: Tensor, options: BlockOptions) -> bool:
-    """Whether nothing but the tensors themselves can keep a block with a cache from being one native call."""
-    return (
-        x.ndim == 3
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-        and forced() in (None, "cpu")
-        and type(options.collectives) is Single
-    )
-
-
 def _check_spans(spans: Spans, B: int, cu_seqlens: Tensor | None, options: BlockOptions) -> None:
     if len(spans) != B or not all(0 <= begin <= end for begin, end in spans):
         raise ValueError(f"block: spans is {spans}, expected {B} pairs (begin, end) with 0 <= begin <= end")
@@ -479,10 +467,6 @@ def transformer_block(
             raise ValueError(f"block: {name} is a {type(tensor).__name__}, expected a torch.Tensor")
     if cos.ndim == 2:
         cos, sin = cos.unsqueeze(0), sin.unsqueeze(0)
-    if isinstance(cache, Cache) and cache.starts is None and not return_keys and _may_decode(x, options):
-        y = native.decode_block(x, weights, cos, sin, *cache[:3], options.eps, options.interleaved, options.window)
-        if y is not None:
-            return y
     autocast = autocast_dtype(x)
     dtype = x.dtype if autocast is None or x.dtype == torch.float64 else autocast  # which leaves float64 as it is
     stream = x.dtype if options.keep_residual else dtype

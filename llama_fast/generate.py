@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llama_fast import decode
 from llama_fast.block import Cache
 from llama_fast.config import LlamaConfig
 from llama_fast.sampling import Sampler
@@ -50,6 +51,10 @@ class KVCache:
         self.used = 0
         self.starts = tuple(starts) if starts is not None and any(starts) else None
         self._layers = list(zip(self.k_LBSGD, self.v_LBSGD, strict=True))
+        self.plan: decode.Plan | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "plan": None}  # it holds addresses: a copy makes its own
 
     @property
     def room(self) -> int:
@@ -128,7 +133,9 @@ def stream(
         model.hidden(prompts[:, at : at + prefill_chunk], cache)
     step = prompts[:, (T - 1) // prefill_chunk * prefill_chunk :]
     for _ in range(max_new_tokens):
-        logits_BV = model.lm_head(model.hidden(step, cache)[:, -1])
+        logits_BV = decode.step(model, step, cache)
+        if logits_BV is None:
+            logits_BV = model.lm_head(model.hidden(step, cache)[:, -1])
         chosen = sampler(logits_BV, seen_BV)
         if len(stops):
             chosen = torch.where(done, stops[0], chosen)

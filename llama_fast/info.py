@@ -87,8 +87,11 @@ def _objection(op: Op, b: Backend, dtype: torch.dtype) -> str | None:
 
 
 def _native() -> str:
-    if native.unavailable() is None:
+    reason = native.unavailable()
+    if reason is None:
         return "built"
+    if "not built" not in reason:
+        return reason
     missing = missing_tools()
     lacks = f"this machine lacks {' and '.join(missing)}" if missing else "its tools are here now"
     return f"not built: {lacks}; then install llama_fast again"

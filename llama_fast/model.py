@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama_fast import decode, weights
 from llama_fast import generate as generation
-from llama_fast import weights
 from llama_fast.config import LlamaConfig, rope_cos_sin
 from llama_fast.generate import KVCache
 from llama_fast.nn import Linear, RMSNorm, TransformerBlock
@@ -132,7 +132,8 @@ class Llama(nn.Module):
         Raises:
             ValueError: shape, dtype, length or (on the CPU) ids of `tokens`.
         """
-        return self.lm_head(self.hidden(tokens, cache))
+        logits_BV = None if cache is None else decode.step(self, tokens, cache)
+        return self.lm_head(self.hidden(tokens, cache)) if logits_BV is None else logits_BV.unsqueeze(1)
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats over the targets that are not -100; the logits never exist as a whole.

@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from llama_fast.ops import native
+
 
 class Sampler:
     """Chooses a token from each row of logits.
@@ -68,6 +70,8 @@ class Sampler:
             logits_BV: [B, V].
             seen_BV: [B, V] bool, the tokens that the penalty is for; None for none.
         """
+        if self.temperature == 0.0 and (seen_BV is None or not self.penalises):
+            return native.argmax(logits_BV)
         logits = logits_BV.float()
         if seen_BV is not None and self.penalises:
             p = self.repetition_penalty

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llama_fast import decode
 from llama_fast.config import LlamaConfig
 from llama_fast.generate import KVCache
 from llama_fast.model import Llama
@@ -92,19 +93,21 @@ def test_what_stands_before_a_row_is_not_read(model: Llama) -> None:
 
 
 @pytest.mark.skipif(not native.isas(), reason="the native library is not built")
-def test_decode_steps_are_one_native_call_a_block(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_step_after_the_prompt_is_one_native_call(model: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    decode = native.decode_block
+    step = decode.Plan.step
 
-    def counted(x: Tensor, *others: Any) -> Tensor | None:
-        y = decode(x, *others)
-        if y is not None:
-            calls.append(tuple(x.shape))
-        return y
+    def counted(self: decode.Plan, tokens: Tensor, cache: KVCache) -> Tensor | None:
+        logits = step(self, tokens, cache)
+        calls.append(None if logits is None else tuple(logits.shape))
+        return logits
 
-    monkeypatch.setattr(native, "decode_block", counted)
+    monkeypatch.setattr(decode.Plan, "step", counted)
     model.generate(prompts(2, 9), max_new_tokens=5)
-    assert calls == [(2, 1, TINY.dim)] * 4 * TINY.n_layers
+    assert calls == [(2, TINY.vocab_size)] * 4
+    calls.clear()
+    model.generate([[1, 2, 3], [4], [5, 6]], max_new_tokens=4, temperature=0.5, prefill_chunk=1)
+    assert calls == [(3, TINY.vocab_size)] * 4
 
 
 def test_steps_are_what_generate_gives(model: Llama) -> None:

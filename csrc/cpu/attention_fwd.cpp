@@ -21,6 +21,13 @@ void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
   LF_DISPATCH(attention_fwd, q, k, v, cu_seqlens, scale, causal, window, out, lse);
 }
 
+int64_t attention_few_scratch(int64_t D) { return kMostRows * (2 * D + kKeys) + 4 * blocks_of(D, 16) * 16; }
+
+void attention_few(const Tensor& q, const Tensor& k, const Tensor& v, double scale, int64_t window, const Tensor& out,
+                   const Tensor& lse, float* scratch) {
+  LF_DISPATCH(attention_few, q, k, v, scale, window, out, lse, scratch);
+}
+
 }  // namespace llama_fast::cpu
 
 #else
@@ -197,8 +204,6 @@ void fwd_tile(const AttentionSizes& sizes, const Head& head, int64_t index, cons
 
 // A head of few rows, a decode: k and v are read once where they lie, lanes along D, for packing them would move more
 // bytes than the products. Weights stay float32.
-constexpr int64_t kFewRows = 8;
-
 // sum_d a[d] b[d], `a` with zeros up to a multiple of kLanes.
 template <class T>
 LF_INLINE float dot_rows(const float* a, const T* b, int64_t D) {
@@ -350,6 +355,17 @@ void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
     using T = decltype(tag);
     constexpr int64_t kTileRows = kRows<typename UnitOf<T>::type>;
     fwd<T>(attention_sizes(q, k, scale, causal, window, kTileRows), q, k, v, cu_seqlens, out, lse);
+  });
+}
+
+void attention_few(const Tensor& q, const Tensor& k, const Tensor& v, double scale, int64_t window, const Tensor& out,
+                   const Tensor& lse, float* scratch) {
+  with_dtype(q.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    using U = typename UnitOf<T>::type;
+    const AttentionSizes sizes = attention_sizes(q, k, scale, true, window, kRows<U>);
+    const Head head = {0, 0, 0, 1, 0, k.size[1]};
+    fwd_few<T, U>(sizes, head, FwdTile<U>(scratch, sizes.D), Rows<T>(q), Rows<T>(k), Rows<T>(v), Rows<T>(out), lse);
   });
 }
 

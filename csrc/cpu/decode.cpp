@@ -1,12 +1,18 @@
-// A whole LLaMA block for the one to four rows of a decode step, in one call: between the products, whose speed is that
-// of reading the weights once, nothing waits for Python. It is the other kernels of this folder called one after the
-// other, so its results are bitwise those of the ops called one by one. Derivation: docs/block.md.
+// A step of a decode, from the tokens to the logits, in one loop over threads. The products, whose speed is that of
+// reading the weights once, are dealt by outputs; what is small, the norms of a few rows, every thread computes for
+// itself, so that the threads wait for each other five times a layer. It is the other kernels of this folder on parts
+// of their tensors, so the results are bitwise those of the ops called one by one, and of each row alone, for every
+// number of threads. Derivation: docs/block.md.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <utility>
 
 #include "../dispatch.h"
-#include "attention_plan.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace llama_fast::cpu {
@@ -14,14 +20,19 @@ namespace {
 
 // Head dims of the attention, as in llama_fast/ops/table.py.
 constexpr int64_t kLeastHeadDim = 16, kMostHeadDim = 256, kHeadDimStep = 8;
+constexpr int64_t kGrainElements = 32768;  // of a layer's smallest group of products, a thread's least share
+constexpr int64_t kLine = 64;              // bytes of a cache line
+constexpr int64_t kGrain = 16;             // outputs of a product, a part's least: a cache line of float32
 
-// Contiguous tensors of one call, each on a cache line of its own, from one piece of memory.
+int64_t item_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+// Contiguous tensors, each on cache lines of its own, from one piece of memory; where there is none, they are counted.
 class Arena {
  public:
-  explicit Arena(int64_t bytes) : memory_(bytes), at_(memory_.data()) {}
+  explicit Arena(char* memory) : memory_(memory) {}
   Tensor make(DType dtype, std::initializer_list<int64_t> sizes) {
     Tensor t;
-    t.data = at_;
+    t.data = memory_ == nullptr ? nullptr : memory_ + bytes_;
     t.dtype = dtype;
     for (const int64_t size : sizes) t.size[t.ndim++] = size;
     int64_t count = 1;
@@ -29,51 +40,37 @@ class Arena {
       t.stride[i] = count;
       count *= t.size[i];
     }
-    at_ += (count * 4 + kLine - 1) / kLine * kLine;
+    bytes_ += (count * item_of(dtype) + kLine - 1) / kLine * kLine;
     return t;
   }
-
-  static constexpr int64_t kLine = 64;
+  int64_t bytes() const { return bytes_; }
 
  private:
-  Scratch<char> memory_;
-  char* at_;
+  char* memory_;
+  int64_t bytes_ = 0;
 };
 
-// [R, H D] or [B, T, H D] seen as [B, T, H, D]
-Tensor heads(const Tensor& rows, int64_t B, int64_t T, int64_t D) {
-  Tensor t = rows;
-  const int64_t HD = rows.size[rows.ndim - 1], stride = rows.stride[rows.ndim - 2];
-  t.ndim = 4;
-  t.size[0] = B, t.size[1] = T, t.size[2] = HD / D, t.size[3] = D;
-  t.stride[0] = T * stride, t.stride[1] = stride, t.stride[2] = D, t.stride[3] = 1;
-  return t;
-}
-
-// The rows [begin, end) of dimension 1.
-Tensor narrow(const Tensor& a, int64_t begin, int64_t end) {
+// The part [begin, end) of dimension `dim`.
+Tensor narrow(const Tensor& a, int dim, int64_t begin, int64_t end) {
   Tensor t = a;
-  const int64_t item = a.dtype == DType::f32 ? 4 : 2;
-  t.data = a.ptr<char>() + begin * a.stride[1] * item;
-  t.size[1] = end - begin;
+  t.data = a.ptr<char>() + begin * a.stride[dim] * item_of(a.dtype);
+  t.size[dim] = end - begin;
   return t;
 }
 
-void copy(const Tensor& from, const Tensor& to) {
-  const int64_t item = from.dtype == DType::f32 ? 4 : 2;
-  const auto at = [item](const Tensor& a, int64_t b, int64_t t, int64_t h) {
-    return a.ptr<char>() + (b * a.stride[0] + t * a.stride[1] + h * a.stride[2]) * item;
-  };
-  for (int64_t b = 0; b < from.size[0]; ++b)
-    for (int64_t t = 0; t < from.size[1]; ++t)
-      for (int64_t h = 0; h < from.size[2]; ++h)
-        std::memcpy(at(to, b, t, h), at(from, b, t, h), static_cast<size_t>(from.size[3] * item));
+// Heads [begin, end) of row r of [R, heads D] as [1, 1, end - begin, D].
+Tensor heads_of(const Tensor& rows, int64_t r, int64_t begin, int64_t end, int64_t D) {
+  Tensor t = narrow(narrow(rows, 0, r, r + 1), 1, begin * D, end * D);
+  t.ndim = 4;
+  t.size[0] = t.size[1] = 1, t.size[2] = end - begin, t.size[3] = D;
+  t.stride[0] = t.stride[1] = rows.stride[0], t.stride[2] = D, t.stride[3] = 1;
+  return t;
 }
 
-// Whether `t` has these sizes and the dtype, and rows without gaps.
-bool is(const Tensor& t, DType dtype, std::initializer_list<int64_t> sizes) {
-  if (t.data == nullptr || t.dtype != dtype || t.ndim != static_cast<int>(sizes.size())) return false;
-  return std::equal(sizes.begin(), sizes.end(), t.size) && (t.size[t.ndim - 1] == 1 || t.stride[t.ndim - 1] == 1);
+void expect(const char* name, const Tensor& t, DType dtype, std::initializer_list<int64_t> sizes) {
+  const bool fits = t.data != nullptr && t.dtype == dtype && t.ndim == static_cast<int>(sizes.size()) &&
+                    std::equal(sizes.begin(), sizes.end(), t.size) && t.stride[t.ndim - 1] == 1;
+  if (!fits) throw std::invalid_argument(std::string("decode: ") + name + " has another shape, dtype or gaps");
 }
 
 template <class T>
@@ -81,61 +78,215 @@ void add(const T* a, T* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = from_float<T>(to_float(to[i]) + to_float(a[i]));
 }
 
-}  // namespace
+struct Sizes {
+  int64_t R, C, HD, GD, F, V, D;
+};
 
-bool decode_block(const Tensor& x, const Tensor& norm1, const Tensor& wq, const Tensor& wk, const Tensor& wv,
-                  const Tensor& wo, const Tensor& norm2, const Tensor& wgate, const Tensor& wup, const Tensor& wdown,
-                  const Tensor& cos, const Tensor& sin, const Tensor& k_cache, const Tensor& v_cache, int64_t used,
-                  double eps, bool interleaved, int64_t window, const Tensor& y) {
-  const int64_t B = x.size[0], T = x.size[1], C = x.size[2], R = B * T, D = k_cache.size[3];
-  const int64_t HD = wq.size[0], GD = wk.size[0], F = wgate.size[0];
-  const DType dtype = x.dtype;
-  if (dtype != DType::f32 && dtype != DType::bf16) return false;
-  if (R < 1 || R > 4 || D < kLeastHeadDim || D > kMostHeadDim || D % kHeadDimStep != 0) return false;
-  if (GD < 1 || GD % D != 0 || HD % GD != 0 || used < 0) return false;
-  if (!is(x, dtype, {B, T, C}) || !is(norm1, dtype, {C}) || !is(norm2, dtype, {C})) return false;
-  if (!is(wq, dtype, {HD, C}) || !is(wk, dtype, {GD, C}) || !is(wv, dtype, {GD, C}) || !is(wo, dtype, {C, HD}))
-    return false;
-  if (!is(wgate, dtype, {F, C}) || !is(wup, dtype, {F, C}) || !is(wdown, dtype, {C, F})) return false;
-  for (const Tensor* table : {&cos, &sin})
-    if (!is(*table, DType::f32, {table->size[0] == 1 ? 1 : B, T, D / 2})) return false;
-  for (const Tensor* cache : {&k_cache, &v_cache})
-    if (cache->size[1] < used + T || !is(*cache, dtype, {B, cache->size[1], GD / D, D})) return false;
-  // 4 bytes for a number of any dtype, and the fourteen tensors' lines begun
-  Arena arena(4 * R * (4 * C + 3 * HD + 2 * GD + 3 * F + 1 + HD / D) + 14 * Arena::kLine);
-  const auto make = [&](std::initializer_list<int64_t> sizes) { return arena.make(dtype, sizes); };
-  Tensor x_RC = x, y_RC = y;
-  for (Tensor* t : {&x_RC, &y_RC}) {
-    t->ndim = 2;
-    t->size[0] = R, t->size[1] = C;
-    t->stride[0] = C, t->stride[1] = 1;
+// What the threads share: written in one loop, read in later ones.
+struct Shared {
+  Tensor x, y, q, k, v, out, attended, gate, up, act;
+  Shared(Arena& arena, DType dtype, const Sizes& n)
+      : x(arena.make(dtype, {n.R, n.C})),
+        y(arena.make(dtype, {n.R, n.C})),
+        q(arena.make(dtype, {n.R, n.HD})),
+        k(arena.make(dtype, {n.R, n.GD})),
+        v(arena.make(dtype, {n.R, n.GD})),
+        out(arena.make(dtype, {n.R, n.HD})),
+        attended(arena.make(dtype, {n.R, n.C})),
+        gate(arena.make(dtype, {n.R, n.F})),
+        up(arena.make(dtype, {n.R, n.F})),
+        act(arena.make(dtype, {n.R, n.F})) {}
+};
+
+// What a thread has for itself.
+struct Own {
+  Tensor normed, h, rstd, turned, lse, scratch;
+  Own(Arena& arena, DType dtype, const Sizes& n)
+      : normed(arena.make(dtype, {n.R, n.C})),
+        h(arena.make(dtype, {n.R, n.C})),
+        rstd(arena.make(DType::f32, {n.R})),
+        turned(arena.make(dtype, {1, n.HD / n.GD * n.D})),
+        lse(arena.make(DType::f32, {1, n.HD / n.GD, 1})),
+        scratch(arena.make(DType::f32, {attention_few_scratch(n.D)})) {}
+};
+
+// One thread's way through the model. `x` and `y` change roles from layer to layer, so that what one loop reads is not
+// written before the next.
+class Thread {
+ public:
+  Thread(const Sizes& sizes, const Shared& shared, const Own& own, const Loops& loops)
+      : n_(sizes), s_(shared), own_(own), loops_(loops), x_(shared.x), y_(shared.y) {}
+
+  void embed(const Tensor& table, const int64_t* tokens) {
+    loops_.run(
+        n_.R, n_.R, [] {},
+        [&](int64_t, int64_t) {
+          const auto bytes = static_cast<size_t>(n_.C * item_of(table.dtype));
+          for (int64_t r = 0; r < n_.R; ++r)
+            std::memcpy(narrow(x_, 0, r, r + 1).data, narrow(table, 0, tokens[r], tokens[r] + 1).data, bytes);
+        });
   }
 
-  const Tensor rstd = arena.make(DType::f32, {R}), lse = arena.make(DType::f32, {B, HD / D, T});
-  const Tensor n1 = make({R, C}), q = make({R, HD}), k = make({R, GD}), v = make({R, GD});
-  rms_norm_fwd(x_RC, norm1, eps, n1, rstd);
-  const Tensor in[] = {wq, wk, wv}, qkv[] = {q, k, v};
-  gemv_group(n1, in, qkv, 3);
+  void layer(const DecodeLayer& w, const Tensor& cos, const Tensor& sin, int64_t used, const int64_t* starts) {
+    const Tensor in[] = {w.wq, w.wk, w.wv}, qkv[] = {s_.q, s_.k, s_.v};
+    loops_.run(
+        n_.HD + 2 * n_.GD, kGrain, [&] { rms_norm_fwd(x_, w.norm1, w.eps, own_.normed, own_.rstd); },
+        [&](int64_t begin, int64_t end) {
+          for (int i = 0; i < 3; begin -= in[i].size[0], end -= in[i].size[0], ++i) {
+            const int64_t from = std::max<int64_t>(begin, 0), to = std::min(end, in[i].size[0]);
+            if (from < to) multiply(own_.normed, in[i], qkv[i], from, to);
+          }
+        });
+    const int64_t groups = n_.GD / n_.D;
+    loops_.run(
+        n_.R * groups, 1, [] {},
+        [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i)
+            attend(w, cos, sin, used, i / groups, i % groups, starts == nullptr ? 0 : starts[i / groups]);
+        });
+    loops_.run(
+        n_.C, kGrain, [] {}, [&](int64_t begin, int64_t end) { multiply(s_.out, w.wo, s_.attended, begin, end); });
+    bool normed = false;
+    const auto norm = [&] {
+      if (!normed) add_rms_norm_fwd(s_.attended, x_, w.norm2, w.eps, own_.normed, own_.h, own_.rstd);
+      normed = true;
+    };
+    loops_.run(n_.F, kGrain, norm, [&](int64_t begin, int64_t end) {
+      multiply(own_.normed, w.wgate, s_.gate, begin, end);
+      multiply(own_.normed, w.wup, s_.up, begin, end);
+      swiglu_fwd(narrow(s_.gate, 1, begin, end), narrow(s_.up, 1, begin, end), narrow(s_.act, 1, begin, end));
+    });
+    loops_.run(n_.C, kGrain, norm, [&](int64_t begin, int64_t end) {
+      multiply(s_.act, w.wdown, y_, begin, end);
+      with_dtype(y_.dtype, [&](auto tag) {
+        using T = decltype(tag);
+        for (int64_t r = 0; r < n_.R; ++r)
+          add(own_.h.ptr<T>() + r * n_.C + begin, y_.ptr<T>() + r * n_.C + begin, end - begin);
+      });
+    });
+    std::swap(x_, y_);
+  }
 
-  const int64_t end = used + T;
-  const Tensor q_turned = make({R, HD}), keys = narrow(k_cache, used, end), values = narrow(v_cache, used, end);
-  rope_fwd(heads(q, B, T, D), heads(k, B, T, D), cos, sin, interleaved, heads(q_turned, B, T, D), keys);
-  copy(heads(v, B, T, D), values);
+  void logits(const Tensor& norm, double eps, const Tensor& head, const Tensor& logits) {
+    loops_.run(
+        n_.V, kGrain, [&] { rms_norm_fwd(x_, norm, eps, own_.normed, own_.rstd); },
+        [&](int64_t begin, int64_t end) { multiply(own_.normed, head, logits, begin, end); });
+  }
 
-  const Tensor out = make({R, HD}), attended = make({R, C});
-  attention_fwd(heads(q_turned, B, T, D), narrow(k_cache, 0, end), narrow(v_cache, 0, end), Tensor{},
-                1.0 / std::sqrt(static_cast<double>(D)), true, window, heads(out, B, T, D), lse);
-  gemv(out, wo, attended);
+ private:
+  // Outputs [begin, end) of x W^T.
+  static void multiply(const Tensor& x, const Tensor& weight, const Tensor& y, int64_t begin, int64_t end) {
+    gemv(x, narrow(weight, 0, begin, end), narrow(y, 1, begin, end));
+  }
 
-  const Tensor n2 = make({R, C}), h = make({R, C}), gate = make({R, F}), up = make({R, F}), act = make({R, F});
-  add_rms_norm_fwd(attended, x_RC, norm2, eps, n2, h, rstd);
-  const Tensor wide[] = {wgate, wup}, gated[] = {gate, up};
-  gemv_group(n2, wide, gated, 2);
-  swiglu_fwd(gate, up, act);
-  gemv(act, wdown, y_RC);
-  with_dtype(dtype, [&](auto tag) {
-    using N = decltype(tag);
-    add(h.ptr<N>(), y_RC.ptr<N>(), R * C);
+  // Key/value head g of row r, and its query heads.
+  void attend(const DecodeLayer& w, const Tensor& cos, const Tensor& sin, int64_t used, int64_t r, int64_t g,
+              int64_t start) const {
+    const int64_t D = n_.D, rep = n_.HD / n_.GD, end = used + 1;
+    const auto cached = [&](const Tensor& cache, int64_t begin) {
+      return narrow(narrow(narrow(cache, 0, r, r + 1), 1, begin, end), 2, g, g + 1);
+    };
+    const Tensor turned = heads_of(own_.turned, 0, 0, rep, D), out = heads_of(s_.out, r, g * rep, (g + 1) * rep, D);
+    rope_fwd(heads_of(s_.q, r, g * rep, (g + 1) * rep, D), heads_of(s_.k, r, g, g + 1, D), cos, sin, w.interleaved,
+             turned, cached(w.k_cache, used));
+    const auto bytes = static_cast<size_t>(D * item_of(out.dtype));
+    std::memcpy(cached(w.v_cache, used).data, heads_of(s_.v, r, g, g + 1, D).data, bytes);
+    if (start < end)
+      attention_few(turned, cached(w.k_cache, start), cached(w.v_cache, start), 1.0 / std::sqrt(static_cast<double>(D)),
+                    w.window, out, own_.lse, own_.scratch.ptr<float>());
+    else
+      std::memset(out.data, 0, bytes * static_cast<size_t>(rep));
+  }
+
+  const Sizes& n_;
+  const Shared& s_;
+  const Own& own_;
+  Loops loops_;
+  Tensor x_, y_;
+};
+
+}  // namespace
+
+DecodePlan::DecodePlan(const Tensor& embed, const Tensor& cos, const Tensor& sin, std::vector<DecodeLayer> layers,
+                       const Tensor& norm, double eps, const Tensor& head)
+    : embed_(embed), cos_(cos), sin_(sin), norm_(norm), head_(head), eps_(eps), layers_(std::move(layers)) {
+  const DType dtype = embed.dtype;
+  if (dtype != DType::f32 && dtype != DType::bf16 && dtype != DType::f16)
+    throw std::invalid_argument("decode: embed is not float32, bfloat16 or float16");
+  if (layers_.empty()) throw std::invalid_argument("decode: no layers");
+  const DecodeLayer& first = layers_[0];
+  const int64_t V = embed.size[0], C = embed.size[1], HD = first.wq.size[0], GD = first.wk.size[0];
+  const int64_t F = first.wgate.size[0], R = first.k_cache.size[0], S = first.k_cache.size[1],
+                D = first.k_cache.size[3];
+  if (R < 1 || R > kGemvRows) throw std::invalid_argument("decode: more rows than gemv takes");
+  if (D < kLeastHeadDim || D > kMostHeadDim || D % kHeadDimStep != 0 || GD < D || GD % D != 0 || HD % GD != 0 ||
+      HD < GD || HD / GD > kFewRows || C < 1 || F < 1 || V < 1)
+    throw std::invalid_argument("decode: heads or sizes that the ops one by one must take");
+  expect("embed", embed, dtype, {V, C});
+  expect("head", head, dtype, {V, C});
+  expect("norm", norm, dtype, {C});
+  for (const Tensor* table : {&cos, &sin}) expect("cos or sin", *table, DType::f32, {cos.size[0], D / 2});
+  for (const DecodeLayer& w : layers_) {
+    for (const Tensor* gain : {&w.norm1, &w.norm2}) expect("norm1 or norm2", *gain, dtype, {C});
+    expect("wq", w.wq, dtype, {HD, C});
+    expect("wk", w.wk, dtype, {GD, C});
+    expect("wv", w.wv, dtype, {GD, C});
+    expect("wo", w.wo, dtype, {C, HD});
+    expect("wgate", w.wgate, dtype, {F, C});
+    expect("wup", w.wup, dtype, {F, C});
+    expect("wdown", w.wdown, dtype, {C, F});
+    expect("k_cache", w.k_cache, dtype, {R, S, GD / D, D});
+    expect("v_cache", w.v_cache, dtype, {R, S, GD / D, D});
+  }
+}
+
+bool DecodePlan::step(const Tensor& tokens, int64_t used, const std::vector<int64_t>& starts, const Tensor& logits) {
+  const DecodeLayer& w = layers_[0];
+  const int64_t R = w.k_cache.size[0], S = w.k_cache.size[1], D = w.k_cache.size[3];
+  const Sizes sizes = {R, embed_.size[1], w.wq.size[0], w.wk.size[0], w.wgate.size[0], embed_.size[0], D};
+  if (tokens.dtype != DType::i64 || tokens.ndim != 1 || tokens.size[0] != R || used < 0 ||
+      used >= std::min(S, cos_.size[0]) || logits.dtype != embed_.dtype || logits.ndim != 2 || logits.size[0] != R ||
+      logits.size[1] != sizes.V || logits.stride[1] != 1)
+    return false;
+  int64_t ids[kGemvRows];
+  for (int64_t r = 0; r < R; ++r) {
+    ids[r] = tokens.ptr<int64_t>()[r * tokens.stride[0]];
+    if (ids[r] < 0 || ids[r] >= sizes.V) return false;
+  }
+  if (!starts.empty() && (static_cast<int64_t>(starts.size()) != R ||
+                          std::any_of(starts.begin(), starts.end(), [](int64_t start) { return start < 0; })))
+    return false;
+
+  const int64_t least = std::min(sizes.HD + 2 * sizes.GD, 2 * sizes.F) * sizes.C;
+  const int64_t threads = std::clamp<int64_t>(least / kGrainElements, 1, max_threads());
+  Arena for_all(nullptr), for_one(nullptr);
+  static_cast<void>(Shared(for_all, embed_.dtype, sizes)), static_cast<void>(Own(for_one, embed_.dtype, sizes));
+  const int64_t loops = 5 * static_cast<int64_t>(layers_.size()) + 2;
+  const int64_t of_counts = loops * static_cast<int64_t>(sizeof(Loops::Counts));
+  memory_.resize(static_cast<size_t>(of_counts + for_all.bytes() + threads * for_one.bytes() + kLine));
+  char* const memory = memory_.data() + (kLine - reinterpret_cast<uintptr_t>(memory_.data()) % kLine) % kLine;
+  auto* const counts = reinterpret_cast<Loops::Counts*>(memory);
+  Arena arena(memory + of_counts);
+  const Shared shared(arena, embed_.dtype, sizes);
+  std::vector<Own> owns;
+  for (int64_t i = 0; i < threads; ++i) owns.emplace_back(arena, embed_.dtype, sizes);
+
+  // position `used` of the tables as [1, 1, D/2]
+  const auto angles = [used](const Tensor& table) {
+    Tensor t = narrow(table, 0, used, used + 1);
+    t.ndim = 3;
+    t.size[2] = t.size[1], t.size[1] = 1;
+    t.stride[2] = 1, t.stride[1] = t.stride[0];
+    return t;
+  };
+  const Tensor cos = angles(cos_), sin = angles(sin_);
+  for (int64_t i = 0; i < loops; ++i) new (counts + i) Loops::Counts;
+  in_team(threads, [&](int64_t index, int64_t count) {
+    Thread thread(sizes, shared, owns[static_cast<size_t>(index)], Loops(counts, count));
+    thread.embed(embed_, ids);
+    for (const DecodeLayer& layer : layers_)
+      thread.layer(layer, cos, sin, used, starts.empty() ? nullptr : starts.data());
+    thread.logits(norm_, eps_, head_, logits);
   });
   return true;
 }

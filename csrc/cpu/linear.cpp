@@ -62,41 +62,47 @@ void gemv_row(const T* x, int64_t x_stride, const T* w, T* y, int64_t y_stride, 
   for (int r = 0; r < kRows; ++r) y[r * y_stride] = from_float<T>(sum(acc[r][0] + acc[r][1]));
 }
 
-// Outputs of all the products, one after the other, are the loop's items.
-template <int kRows, class T>
-void gemv_rows(const Tensor& x, const Tensor* weights, const Tensor* ys, int count) {
+// Output `o` of all rows of x, four at a time: the row of W comes from memory once.
+template <class T>
+void gemv_output(const Tensor& x, const Tensor& weight, const Tensor& y, int64_t o) {
   const int64_t K = x.size[1];
-  int64_t outputs = 0;
-  for (int i = 0; i < count; ++i) outputs += weights[i].size[0];
-  parallel_for(outputs, std::max<int64_t>(1, kGrainElements / std::max<int64_t>(K, 1)),
-               [&](int64_t begin, int64_t end) {
-                 for (int i = 0; i < count && end > 0; ++i) {
-                   const Tensor &weight = weights[i], &y = ys[i];
-                   const int64_t N = weight.size[0];
-                   for (int64_t o = std::max<int64_t>(begin, 0); o < std::min(end, N); ++o)
-                     gemv_row<kRows, T>(x.ptr<T>(), x.stride[0], weight.ptr<T>() + o * weight.stride[0], y.ptr<T>() + o,
-                                        y.stride[0], K);
-                   begin -= N;
-                   end -= N;
-                 }
-               });
+  const T* w = weight.ptr<T>() + o * weight.stride[0];
+  for (int64_t r = 0; r < x.size[0]; r += 4) {
+    const T* x_rows = x.ptr<T>() + r * x.stride[0];
+    T* to = y.ptr<T>() + r * y.stride[0] + o;
+    switch (x.size[0] - r) {
+      case 1:
+        gemv_row<1, T>(x_rows, x.stride[0], w, to, y.stride[0], K);
+        break;
+      case 2:
+        gemv_row<2, T>(x_rows, x.stride[0], w, to, y.stride[0], K);
+        break;
+      case 3:
+        gemv_row<3, T>(x_rows, x.stride[0], w, to, y.stride[0], K);
+        break;
+      default:
+        gemv_row<4, T>(x_rows, x.stride[0], w, to, y.stride[0], K);
+    }
+  }
 }
 
+// Outputs of all the products, one after the other, are the loop's items.
 void gemv_group(const Tensor& x, const Tensor* weights, const Tensor* ys, int count) {
+  if (x.size[0] < 1 || x.size[0] > kGemvRows) throw std::invalid_argument("x: gemv takes 1 to 4 rows");
+  int64_t outputs = 0;
+  for (int i = 0; i < count; ++i) outputs += weights[i].size[0];
   with_dtype(x.dtype, [&](auto tag) {
     using T = decltype(tag);
-    switch (x.size[0]) {
-      case 1:
-        return gemv_rows<1, T>(x, weights, ys, count);
-      case 2:
-        return gemv_rows<2, T>(x, weights, ys, count);
-      case 3:
-        return gemv_rows<3, T>(x, weights, ys, count);
-      case 4:
-        return gemv_rows<4, T>(x, weights, ys, count);
-      default:
-        throw std::invalid_argument("x: gemv takes 1 to 4 rows");
-    }
+    parallel_for(outputs, std::max<int64_t>(1, kGrainElements / std::max<int64_t>(x.size[1], 1)),
+                 [&](int64_t begin, int64_t end) {
+                   for (int i = 0; i < count && end > 0; ++i) {
+                     const int64_t N = weights[i].size[0];
+                     for (int64_t o = std::max<int64_t>(begin, 0); o < std::min(end, N); ++o)
+                       gemv_output<T>(x, weights[i], ys[i], o);
+                     begin -= N;
+                     end -= N;
+                   }
+                 });
   });
 }
 

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <thread>
 
 namespace llama_fast::cpu {
 
@@ -47,6 +48,61 @@ void parallel_tasks(int64_t n, const Body& body) {
     const int thread = omp_get_thread_num();
     for (int64_t task = next++; task < n; task = next++) body(task, thread);
   }
+}
+
+// A sequence of loops in one team of threads. Each deals its items, in parts that grow smaller, to whoever is free, and
+// is left when all items are done, whoever did them: a thread that the system has put aside, or that has not yet woken,
+// holds up the others only in the midst of a part.
+class Loops {
+ public:
+  struct alignas(64) Counts {
+    std::atomic<int64_t> next{0};
+    alignas(64) std::atomic<int64_t> done{0};
+  };
+  // `counts`: of all loops, zero and shared by the team; `threads`: of the team.
+  Loops(Counts* counts, int64_t threads) : counts_(counts), threads_(threads) {}
+
+  // Calls body(begin, end) on parts of [0, n), each but the last a multiple of `grain`, and prepare() before this
+  // thread's first, if it gets any. What a part computes must not depend on which thread runs it.
+  template <class Prepare, class Body>
+  void run(int64_t n, int64_t grain, const Prepare& prepare, const Body& body) {
+    Counts& counts = *counts_++;
+    bool prepared = false;
+    int64_t begin = counts.next.load(std::memory_order_relaxed);
+    while (begin < n) {
+      const int64_t fair = (n - begin) / (2 * threads_) / grain * grain;
+      const int64_t end = std::min(n, begin + std::max(grain, fair));
+      if (!counts.next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+      if (!prepared) prepare();
+      prepared = true;
+      body(begin, end);
+      counts.done.fetch_add(end - begin, std::memory_order_release);
+      begin = end;
+      if (end < n) begin = counts.next.load(std::memory_order_relaxed);
+    }
+    for (int spins = 0; counts.done.load(std::memory_order_acquire) < n; ++spins) {
+      if (spins > kSpins) std::this_thread::yield();
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    }
+  }
+
+ private:
+  static constexpr int kSpins = 1000;  // some 20 us
+  Counts* counts_;
+  const int64_t threads_;
+};
+
+// Calls body(thread, threads) on `threads` threads at once, or on as many as the runtime gives.
+template <class Body>
+void in_team(int64_t threads, const Body& body) {
+  if (threads <= 1) {
+    body(int64_t{0}, int64_t{1});
+    return;
+  }
+#pragma omp parallel num_threads(static_cast<int>(threads))
+  body(static_cast<int64_t>(omp_get_thread_num()), static_cast<int64_t>(omp_get_num_threads()));
 }
 
 }  // namespace llama_fast::cpu

@@ -93,6 +93,7 @@ PYBIND11_MODULE(_native_cuda_emulated, module) {
 PYBIND11_MODULE(_native_cuda, module) {
 #endif
   module.doc() = "The CUDA ops of llama_fast. Use llama_fast's public functions: these check nothing.";
+  module.attr("interface") = llama_fast::kInterface;
   bind(module, "rms_norm_fwd", &cuda::rms_norm_fwd, "x", "weight", "eps", "y", "rstd");
   bind(module, "rms_norm_bwd", &cuda::rms_norm_bwd, "dy", "x", "weight", "rstd", "dx", "dweight", "scratch");
   bind(module, "add_rms_norm_fwd", &cuda::add_rms_norm_fwd, "x", "residual", "weight", "eps", "y", "sum", "rstd");

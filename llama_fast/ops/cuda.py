@@ -14,21 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_fast.ops import chunks, table
+from llama_fast.ops import chunks, library, table
 from llama_fast.ops.native import rows
 from llama_fast.ops.table import Op
 
 EMULATED = os.environ.get("LLAMA_FAST_EMULATE") == "1"
 
-_library: Any = None
-_import_error: str | None = None
-try:
-    if EMULATED:
-        from llama_fast import _native_cuda_emulated as _library  # type: ignore[attr-defined,no-redef]
-    else:
-        from llama_fast import _native_cuda as _library  # type: ignore[attr-defined,no-redef]
-except ImportError as error:
-    _import_error = str(error)
+_library, _reason = library.load("_native_cuda_emulated" if EMULATED else "_native_cuda")
 
 
 if _library is not None and not EMULATED and os.environ.get("LLAMA_FAST_LOG") == "debug":
@@ -58,7 +50,7 @@ def _runs_on(capability: tuple[int, int]) -> bool:
 def unavailable() -> str | None:
     """Why the CUDA library cannot be used on this machine, or None."""
     if _library is None:
-        return f"the CUDA library is not built ({_import_error}): install CUDA's nvcc, and llama_fast again"
+        return _reason
     if EMULATED:
         return None
     if not torch.cuda.is_available():

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama_fast.ops import library
 from llama_fast.ops.dispatch import once_differentiable, plain
 
 # Letters of this file: a product gives [M, N] and contracts over K.
@@ -112,13 +113,14 @@ try:
 except (AttributeError, RuntimeError):
     _onednn = None
 
-try:
-    from llama_fast import _native  # type: ignore[attr-defined]
+_native, _ = library.load("_native")
+_gemv: Any = None if _native is None else _native.cpu.gemv
+_amd_family: int = 0 if _native is None else _native.cpu.amd_family()
 
-    _gemv: Any = _native.cpu.gemv
-    _amd_family: int = _native.cpu.amd_family()
-except ImportError:
-    _gemv, _amd_family = None, 0
+
+def forced() -> str | None:
+    """The path that `force` asks for, or None."""
+    return _forced.get()
 
 
 def _can(path: str, form: str, dtype: torch.dtype, M: int, K: int) -> bool:
@@ -130,9 +132,9 @@ def _can(path: str, form: str, dtype: torch.dtype, M: int, K: int) -> bool:
 
 
 def _find(form: str, dtype: torch.dtype, M: int, N: int, K: int) -> tuple[str, str]:
-    forced = _forced.get()
-    if forced is not None:
-        return (forced if _can(forced, form, dtype, M, K) else "torch"), "asked for"
+    asked = forced()
+    if asked is not None:
+        return (asked if _can(asked, form, dtype, M, K) else "torch"), "asked for"
     for rule in RULES:
         if rule.applies(form, dtype, M, N, K) and _can(rule.path, form, dtype, M, K):
             return rule.path, rule.reason

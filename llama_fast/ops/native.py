@@ -8,24 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_fast.ops import chunks, table
+from llama_fast.ops import chunks, library, table
 from llama_fast.ops.dispatch import plain
 from llama_fast.ops.table import Op
 
-_import_error: str | None = None
-try:
-    # torch (imported above) comes first: the library's OpenMP symbols resolve to the runtime that torch loads.
-    from llama_fast import _native  # type: ignore[attr-defined]
-except ImportError as error:
-    _native = None
-    _import_error = str(error)
+_native, _reason = library.load("_native")
 
 
 def unavailable() -> str | None:
     """Why the native library cannot be used, or None."""
-    if _native is None:
-        return f"the native library is not built ({_import_error}): install g++ and reinstall llama_fast"
-    return None
+    return _reason
 
 
 def isas() -> list[str]:
@@ -78,38 +70,36 @@ attention_fwd = _launcher(table.ATTENTION, "fwd")
 attention_bwd = _launcher(table.ATTENTION, "bwd")
 
 
-# ---- a whole block of a decode ---------------------------------------------------------------------------------------
-DECODE_ROWS = 4  # gemv's
-
-
-def decode_block(
-    x: Tensor,
-    weights: Sequence[Tensor],
+# ---- a whole step of a decode ----------------------------------------------------------------------------------------
+def decode_plan(
+    embed: Tensor,
     cos: Tensor,
     sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    used: int,
+    layers: Sequence[tuple[Any, ...]],
+    norm: Tensor,
     eps: float,
-    interleaved: bool,
-    window: int,
-) -> Tensor | None:
-    """The block on 1 to 4 rows x [B, T, C], whose keys and values are written to the caches at `used`; gives y.
+    head: Tensor,
+) -> Any:
+    """The native plan of these CPU tensors (`DecodePlan` of csrc/ops.h), or None where it does not take them.
 
-    None, with nothing written, where the native call does not take these tensors: too many rows, another dtype or
-    device, or shapes that do not fit. The ops one by one then compute it, or name what is wrong.
+    layers: of each, the nine weights in the order of `block.Weights`, the caches of k and v [B, S, G, D], eps,
+    interleaved, window. The plan holds addresses, and nothing alive.
     """
-    tensors = (x, *weights, cos, sin, k_cache, v_cache)
-    few = 1 <= x.shape[0] * x.shape[1] <= DECODE_ROWS
-    if _native is None or not few or not plain(*tensors) or not all(tensor.is_cpu for tensor in tensors):
+    if _native is None:
         return None
-    x = x.contiguous()
-    y = torch.empty_like(x)
     try:
-        done = _native.cpu.decode_block(x, *weights, cos, sin, k_cache, v_cache, used, eps, interleaved, window, y)
-    except ValueError:  # a dtype that the library does not know, float64: costs nothing where there is none
+        return _native.cpu.DecodePlan(embed, cos, sin, list(layers), norm, eps, head)
+    except ValueError:  # another dtype, sizes that do not fit each other, more than four rows
         return None
-    return y if done else None
+
+
+def argmax(x: Tensor) -> Tensor:
+    """The place of the largest number of each row of x [R, V], V >= 1, as float32: [R] int64, the first of equals."""
+    if _native is None or not x.is_cpu or not plain(x) or x.dtype == torch.float64:
+        return x.float().argmax(-1)
+    best = torch.empty(x.shape[0], dtype=torch.int64)
+    _native.cpu.argmax(rows(x), best)
+    return best
 
 
 # ---- linear_cross_entropy --------------------------------------------------------------------------------------------

@@ -1,0 +1,61 @@
+"""A native library of another version is reported when llama_fast is imported, and not used."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llama_fast.ops import library
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_python_and_csrc_carry_the_same_number() -> None:
+    found = re.search(r"constexpr int kInterface = (\d+);", (ROOT / "csrc" / "ops.h").read_text())
+    assert found
+    assert int(found[1]) == library.INTERFACE
+
+
+@pytest.mark.parametrize("name", ["_native", "_native_cuda", "_native_cuda_emulated"])
+def test_a_library_that_is_built_carries_it(name: str) -> None:
+    module, reason = library.load(name)
+    if module is None:
+        assert reason is not None
+        assert "is not built" in reason, reason
+        pytest.skip(reason)
+    assert module.interface == library.INTERFACE
+    assert reason is None
+
+
+@pytest.mark.parametrize("number", [None, library.INTERFACE + 1])
+@pytest.mark.parametrize("name", ["_native", "_native_cuda", "_native_cuda_emulated"])
+def test_one_of_another_version_is_reported_at_import_and_not_used(name: str, number: int | None) -> None:
+    code = f"""
+import sys, types
+sys.modules["llama_fast.{name}"] = stale = types.ModuleType("stale")
+if {number} is not None:
+    stale.interface = {number}
+import torch
+import llama_fast as lf
+from llama_fast import info
+from llama_fast.ops import cuda, native
+x = torch.randn(3, 8)
+torch.testing.assert_close(lf.rms_norm(x, torch.ones(8)), torch.nn.functional.rms_norm(x, (8,), eps=1e-6))
+print((native if "{name}" == "_native" else cuda).unavailable())
+print(dict(info.machine())["native library" if "{name}" == "_native" else "CUDA library"])
+"""
+    environment = {**os.environ, "LLAMA_FAST_EMULATE": str(int(name == "_native_cuda_emulated"))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    expected = f"is of another version: run make build (its interface is {number or 0}, expected {library.INTERFACE})"
+    reported, described = done.stdout.splitlines()
+    assert expected in reported
+    assert expected in described
+    assert done.stderr.count(expected) == 1
