@@ -164,7 +164,15 @@ def test_configs_old_and_new(rope: dict[str, Any], theta: float, scaling: Any) -
     ("change", "message"),
     [
         ({"model_type": "gemma"}, "model_type = 'gemma': expected 'llama'"),
-        ({"hidden_size": None}, "dim = None"),
+        ({"hidden_size": None}, "hidden_size = None: expected an integer of 1 or more"),
+        ({"hidden_size": "64"}, "hidden_size = '64': expected a number above 0"),
+        ({"hidden_size": 64.5}, "hidden_size = 64.5: expected an integer of 1 or more"),
+        ({"num_attention_heads": 0}, "num_attention_heads = 0: expected a number above 0"),
+        ({"num_attention_heads": [4]}, r"num_attention_heads = \[4\]: expected a number above 0"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3: expected a divisor of num_attention_heads = 4"),
+        ({"head_dim": 15}, "head_dim = 15: expected an even number"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps = -1e-05: expected a number above 0"),
+        ({"rope_parameters": "llama3"}, "rope_parameters = 'llama3': expected an object"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type = 'yarn': expected default, linear"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor is missing"),
         ({"attention_bias": True}, "attention_bias = True: expected False"),
@@ -294,8 +302,18 @@ def test_damaged_indexes(tmp_path: Path) -> None:
         Llama.from_pretrained(folder)
 
 
+def test_other_dtypes_are_named(folder: Path) -> None:
+    for dtype in ("bfloat16", torch.int8):
+        with pytest.raises(ValueError, match=rf"dtype = {dtype!r}: expected one of torch.float32, "):
+            Llama.from_pretrained(folder, dtype=dtype)
+        with pytest.raises(ValueError, match=rf"dtype = {dtype!r}: expected one of torch.float32, "):
+            Llama(TINY).save_pretrained(folder.parent / "b", dtype=dtype)
+
+
 def test_nothing_there(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such folder or file"):
+    with pytest.raises(
+        FileNotFoundError, match="no such folder or file, expected a folder of Hugging Face or Meta, or a GGUF"
+    ):
         Llama.from_pretrained(tmp_path / "none")
     (tmp_path / "a.txt").touch()
     with pytest.raises(FileNotFoundError, match=r"expected config.json or params.json.*, found a.txt"):

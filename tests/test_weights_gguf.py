@@ -145,6 +145,11 @@ def test_rotary_scalings(tmp_path: Path) -> None:
         ({"llama.block_count": None}, "llama.block_count is missing"),
         ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type = 'yarn': expected none or linear"),
         ({"llama.attention.key_length": 32}, "llama.rope.dimension_count = 16: expected head_dim = 32"),
+        ({"llama.attention.head_count": 0}, "llama.attention.head_count = 0: expected a number above 0"),
+        (
+            {"llama.attention.head_count": 3},
+            "llama.attention.head_count_kv = 2: expected a divisor of llama.attention.head_count = 3",
+        ),
         ({"split.count": 3}, "split.count = 3: expected one file"),
     ],
 )
@@ -179,10 +184,11 @@ def test_truncated_files_name_their_tensors(tmp_path: Path) -> None:
         Llama.from_pretrained(path)
     for rest in (600, 60, 0):
         os.truncate(path, rest)
-        with pytest.raises(ValueError, match=r"a.gguf: .*: expected a whole GGUF file"):
+        said = f"damaged, or cut off at {rest} bytes" if rest else "begins with b''"
+        with pytest.raises(ValueError, match=rf"a.gguf: {said}: expected a whole GGUF file"):
             Llama.from_pretrained(path)
     path.write_bytes(b"not a GGUF file" * 100)
-    with pytest.raises(ValueError, match=r"a.gguf: .*: expected a whole GGUF file"):
+    with pytest.raises(ValueError, match=r"a.gguf: begins with b'not ': expected a whole GGUF file"):
         Llama.from_pretrained(path)
 
 

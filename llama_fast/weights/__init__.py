@@ -21,7 +21,7 @@ from llama_fast.files import new_folder
 from llama_fast.weights.gguf import GGUFSource
 from llama_fast.weights.hf import CONFIG, HFSource, write_hf
 from llama_fast.weights.meta import PARAMS, MetaSource, write_meta
-from llama_fast.weights.source import FLOATS, ModelSource, Progress, Source, tensor_shapes
+from llama_fast.weights.source import FLOATS, ModelSource, Progress, Source, check_float, tensor_shapes
 
 if TYPE_CHECKING:
     from llama_fast.model import Llama
@@ -45,7 +45,8 @@ def open_checkpoint(path: Path | str, max_seq_len: int | None = None) -> Source:
     if path.is_file():
         return GGUFSource(path)
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such folder or file")
+        kinds = "a folder of Hugging Face or Meta, or a GGUF file, on this machine"
+        raise FileNotFoundError(f"{path}: no such folder or file, expected {kinds}")
     if (path / CONFIG).is_file():
         return HFSource(path)
     if (path / PARAMS).is_file():
@@ -64,6 +65,7 @@ def load_model(
     """A Llama with the weights of `source`; see `Llama.from_pretrained`."""
     from llama_fast.model import Llama
 
+    check_float(dtype)
     dtype = dtype or source.dtype
     model = Llama(source.config, device="meta", dtype=dtype, **options)
     model.to_empty(device=torch.get_default_device() if device is None else device)
@@ -108,6 +110,7 @@ def write(
     """
     if format not in FORMATS:
         raise ValueError(f"format = {format!r}: expected one of {', '.join(FORMATS)}")
+    check_float(dtype)
     dtype = dtype or source.dtype
     numbers = sum(math.prod(s) for s in tensor_shapes(source.config).values())
     if format == "meta" and source.config.tie_embeddings:

@@ -27,6 +27,7 @@ from llama_fast.weights.source import (
     check_tensors,
     copy_pairs_to_halves,
     main_dtype,
+    read_config,
 )
 
 _LAYER = {
@@ -45,6 +46,17 @@ _OURS = {v: k for k, v in (_LAYER | _TOP).items()}
 _ROPE = "rope_freqs.weight"
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ROWS = 1024  # of a matrix that are dequantised at a time
+_NAMES = {
+    "dim": "llama.embedding_length",
+    "n_layers": "llama.block_count",
+    "n_heads": "llama.attention.head_count",
+    "n_kv_heads": "llama.attention.head_count_kv",
+    "explicit_head_dim": "llama.attention.key_length",
+    "ffn_dim": "llama.feed_forward_length",
+    "max_seq_len": "llama.context_length",
+    "norm_eps": "llama.attention.layer_norm_rms_epsilon",
+    "rope_theta": "llama.rope.freq_base",
+}
 _LLAMA3_SCALING = (1.0, 4.0, 8192)  # what the converter assumes where the config names nothing else
 
 
@@ -98,10 +110,15 @@ def _reader(path: Path, changed: int) -> Any:
                 raise ValueError(f"truncated, tensors cut off: {', '.join(cut[:8])}")
             super()._build_tensors(start_offs, fields)
 
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise ValueError(f"{path}: begins with {magic!r}: expected a whole GGUF file")
     try:
         return Reader(path)
     except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: {error}: expected a whole GGUF file") from None
+        said = str(error) if "tensors cut off" in str(error) else f"damaged, or cut off at {path.stat().st_size} bytes"
+        raise ValueError(f"{path}: {said}: expected a whole GGUF file") from None
 
 
 def config_from_gguf(
@@ -186,11 +203,8 @@ class GGUFSource(Source):
         divisors = stored.pop(_ROPE, None)
         self._tensors = {ours: t for name, t in stored.items() if (ours := _our_name(name)) is not None}
         shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
-        try:
-            freqs = None if divisors is None else torch.from_numpy(divisors.data.astype(np.float64))
-            config = config_from_gguf(fields, shapes, freqs)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        freqs = None if divisors is None else torch.from_numpy(divisors.data.astype(np.float64))
+        config = read_config(path, fields, _NAMES, lambda: config_from_gguf(fields, shapes, freqs))
         unknown = [name for name in stored if _our_name(name) is None]
         check_tensors(path, config, shapes, unknown, gguf_name)
         self._config = config

@@ -22,12 +22,25 @@ from llama_fast.weights.source import (
     check_dtype,
     check_tensors,
     main_dtype,
+    read_config,
     tensor_shapes,
 )
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # Values of config.json that this architecture has by definition; another one is another architecture.
 _FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0}
+_NAMES = {
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "explicit_head_dim": "head_dim",
+    "ffn_dim": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+}
 # Saved by old versions; it follows from the config.
 _BUFFER = re.compile(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
@@ -68,7 +81,10 @@ def config_from_hf(values: Mapping[str, Any]) -> LlamaConfig:
 
 
 def _rope_from_hf(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    name = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
+    rope = values.get(name) or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"{name} = {rope!r}: expected an object")
     theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
@@ -138,11 +154,9 @@ class HFSource(Source):
 
     def __init__(self, path: Path) -> None:
         values = read_json(path / CONFIG)
-        try:
-            own = "model_type" not in values and "n_layers" in values
-            config = LlamaConfig.from_dict(values) if own else config_from_hf(values)
-        except ValueError as error:
-            raise ValueError(f"{path / CONFIG}: {error}") from None
+        own = "model_type" not in values and "n_layers" in values
+        build = LlamaConfig.from_dict if own else config_from_hf
+        config = read_config(path / CONFIG, values, {} if own else _NAMES, lambda: build(values))
         self._entries: dict[str, tuple[Path, str, Entry]] = {}
         for file in _files(path):
             for stored, entry in read_header(file).items():

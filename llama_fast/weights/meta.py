@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from llama_fast.weights.source import (
     copy_pairs_to_halves,
     halves_to_pairs,
     main_dtype,
+    read_config,
     tensor_shapes,
 )
 from llama_fast.weights.torch_file import TorchFileWriter
@@ -54,6 +56,7 @@ _TOP = {EMBEDDING: "tok_embeddings.weight", "norm.weight": "norm.weight", HEAD: 
 _OURS = {v: k for k, v in (_LAYER | _TOP).items()}
 _AXIS = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1}
 _BUFFER = re.compile(r"(layers\.\d+\.attention\.inner_attention\.)?rope\.freqs")  # follows from the params
+_NUMBERS = ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "ffn_dim_multiplier", "norm_eps", "rope_theta")
 _LLAMA3_VOCAB = 128256
 _LLAMA3_SCALING = (1.0, 4.0, 8192)  # constants of apply_scaling in meta-llama/llama-models
 
@@ -187,7 +190,7 @@ class MetaSource(Source):
     def __init__(self, path: Path, max_seq_len: int | None = None) -> None:
         params = read_json(path / PARAMS)
         params = params.get("model", params)
-        files = shard_files(path)
+        self._files = files = shard_files(path)
         self._shards = [_load(file) for file in files]
         names = list(self._shards[0])
         for file, shard in zip(files, self._shards, strict=True):
@@ -199,10 +202,12 @@ class MetaSource(Source):
         for name in ours:
             for file, shard in zip(files, self._shards, strict=True):
                 check_dtype(file, meta_name(name), shard[meta_name(name)].dtype)
-        try:
-            config = config_from_meta(params, self._vocab_size(params), max_seq_len)
-        except ValueError as error:
-            raise ValueError(f"{path / PARAMS}: {error}") from None
+        config = read_config(
+            path / PARAMS,
+            params,
+            {name: name for name in _NUMBERS},
+            lambda: config_from_meta(params, self._vocab_size(params), max_seq_len),
+        )
         self._config = config
         # by the width of its rows; with one shard either axis is right
         embedding = self._shards[0].get(meta_name(EMBEDDING))
@@ -239,11 +244,12 @@ class MetaSource(Source):
         parts = self._parts(name)
         axis = _axis(name, self._embedding_axis)
         shape = list(parts[0].shape)
-        for rank, part in enumerate(parts):
+        for file, shard in zip(self._files, self._shards, strict=True):
+            part = shard[meta_name(name)]
             if part.shape != parts[0].shape:
                 raise ValueError(
-                    f"consolidated.{rank:02d}.pth: tensor {meta_name(name)} is {tuple(part.shape)}, expected "
-                    f"{tuple(parts[0].shape)} as in consolidated.00.pth"
+                    f"{file}: tensor {meta_name(name)} is {tuple(part.shape)}, expected {tuple(parts[0].shape)} as in "
+                    f"{self._files[0].name}"
                 )
         if axis is not None and axis < len(shape):
             shape[axis] = sum(part.shape[axis] for part in parts)
@@ -288,11 +294,16 @@ def shard_files(path: Path) -> list[Path]:
 
 
 def _load(file: Path) -> dict[str, Tensor]:
+    expected = "expected a whole file of tensors, as torch.save writes"
+    if not zipfile.is_zipfile(file):
+        raise ValueError(f"{file}: {file.stat().st_size} bytes that end in no zip archive's directory: {expected}")
     try:
         shard = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError) as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{file}: {line}: expected a whole file of tensors, as torch.save writes") from None
+        if called := re.search(r"GLOBAL (\S+)", str(error)):
+            line = f"calls {called[1]} when it is read, which is refused"
+        raise ValueError(f"{file}: {line}: {expected}") from None
     if not isinstance(shard, dict) or not all(isinstance(t, Tensor) for t in shard.values()):
         raise ValueError(f"{file}: holds a {type(shard).__name__}: expected a dictionary of tensors")
     return shard

@@ -5,10 +5,11 @@ Inside, tensors have the names and the layout of `llama_fast.Llama`: Hugging Fac
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -45,6 +46,31 @@ def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_embeddings:
         shapes[HEAD] = (config.vocab_size, C)
     return shapes
+
+
+def read_config(
+    file: Path, fields: Mapping[str, Any], names: Mapping[str, str], build: Callable[[], LlamaConfig]
+) -> LlamaConfig:
+    """The config that `build` makes of the fields of a file.
+
+    Args:
+        file: for messages.
+        fields: by the file's own names.
+        names: LlamaConfig's names of numbers above 0 to the file's.
+        build: makes the config.
+
+    Raises:
+        ValueError: a field is no such number, or `build` raises; names the file, and the fields as the file does.
+    """
+    for stored in names.values():
+        value = fields.get(stored)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not value > 0):
+            raise ValueError(f"{file}: {stored} = {value!r}: expected a number above 0")
+    try:
+        return build()
+    except ValueError as error:
+        said = re.sub(r"[a-z_]+", lambda match: names.get(match[0], match[0]), str(error))
+        raise ValueError(f"{file}: {said}") from None
 
 
 class Source(ABC):
@@ -112,6 +138,12 @@ def check_dtype(path: Path, name: str, dtype: torch.dtype | str) -> torch.dtype:
         kinds = ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
         raise ValueError(f"{path}: tensor {name} has dtype {str(dtype).removeprefix('torch.')}, expected {kinds}")
     return dtype
+
+
+def check_float(dtype: torch.dtype | None) -> None:
+    """Raises ValueError unless a dtype is None or one that weights can have."""
+    if dtype is not None and dtype not in FLOATS:
+        raise ValueError(f"dtype = {dtype!r}: expected one of {', '.join(map(str, FLOATS))}")
 
 
 def main_dtype(sizes: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
