@@ -12,8 +12,6 @@ Source: Dao 2023, arXiv:2307.08691.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
@@ -24,6 +22,7 @@ from llama_fast.kernels.attention_launch import (
     PACKED_ROWS,
     RUNTIME_SIZES,
     Tiles,
+    constants_of,
     few_rows_tiles,
     power_of_two,
     splits_of,
@@ -42,7 +41,7 @@ from llama_fast.kernels.attention_tiles import (
     sequence_of,
     unit_of,
 )
-from llama_fast.kernels.launch import choose, on_device_of, unavailable
+from llama_fast.kernels.launch import cdiv, choose, on_device_of, start, unavailable
 
 __all__ = ["attention_bwd", "attention_fwd", "forward", "unavailable"]
 
@@ -247,15 +246,16 @@ def forward(
     exact = q.dtype == torch.float32
     factor = max(scale if exact else scale * LOG2E.value, 1e-30)  # not 0: hidden keys stay at -inf
     units = B * H // pack
-    slots = triton.cdiv(T * pack, tiles.block_m) if cu_seqlens is None else T * pack // tiles.block_m + N
-    tma = tiles.tma and cu_seqlens is None
+    slots = cdiv(T * pack, tiles.block_m) if cu_seqlens is None else T * pack // tiles.block_m + N
+    constants = constants_of(tiles, block_d, cu_seqlens is not None)
     if splits > 1:
         parts = torch.empty((splits, B, T, H, D), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((splits, B, H, T), dtype=torch.float32, device=q.device)
-    _attention_fwd_kernel[(units * slots, splits)](
+    described = tiles.tma and cu_seqlens is None
+    args = (
         q,
-        head_descriptor(k, tiles.block_n, block_d) if tma else k,
-        head_descriptor(v, tiles.block_n, block_d) if tma else v,
+        head_descriptor(k, tiles.block_n, block_d) if described else k,
+        head_descriptor(v, tiles.block_n, block_d) if described else v,
         parts if splits > 1 else out,
         part_lse if splits > 1 else lse,
         cu_seqlens,
@@ -271,31 +271,19 @@ def forward(
         wave_of(units, S, 2 * D * q.element_size()),
         factor,
         window,
-        D=D,
-        RATIO=H // G,
-        PACK=pack,
-        CAUSAL=causal or window > 0,
-        WINDOW=window > 0,
-        PACKED=cu_seqlens is not None,
-        SPLIT=splits > 1,
-        EXACT=exact,
-        BLOCK_D=block_d,
-        **replace(tiles, tma=tma, warp_specialize=tiles.warp_specialize and tma).options(),
+    )
+    masks = (causal or window > 0, window > 0, cu_seqlens is not None)
+    start(
+        _attention_fwd_kernel,
+        (units * slots, splits),
+        args,
+        (D, H // G, pack, *masks, splits > 1, exact, *constants),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
     )
     if splits > 1:
-        _attention_join_kernel[(B * T * H,)](
-            parts,
-            part_lse,
-            out,
-            lse,
-            T,
-            H,
-            B * T * H,
-            SPLITS=splits,
-            D=D,
-            BLOCK_D=block_d,
-            BLOCK_SPLITS=triton.next_power_of_2(splits),
-        )
+        joined = (parts, part_lse, out, lse, T, H, B * T * H)
+        start(_attention_join_kernel, (B * T * H,), joined, (splits, D, block_d, triton.next_power_of_2(splits)))
     return out, lse
 
 
@@ -310,7 +298,7 @@ def attention_fwd(
     pack = ratio if rows <= PACKED_ROWS else 1
 
     def run(tiles: Tiles) -> tuple[Tensor, Tensor]:
-        programs = B * H // pack * triton.cdiv(T * pack, tiles.block_m)
+        programs = B * H // pack * cdiv(T * pack, tiles.block_m)
         splits = 1 if packed else splits_of(programs, S, q.device)
         return forward(q, k, v, cu_seqlens, scale, causal, window, tiles, pack, splits)
 

@@ -17,7 +17,6 @@ Source: Dao 2023, arXiv:2307.08691.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,8 +26,9 @@ from torch import Tensor
 
 from llama_fast.kernels.attention_dkdv import _attention_dkdv_kernel
 from llama_fast.kernels.attention_dq import _attention_dq_kernel
-from llama_fast.kernels.attention_launch import Tiles, power_of_two, wave_of
+from llama_fast.kernels.attention_launch import Tiles, constants_of, power_of_two, wave_of
 from llama_fast.kernels.attention_tiles import LOG2E, aligned, head_descriptor
+from llama_fast.kernels.launch import cdiv, start
 
 
 @triton.jit(do_not_specialize=["T", "H"])
@@ -75,9 +75,8 @@ def statistics_of(dout: Tensor, out: Tensor, lse: Tensor) -> Statistics:
     dout, out, delta = aligned(dout), out.contiguous(), torch.empty_like(lse)
     block_d = power_of_two(D)
     block_r = 4096 // block_d
-    _attention_delta_kernel[(B * triton.cdiv(T * H, block_r),)](
-        dout, out, delta, *dout.stride()[:3], T, H, D=D, BLOCK_D=block_d, BLOCK_R=block_r
-    )
+    args = (dout, out, delta, *dout.stride()[:3], T, H)
+    start(_attention_delta_kernel, (B * cdiv(T * H, block_r),), args, (D, block_d, block_r))
     return lse, lse, delta
 
 
@@ -87,32 +86,29 @@ def _launch(
     owned: int,  # block_m or block_n: the rows that a program owns
     shape: tuple[int, int, int],  # heads in all, rows of each, rows that a program walks over
     walked: tuple[str, str],
-    args: tuple[Tensor, Tensor, Tensor, Tensor],  # dout, q, k, v
+    args: tuple[Tensor, Tensor, Tensor, Tensor],  # dout, q, k, v, `aligned`
     statistics: Statistics,
     cu_seqlens: Tensor | None,
     scale: float,
     causal: bool,
     window: int,
     results: tuple[Tensor, ...],
-    **constants: bool,
+    extra: tuple[bool, ...] = (),  # the kernel's own compile-time arguments
 ) -> None:
     dout, q, k, v = args
     T, H, D = q.shape[1:]
     S, G = k.shape[1:3]
     units, rows, across = shape
-    tma = tiles.tma and cu_seqlens is None
+    described = tiles.tma and cu_seqlens is None
     block_d = power_of_two(D)
-    tensors = {name: aligned(x) for name, x in (("q", q), ("k", k), ("v", v), ("dout", dout))}
+    tensors = {"q": q, "k": k, "v": v, "dout": dout}
     strides = [s for x in tensors.values() for s in x.stride()[:3]]
     N = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
-    slots = triton.cdiv(rows, owned) if cu_seqlens is None else rows // owned + N
+    slots = cdiv(rows, owned) if cu_seqlens is None else rows // owned + N
     other = tiles.block_m + tiles.block_n - owned
     exact = q.dtype == torch.float32
-    kernel[(units * slots,)](
-        *(head_descriptor(x, other, block_d) if tma and name in walked else x for name, x in tensors.items()),
-        *statistics,
-        *results,
-        cu_seqlens,
+    inputs = [head_descriptor(x, other, block_d) if described and name in walked else x for name, x in tensors.items()]
+    numbers = (
         *strides,
         T,
         S,
@@ -124,15 +120,15 @@ def _launch(
         max(scale, 1e-30) if exact else scale * LOG2E.value,  # not 0: hidden keys stay at -inf
         scale,
         window,
-        D=D,
-        RATIO=H // G,
-        CAUSAL=causal or window > 0,
-        WINDOW=window > 0,
-        PACKED=cu_seqlens is not None,
-        EXACT=exact,
-        BLOCK_D=block_d,
-        **constants,
-        **replace(tiles, tma=tma, warp_specialize=tiles.warp_specialize and tma).options(),
+    )
+    masks = (causal or window > 0, window > 0, cu_seqlens is not None)
+    start(
+        kernel,
+        (units * slots,),
+        (*inputs, *statistics, *results, cu_seqlens, *numbers),
+        (D, H // G, *masks, exact, *extra, *constants_of(tiles, block_d, cu_seqlens is not None)),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
     )
 
 
@@ -155,7 +151,7 @@ def gradient_of_keys(
     shape, walked = (B * G, S, T * (H // G)), ("q", "dout")
     rest = ((dout, q, k, v), statistics, cu_seqlens, scale, causal, window, (dk, dv))
     swapped = tiles.swapped and q.dtype != torch.float32  # in float32 as dq's kernel multiplies
-    _launch(_attention_dkdv_kernel, tiles, tiles.block_n, shape, walked, *rest, SWAPPED=swapped)
+    _launch(_attention_dkdv_kernel, tiles, tiles.block_n, shape, walked, *rest, (swapped,))
     return dk, dv
 
 

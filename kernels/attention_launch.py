@@ -6,6 +6,7 @@ docs/ops/attention_triton.md.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,19 +40,6 @@ class Tiles:
     warp_specialize: bool = False
     swapped: bool = True
     precision: str = "tf32"
-
-    def options(self) -> dict[str, Any]:
-        """The keyword arguments of a launch that say this; the interpreter knows one precision, float32's."""
-        return {
-            "BLOCK_M": self.block_m,
-            "BLOCK_N": self.block_n,
-            "TMA": self.tma,
-            "WARP_SPECIALIZE": self.warp_specialize,
-            "PRECISION": "ieee" if INTERPRETED else self.precision,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-            "enable_fp_fusion": True,  # an exponent is one multiply-add; from Triton 3.10 on no longer the default
-        }
 
 
 # Kernel -> Tiles of head dims padded to at most 64, 128, 256.
@@ -149,6 +137,14 @@ def splits_of(programs: int, keys: int, device: torch.device) -> int:
 def wave_of(heads: int, keys: int, head_bytes: int) -> int:
     """How many heads run side by side: those whose keys and values fit half the second cache of an H100."""
     return max(1, min(heads, (25 << 20) // max(1, keys * head_bytes)))
+
+
+@functools.cache
+def constants_of(tiles: Tiles, block_d: int, packed: bool) -> tuple[Any, ...]:
+    """The last compile-time arguments of every kernel, from PRECISION on; the interpreter knows float32's only."""
+    precision = "ieee" if INTERPRETED else tiles.precision
+    tma = tiles.tma and not packed
+    return precision, tiles.block_m, tiles.block_n, block_d, tma, tiles.warp_specialize and tma
 
 
 def power_of_two(D: int) -> int:

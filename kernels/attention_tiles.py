@@ -6,6 +6,8 @@ t + S - T. Derivations and the reasons of the numbers: docs/ops/attention_triton
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -197,14 +199,33 @@ def row_statistics(peak_ptr, inverse_ptr, delta_ptr, t, T, EXACT: tl.constexpr):
 def aligned(x: Tensor) -> Tensor:
     """`x` with 16-byte rows, as vector loads and tensor descriptors want them; copied only if it has none."""
     step = 16 // x.element_size()
-    strides = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
-    whole = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % step == 0 for stride in strides)
-    return x if whole else x.clone(memory_format=torch.contiguous_format)
+    if x.data_ptr() % 16 == 0:
+        if x.is_contiguous() and x.shape[-1] % step == 0:  # looked at first: strides take longer
+            return x
+        strides = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+        if x.stride(-1) == 1 and all(stride % step == 0 for stride in strides):
+            return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def head_descriptor(x: Tensor, block: int, block_d: int) -> TensorDescriptor:
-    """x [B, rows, heads, D] as a descriptor [B, heads, rows, D] of tiles [block, block_d] of a head."""
-    B, rows, heads, D = x.shape
-    step = 16 // x.element_size()
-    strides = [s if n > 1 else step * D for n, s in ((B, x.stride(0)), (heads, x.stride(2)), (rows, x.stride(1)))]
-    return TensorDescriptor(x, [B, heads, rows, D], [*strides, 1], [1, 1, block, block_d])
+    """x [B, rows, heads, D], `aligned`, as a descriptor [B, heads, rows, D] of tiles [block, block_d] of a head."""
+    key = (x.shape, x.stride(), x.dtype, block, block_d)
+    known = _descriptors.get(key)
+    if known is None:
+        if len(_descriptors) >= _MOST_DESCRIPTORS:
+            _descriptors.clear()
+        B, rows, heads, D = x.shape
+        step = 16 // x.element_size()
+        strides = [s if n > 1 else step * D for n, s in ((B, x.stride(0)), (heads, x.stride(2)), (rows, x.stride(1)))]
+        descriptor = TensorDescriptor(x, [B, heads, rows, D], [*strides, 1], [1, 1, block, block_d])
+        _descriptors[key] = {name: value for name, value in vars(descriptor).items() if name != "base"}
+        return descriptor
+    # its constructor's checks, a third of a small call's time, have passed for these sizes; `aligned` checks the rest
+    descriptor = object.__new__(TensorDescriptor)
+    vars(descriptor).update(known, base=x)
+    return descriptor
+
+
+_descriptors: dict[tuple[Any, ...], dict[str, Any]] = {}
+_MOST_DESCRIPTORS = 4096

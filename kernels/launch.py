@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llama_fast.ops import proven
 
@@ -69,7 +70,9 @@ def multiprocessors(device: torch.device) -> int:
 
 # ---- launching ------------------------------------------------------------------------------------------------------
 _compiled: dict[tuple[Any, ...], Any] = {}
+_launched: dict[tuple[Any, ...], Any] = {}  # the same by the numbers themselves: a call like one before
 _MOST_COMPILED = 4096
+_NUMBERS = frozenset({int, float, bool, type(None)})
 
 
 def start(
@@ -78,35 +81,47 @@ def start(
     """kernel[grid](*args, *constants, **options), with less of the processor's time from the second call on.
 
     Triton looks at every argument at every launch for what it has specialised: a pointer's or a size's alignment to 16,
-    a size of 1, sizes of 64 bits. The same is looked at here, for tensors and numbers only, and the compiled kernel is
-    then launched as the result of Triton's `warmup` is.
+    a size of 1, sizes of 64 bits. The same is looked at here, and the compiled kernel is then launched as the result of
+    Triton's `warmup` is.
 
     Args:
         kernel: the JIT function; its parameters are the arguments and then the constants.
         grid: programs in each direction.
-        args: tensors, ints and floats, a tensor first.
+        args: tensors, tensor descriptors, numbers and None, a tensor or a descriptor first.
         constants: compile-time values, hashable.
         options: num_warps and other options of the compiler.
     """
     if INTERPRETED:
         kernel[grid](*args, *constants, **options)
         return
-    key = (id(kernel), args[0].device, constants, *options.values(), *map(_specialized, args))
-    compiled = _compiled.get(key)
+    seen = [
+        a
+        if type(a) in _NUMBERS
+        else (a.base.dtype, *a.block_shape)
+        if type(a) is TensorDescriptor
+        else (a.dtype, a.data_ptr() & 15)
+        for a in args
+    ]
+    first = args[0] if type(args[0]) is not TensorDescriptor else args[0].base
+    call = (id(kernel), first.device, constants, *options.values(), *seen, *map(type, args))
+    compiled = _launched.get(call)
     if compiled is None:
-        if len(_compiled) >= _MOST_COMPILED:
+        if len(_launched) >= _MOST_COMPILED:
+            _launched.clear()
             _compiled.clear()
-        # said, for Triton's default is about to change: products and sums are fused as the budgets have been checked
-        _compiled[key] = kernel[grid](*args, *constants, enable_fp_fusion=True, **options)
-        return
+        key = (*call[: -2 * len(args)], *map(_specialized, seen))
+        compiled = _compiled.get(key)
+        if compiled is None:
+            # said, for Triton's default is about to change: products and sums fused, as the budgets have been checked
+            _compiled[key] = kernel[grid](*args, *constants, enable_fp_fusion=True, **options)
+            return
+        _launched[call] = compiled
     compiled[(*grid, 1, 1)[:3]](*args, *constants)
 
 
 def _specialized(a: Any) -> Any:
-    """What Triton compiles a kernel anew for."""
-    if isinstance(a, Tensor):
-        return a.dtype, a.data_ptr() & 15
-    return (a & 15, a == 1, a > 0x7FFFFFFF) if type(a) is int else None
+    """What Triton compiles a kernel anew for: of a number; of a tensor `start` has it already."""
+    return (a & 15, a == 1, a > 0x7FFFFFFF) if type(a) is int else a if type(a) is tuple else type(a)
 
 
 def rows(x: Tensor) -> Tensor:

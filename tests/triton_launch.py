@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import llama_fast as lf
-from llama_fast.kernels import launch
+from llama_fast.kernels import attention_tiles, launch
+from llama_fast.kernels.attention_tiles import head_descriptor
 from llama_fast.kernels.swiglu import CANDIDATES, HEURISTIC
 from llama_fast.ops import dispatch, proven
 
@@ -126,3 +127,31 @@ def test_start_compiles_for_what_triton_specialises_and_then_launches_at_once(mo
     assert kind(x, 32, 0.5, constants=(16,)) == "first"
     assert kind(x, 32, 0.5, warps=8) == "first"
     assert kind(x[4:], 32, 0.5) == "again"
+    assert kind(x, 32, 1) == "first"  # a whole number that equals a fraction is another type
+    assert kind(x, 32, 1.0) == "again"
+    assert kind(x, 32, None) == "first"
+
+
+def test_start_compiles_for_the_tile_of_a_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    kernel, x = FakeKernel(), torch.zeros(2, 64, 3, 16)
+
+    def kind(x: torch.Tensor, block: int) -> str:
+        descriptor = head_descriptor(x, block, 16)
+        launch.start(kernel, (3,), (descriptor, 5), ())
+        assert kernel.calls[-1][2][0] is descriptor
+        return kernel.calls[-1][0]
+
+    assert [kind(x, 32), kind(x, 32), kind(torch.zeros(1, 80, 3, 16), 32)] == ["first", "again", "again"]
+    assert [kind(x, 64), kind(x.half(), 32)] == ["first", "first"]
+
+
+def test_a_descriptor_of_known_sizes_is_as_a_new_one() -> None:
+    x, y = torch.zeros(2, 64, 3, 16), torch.ones(2, 64, 3, 16)
+    attention_tiles._descriptors.clear()
+    first, second = head_descriptor(x, 32, 16), head_descriptor(y, 32, 16)
+    assert second.base is y
+    assert {k: v for k, v in vars(first).items() if k != "base"} == {
+        k: v for k, v in vars(second).items() if k != "base"
+    }
+    assert head_descriptor(x[:1], 32, 16).shape == [1, 3, 64, 16]

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from llama_fast.ops import proven
-from llama_fast.ops.table import MOST_SHAPES, OPS, Backend, Op
+from llama_fast.ops.table import MOST_SHAPES, NUMBERS, OPS, Backend, Op
 
 _forced: ContextVar[str | None] = ContextVar("llama_fast_backend", default=os.environ.get("LLAMA_FAST_BACKEND") or None)
 
@@ -29,12 +29,13 @@ class NotSupported(RuntimeError):
     """No backend takes the call; the message lists every objection."""
 
 
+@functools.cache
 def backend_names() -> tuple[str, ...]:
     """Every backend that some op has, in order of preference."""
     return tuple(dict.fromkeys(b.name for op in OPS.values() for b in op.backends))
 
 
-_PLAIN = frozenset({Tensor, torch.nn.Parameter, float, int, bool, type(None)})
+_PLAIN = NUMBERS | {Tensor, torch.nn.Parameter}
 
 
 def plain(*args: Any) -> bool:

@@ -23,6 +23,7 @@ Limit = Callable[[Dims], "str | None"]
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 FLOATS = frozenset({F64, F32, BF16, F16})
 
+NUMBERS = frozenset({float, int, bool, type(None)})  # what a primitive takes besides tensors
 MOST_SHAPES = 4096  # argument shapes that a primitive remembers; generation makes a new one with every token
 
 
@@ -174,7 +175,7 @@ class Op:
         """`empty_results` of a launcher: remembers what followed from the shapes of the arguments."""
         if direction in self.fake:
             return self.fake[direction](*args)
-        key = (direction, args[0].dtype, *[a.shape for a in args if isinstance(a, Tensor)])
+        key = (direction, args[0].dtype, *[a.shape for a in args if type(a) not in NUMBERS])
         specs = self._known.get(key)
         if specs is None:
             if len(self._known) >= MOST_SHAPES:
