@@ -2,14 +2,16 @@
 
 First against float32 attention on a small case of each kind, then times: TFLOP/s of causal bfloat16
 attention at 16k tokens and 2048 columns of heads, as FlashAttention-3 reports it (half of the T x T scores count; the
-backward is 2.5 times the forward). Rounds are interleaved, so that the clock's changes hit all alike. With all lengths
-10 s beside torch's start.
+backward is 2.5 times the forward), beside PyTorch's scaled_dot_product_attention. Rounds are interleaved, so that the
+clock's changes hit all alike. `--heads 32 --heads-a-group 4`: grouped. `--clock`: what nvidia-smi reads meanwhile.
+With all lengths 15 s beside torch's start.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
 from collections.abc import Callable
 from functools import partial
 
@@ -30,12 +32,14 @@ def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, variant: int = 0, steps: int = 0
+) -> tuple[Tensor, ...]:
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     scratch = q.new_empty(cuda._library.attention_sm90_bwd_scratch(q, None) // 4, dtype=torch.float32)
     scale = q.shape[-1] ** -0.5
     cuda._library.attention_sm90_bwd(
-        dout, q, k, v, out, lse, None, scale, True, 0, dq, dk, dv, scratch, cuda._stream(q)
+        dout, q, k, v, out, lse, None, scale, True, 0, dq, dk, dv, scratch, variant, steps, cuda._stream(q)
     )
     return dq, dk, dv
 
@@ -64,6 +68,9 @@ def check(D: int, T: int, S: int, H: int, G: int) -> None:
     first, second = (_backward(dout, q, k, v, out, lse) for _ in range(2))
     for name, x, again, g in zip(("dq", "dk", "dv"), first, second, gradients, strict=True):
         errors[name] = _error(x, g) if torch.equal(x, again) else float("nan")
+    if D == 64:
+        other = _backward(dout, q, k, v, out, lse, 1)
+        errors["variant"] = 0.0 if all(map(torch.equal, first, other)) else float("nan")
     print(f"D {D} T {T} S {S} H {H} G {G}: " + "  ".join(f"{n} {e:.1e}" for n, e in errors.items()), flush=True)
     wrong = [n for n, e in errors.items() if not e < 0.02]
     if wrong:
@@ -85,9 +92,29 @@ def seconds(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
     return {name: statistics.median(times) for name, times in found.items()}
 
 
-def _vendor(q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-    a, b, c = (x.transpose(1, 2) for x in (q, k, v))
-    return lambda: F.scaled_dot_product_attention(a, b, c, is_causal=True)
+def clock(run: Callable[[], object], time: float) -> str:
+    """Clock and power while `run`, of `time` seconds, is called for a second."""
+    for _ in range(max(int(1.0 / time), 1)):
+        run()
+    query = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader"]
+    read = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip().splitlines()
+    torch.cuda.synchronize()
+    return read[0] if read else "?"
+
+
+def _vendor(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> dict[str, Callable[[], object]]:
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        a, b, c = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=q.shape[2] != k.shape[2])
+
+    out = forward(*leaves)
+    gradient = dout.transpose(1, 2)
+    return {
+        "forward, PyTorch": partial(forward, q, k, v),
+        "backward, PyTorch": partial(torch.autograd.grad, out, leaves, gradient, retain_graph=True),
+    }
 
 
 def main() -> None:
@@ -96,24 +123,41 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="*", default=[2048, 4096, 6144, 8192, 12288, 16384])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--head-dim", type=int, default=128, choices=(64, 128))
+    parser.add_argument("--heads", type=int, help="of queries; 2048 / D")
+    parser.add_argument("--heads-a-group", type=int, default=1)
+    parser.add_argument("--variant", type=int, nargs="*", default=[], help="of the backward, beside variant 0")
+    parser.add_argument("--steps", type=int, nargs="*", default=[], help="between tiles of keys, beside 4 (section_of)")
+    parser.add_argument("--clock", action="store_true")
     arguments = parser.parse_args()
     if (reason := cuda.unavailable()) is not None or torch.cuda.get_device_capability() != (9, 0):
         raise SystemExit(reason or "these kernels need compute capability 9.0")
-    for shape in ((128, 1000, 1000, 2, 2), (128, 333, 1111, 4, 1), (64, 1000, 1000, 2, 1), (96, 700, 700, 2, 2)):
+    for shape in (
+        (128, 1000, 1000, 2, 2),
+        (128, 333, 1111, 4, 1),
+        (64, 1000, 1000, 2, 1),
+        (64, 333, 1111, 4, 1),
+        (96, 700, 700, 2, 2),
+    ):
         check(*shape)
     D = arguments.head_dim
-    H = WIDTH // D
+    H = arguments.heads or WIDTH // D
     for T in arguments.lengths:
         B = max(TOKENS // T, 1)
-        q, k, v, dout = _inputs(B, T, T, H, H, D)
+        q, k, v, dout = _inputs(B, T, T, H, H // arguments.heads_a_group, D)
         saved = _forward(q, k, v)
         flops = 2 * B * H * D * T * T  # two products, half of the scores
         runs: dict[str, Callable[[], object]] = {"forward": partial(_forward, q, k, v)}
-        runs["forward, PyTorch"] = _vendor(q, k, v)
         runs["backward"] = partial(_backward, dout, q, k, v, *saved)
+        for n in arguments.variant:
+            runs[f"backward, variant {n}"] = partial(_backward, dout, q, k, v, *saved, n)
+        for n in arguments.steps:
+            runs[f"backward, steps {n}"] = partial(_backward, dout, q, k, v, *saved, 0, n)
+        runs |= _vendor(q, k, v, dout)
         for name, time in seconds(runs, arguments.rounds).items():
-            rate = flops * (2.5 if name == "backward" else 1.0) / time / 1e12
-            print(f"B {B:2} T {T:5} D {D:3}  {name:16} {time * 1e6:9.1f} us  {rate:6.1f} TFLOP/s", flush=True)
+            rate = flops * (2.5 if name.startswith("backward") else 1.0) / time / 1e12
+            read = clock(runs[name], time) if arguments.clock else ""
+            line = f"B {B:2} T {T:5} D {D:3} H {H:2} {name:19} {time * 1e6:9.1f} us  {rate:6.1f} TFLOP/s  {read}"
+            print(line.rstrip(), flush=True)
 
 
 if __name__ == "__main__":

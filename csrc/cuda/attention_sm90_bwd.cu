@@ -105,8 +105,7 @@ struct Scratch {
 // 128 columns: so the next tile of a head should begin some steps after the one before. More of them, and the rows
 // would have left the second cache when it comes to them.
 template <class Config>
-int section_of(const sm90::BwdParams& p, int64_t blocks) {
-  const int64_t steps_between = 4 * 128 / Config::kHeadDim;
+int section_of(const sm90::BwdParams& p, int64_t blocks, int64_t steps_between) {
   const int64_t seen = p.mask.window > 0 ? (p.mask.window + Config::kKeys) / Config::kRows + 1 : p.query_tiles;
   const int64_t rows = std::min<int64_t>(seen, p.mask.causal ? (p.query_tiles + 1) / 2 : p.query_tiles);
   const int64_t steps = std::max<int64_t>(rows, 1) * p.heads_a_group;  // of a work, on average
@@ -119,7 +118,7 @@ int section_of(const sm90::BwdParams& p, int64_t blocks) {
 template <class Config>
 void launch_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                 const Tensor& lse, const Tensor& cu_seqlens, double scale, bool causal, int64_t window,
-                const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& scratch, Stream s) {
+                const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& scratch, int64_t steps, Stream s) {
   static_assert(Config::kRows == sm90::kStatsRows, "the statistics of one tile of queries are one copy");
   constexpr int kOrder[4] = {3, 1, 2, 0};
   const Scratch parts(q, cu_seqlens);
@@ -153,7 +152,7 @@ void launch_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tens
   p.mask = rows.mask;
 
   const OnDevice on(kBwd, s);
-  p.section = section_of<Config>(p, multiprocessors(s.device));
+  p.section = section_of<Config>(p, multiprocessors(s.device), (steps == 0 ? 4 : steps) * 128 / Config::kHeadDim);
   const dim3 tiles = grid(parts.query_tiles, p.H, p.B);
   const int64_t works = static_cast<int64_t>(p.key_tiles) * p.G * p.B;
   launch(launch_of(kBwd, s, tiles, 128), sm90::attention_bwd_stats_kernel<typename Config::T>, rows);
@@ -169,13 +168,17 @@ int64_t attention_sm90_bwd_scratch(const Tensor& q, const Tensor& cu_seqlens) {
 
 void attention_sm90_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                         const Tensor& lse, const Tensor& cu_seqlens, double scale, bool causal, int64_t window,
-                        const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& scratch, Stream s) {
+                        const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& scratch, int64_t variant,
+                        int64_t steps, Stream s) {
   const auto run = [&](auto config) {
-    launch_bwd<decltype(config)>(dout, q, k, v, out, lse, cu_seqlens, scale, causal, window, dq, dk, dv, scratch, s);
+    launch_bwd<decltype(config)>(dout, q, k, v, out, lse, cu_seqlens, scale, causal, window, dq, dk, dv, scratch, steps,
+                                 s);
   };
   const auto of_type = [&](auto type) {
     using T = decltype(type);
-    if (q.size[3] <= 64)
+    if (q.size[3] <= 64 && variant == 1)
+      run(sm90::BwdConfig<T, 64, true>{});
+    else if (q.size[3] <= 64)
       run(sm90::BwdConfig<T, 64>{});
     else
       run(sm90::BwdConfig<T, 128>{});

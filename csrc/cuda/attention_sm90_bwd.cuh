@@ -30,9 +30,10 @@ struct BwdParams {
   Mask mask;
 };
 
-template <class T_, int kHeadDim_>
+template <class T_, int kHeadDim_, bool kDsInRegisters_ = false>
 struct BwdConfig {
   using T = T_;
+  static constexpr bool kDsInRegisters = kDsInRegisters_;  // as an operand of dk
   static constexpr int kHeadDim = kHeadDim_, kGroups = 2, kRows = 64, kKeys = 64 * kGroups;
   static constexpr int kStagesQ = 4, kStagesDout = 2, kStagesDq = kHeadDim <= 64 ? 2 : 1;
   static constexpr int kThreads = kGroupThreads * (kGroups + 1);
@@ -346,7 +347,7 @@ LLAMA_FAST_DEVICE void bwd_consume(const BwdParams& p, uint32_t shared, int grou
         const uint32_t stats = shared + Config::kStats + q_stage(step) * Config::kStatsBytes;
         const uint32_t ds_tile = shared + Config::kDs + step % 2 * Config::kDsBytes;
         float dp[kRows / 2], dq[kOwnColumns / 2];
-        uint32_t weights[kRows / 16][4];
+        uint32_t weights[kRows / 16][4], ds[kRows / 16][4];
         // dp = V dout^T
         ptx::mbarrier_wait(shared + Config::kFullDout + 8 * (step % 2), step / 2 % 2);
         ptx::wgmma_fence();
@@ -405,10 +406,9 @@ LLAMA_FAST_DEVICE void bwd_consume(const BwdParams& p, uint32_t shared, int grou
         }
 #pragma unroll
         for (int kk = 0; kk < kRows / 16; ++kk) {
-          uint32_t ds[4];
 #pragma unroll
-          for (int i = 0; i < 4; ++i) ds[i] = pack<T>(dp[8 * kk + 2 * i], dp[8 * kk + 2 * i + 1]);
-          ptx::stmatrix_x4(ds_tile + (ds_row ^ kk << 5), ds);
+          for (int i = 0; i < 4; ++i) ds[kk][i] = pack<T>(dp[8 * kk + 2 * i], dp[8 * kk + 2 * i + 1]);
+          ptx::stmatrix_x4(ds_tile + (ds_row ^ kk << 5), ds[kk]);
         }
         ptx::fence_proxy_async();
         if (last) {
@@ -427,12 +427,15 @@ LLAMA_FAST_DEVICE void bwd_consume(const BwdParams& p, uint32_t shared, int grou
           ptx::wgmma_ss<T, kOwnColumns, true, true>(dq, ds_columns + column_step(kk), k_columns + column_step(kk),
                                                     kk > 0);
         ptx::wgmma_commit_group();
-        // dk += dS Q; ds from shared memory, which costs less than keeping it in registers
+        // dk += dS Q
         const uint64_t ds_rows = row_operand(ds_tile + 64 * group * sm90::kRowBytes);
         const uint64_t q_columns = column_operand<kRows>(q_tile);
 #pragma unroll
         for (int kk = 0; kk < kRows / 16; ++kk)
-          ptx::wgmma_ss<T, kHeadDim, false, true>(dk, ds_rows + row_step<kKeys>(kk), q_columns + column_step(kk), 1);
+          if constexpr (Config::kDsInRegisters)
+            ptx::wgmma_rs<T, kHeadDim, true>(dk, ds[kk], q_columns + column_step(kk), 1);
+          else  // costs less than the registers at D 128
+            ptx::wgmma_ss<T, kHeadDim, false, true>(dk, ds_rows + row_step<kKeys>(kk), q_columns + column_step(kk), 1);
         ptx::wgmma_commit_group();
         ptx::wgmma_wait_group<1>();  // all but dk
         ptx::wgmma_use(dq);
