@@ -297,7 +297,7 @@ def _print_bench(rows: list[Row], rates: Row, launches: Row, seconds: float) -> 
         print(f"{name}: " + " | ".join(texts))
     for reason in dict.fromkeys(r["no_graph"] for r in rows if r.get("no_graph")):
         names = dict.fromkeys(f"{r['op']} {r['provider']}" for r in rows if r.get("no_graph") == reason)
-        print(f"*: {reason}: {', '.join(names)}"[:260])
+        print(f"*: {reason}: {', '.join(names)}"[:400])
     absent: dict[str, list[str]] = {}
     for r in (r for r in rows if "seconds" not in r):
         absent.setdefault(f"{r['op']} {r.get('provider', '')}: {r['problem']}"[:180], []).append(r["case"])

@@ -83,7 +83,7 @@ class Clock:
         except Exception as error:  # a host synchronisation inside: the call is timed as it is
             self.wait()
             # the allocator goes on asking a graph whose capture was broken off: it is kept
-            return Prepared(call, first_line(cause(error)), call, captured)
+            return Prepared(call, history(error), call, captured)
         return Prepared(captured.replay, "", call, kept)
 
     def once(self, run: Call) -> float:
@@ -159,17 +159,20 @@ def _summary(times: list[float], no_graph: str) -> Time:
     return Time(statistics.median(ordered), ordered[fifth], ordered[-1 - fifth], len(ordered), no_graph)
 
 
-def cause(error: BaseException) -> BaseException:
-    """The first of a chain of exceptions: the end of a capture raises over what broke it."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return error
-
-
 def first_line(error: BaseException) -> str:
     """Type and first line of an exception, up to 300 characters."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [""]
     return f"{type(error).__name__}: {lines[0]}"[:300]
+
+
+def history(error: BaseException) -> str:
+    """First lines of an exception and of those before it: the end of a capture raises over what broke it."""
+    found = []
+    link: BaseException | None = error
+    while link is not None and len(found) < 3:
+        found.append(first_line(link))
+        link = link.__context__
+    return " after ".join(found)
 
 
 def forward_and_backward(
