@@ -167,7 +167,7 @@ def first_line(error: BaseException) -> str:
 
 def history(error: BaseException) -> str:
     """First lines of an exception and of those before it: the end of a capture raises over what broke it."""
-    found = []
+    found: list[str] = []
     link: BaseException | None = error
     while link is not None and len(found) < 3:
         found.append(first_line(link))

@@ -7,6 +7,8 @@ import functools
 import json
 import shutil
 import subprocess
+import sys
+import types
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -268,6 +270,28 @@ def test_what_runs_here_is_right_on_a_small_case(op: str, dims: dict[str, Any]) 
     lines = harness.measure(benchmark, seconds=0.0, choose=lambda p: p.name != "torch.compile")
     assert not [x for x in lines if x.status == "wrong"]
     assert {x.provider for x in lines if x.seconds} >= {"llama_fast:cpu", "eager"}
+
+
+def test_flash_attention_3_and_4_are_called_as_their_interface_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in: [B, T, H, D], a window to the left of each query, the log-sum-exp beside the result."""
+
+    def flash_attn_func(q: Any, k: Any, v: Any, causal: bool = False, window_size: Any = (-1, -1)) -> Any:
+        window = None if window_size == (-1, -1) else window_size[0] + 1
+        return eager.attention(q, k, v, causal=causal, window=window), "log-sum-exp"
+
+    q, k, v = Case("attention", {"B": 1, "T": 9, "S": 9, "H": 4, "G": 2, "D": 16}).inputs(torch.float32).values()
+    found = {p.name: p for p in providers.of("attention", "cuda")}
+    for name, module in (("flash-attn-3", "flash_attn_interface"), ("flash-attn-4", "flash_attn.cute")):
+        assert (
+            found[name].objection(SMALL.case, torch.bfloat16, "cuda")
+            == f"not installed: pip install {found[name].package}"
+        )
+        for part in (module.partition(".")[0], module):
+            stand_in: Any = types.ModuleType(part)
+            stand_in.flash_attn_func = flash_attn_func
+            monkeypatch.setitem(sys.modules, part, stand_in)
+        for options in ({}, {"window": 3}):
+            torch.testing.assert_close(found[name].call(q=q, k=k, v=v, **options), eager.attention(q, k, v, **options))
 
 
 # ---- the model level ------------------------------------------------------------------------------------------------
