@@ -298,11 +298,14 @@ def _print_bench(rows: list[Row], rates: Row, launches: Row, seconds: float) -> 
     for reason in dict.fromkeys(r["no_graph"] for r in rows if r.get("no_graph")):
         names = dict.fromkeys(f"{r['op']} {r['provider']}" for r in rows if r.get("no_graph") == reason)
         print(f"*: {reason}: {', '.join(names)}"[:400])
-    absent: dict[str, list[str]] = {}
+    absent: dict[str, dict[str, set[str]]] = {}  # who and why -> op -> cases
     for r in (r for r in rows if "seconds" not in r):
-        absent.setdefault(f"{r['op']} {r.get('provider', '')}: {r['problem']}"[:180], []).append(r["case"])
-    for text, cases in list(absent.items())[:40]:
-        print(f"none: {text} ({', '.join(cases)})"[:240])
+        why = f"{r.get('provider', '')}: {r['problem']}"[:180]
+        absent.setdefault(why, {}).setdefault(r["op"], set()).add(r["case"])
+    for why, ops in list(absent.items())[:40]:
+        every = {op: {r["case"] for r in rows if r["op"] == op} for op in ops}
+        where = [op if cases == every[op] else f"{op} {', '.join(sorted(cases))}" for op, cases in ops.items()]
+        print(f"none: {why} ({'; '.join(where)})"[:260])
     costs = (f"{name.replace(results.OURS + ':', '')} {s * 1e6:.0f}" for name, s in launches.items())
     print("launch, us: " + ", ".join(costs))
     print(f"{len(rows)} rows, {seconds:.0f} s")

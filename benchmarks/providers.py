@@ -134,7 +134,7 @@ def _rms_norm_peers() -> Iterator[Provider]:
     def liger(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-        return LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False)  # not over the incoming gradient
+        return LigerRMSNormFunction.apply(x, weight, eps)  # its backward writes over the incoming gradient
 
     def flash(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
         from flash_attn.ops.triton.layer_norm import rms_norm_fn
@@ -260,9 +260,8 @@ _FLASH_SOURCE = "git+https://github.com/Dao-AILab/flash-attention"
 
 
 def _all_weights(case: Case, dtype: torch.dtype) -> str | None:
-    held = math.prod(case.dims.get(n, 1) for n in "BHTS")
-    if held > 1 << 29:
-        return f"holds all weights: {held / 1e9:.0f} G numbers, several times"
+    if math.prod(case.dims.get(n, 1) for n in "BHTS") > 1 << 29:
+        return "holds the weights of all heads at once: several GB"
     return _square_causal(case, dtype)
 
 

@@ -6,9 +6,12 @@ benchmarks/results/*.json. Files of comparisons of two versions are left out.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from llama_fast.ops.table import OPS
 
 from . import plots, report, results
 from .results import Line, Results, is_ours
@@ -20,12 +23,12 @@ END = "<!-- end of results -->"
 
 
 def text(files: Sequence[tuple[str, Results]]) -> str:
-    """The results as Markdown."""
-    parts = []
-    for name, r in files:
+    """The results as Markdown, files of one device together: of an op, the newest that has it."""
+    devices: dict[str, list[tuple[str, Results]]] = {}
+    for name, r in sorted(files, key=lambda file: file[1].environment.time):
         if r.environment.against is None:
-            parts.append(_of_file(name, r))
-    return "\n\n".join(parts) or "No result file is committed yet."
+            devices.setdefault(r.environment.device, []).append((name, r))
+    return "\n\n".join(map(_of_device, devices.values())) or "No result file is committed yet."
 
 
 def committed(folder: Path = FOLDER) -> list[tuple[str, Results]]:
@@ -45,20 +48,29 @@ def replaced(document: str, new: str) -> str:
     return f"{before}{BEGIN}\n\n{new}\n\n{END}{rest.split(END)[1]}"
 
 
-def _of_file(name: str, r: Results) -> str:
+def _of_device(files: Sequence[tuple[str, Results]]) -> str:
+    """Files from the oldest to the newest."""
+    e = files[-1][1].environment
+    newest = {x.op: name for name, r in files for x in r.lines}
+    place = {name: i for i, name in enumerate(dict.fromkeys((*OPS, *newest)))}
+    lines = sorted((x for n, r in files for x in r.lines if newest[x.op] == n), key=lambda x: place[x.op])
+    merged = dataclasses.replace(files[-1][1], lines=tuple(lines))
+    threads = f", {e.threads} threads, {e.isa}" if e.kind == "cpu" else ""
+    several = len({x.provider for x in merged.lines if is_ours(x.provider) and x.tokens is None}) > 1
+    head = f"**{e.device}**{threads}, torch {e.packages.get('torch')}." + several * _SEVERAL
+    sources = [_source(name, r) for name, r in files if name in newest.values()]
+    tables = [_ops_table([x for x in merged.lines if x.tokens is None]), _models_table(merged)]
+    return "\n\n".join([f"{head} {' '.join(sources)}", *filter(None, tables), *report.paper(merged)])
+
+
+_SEVERAL = " Of our backends the faster one counts."
+
+
+def _source(name: str, r: Results) -> str:
     e = r.environment
     limits = ", ".join(f"{x.name} {x.rate / 1e9:,.0f} {'GB/s' if x.unit == 'byte/s' else 'Gflop/s'}" for x in r.limits)
-    threads = f", {e.threads} threads, {e.isa}" if e.kind == "cpu" else ""
     commit = (e.commit or "none")[:10]
-    several = len({x.provider for x in r.lines if is_ours(x.provider) and x.tokens is None}) > 1
-    head = (
-        f"**{e.device}**{threads}, torch {e.packages.get('torch')}, {e.time[:10]}, commit `{commit}`, "
-        f"[{name}](benchmarks/results/{name}). Limits in the same run: {limits}."
-        + " Of our backends the faster one counts."
-        * several
-    )
-    tables = [_ops_table([x for x in r.lines if x.tokens is None]), _models_table(r)]
-    return "\n\n".join([head, *filter(None, tables), *report.paper(r)])
+    return f"[{name}](benchmarks/results/{name}): {e.time[:10]}, commit `{commit}`, limits in the same run {limits}."
 
 
 def _ratio(ours: Line, other: Line) -> float:

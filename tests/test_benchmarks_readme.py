@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from test_report import gpu, made_up
 
-from benchmarks import readme
+from benchmarks import readme, results
+from benchmarks.results import is_ours
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,6 +53,25 @@ def test_models_are_shown_in_the_papers_terms() -> None:
     assert "57.1% MFU" in text  # 8192 tokens of 2e10 flop in 290 ms, of 989.4e12 flop/s
     assert "380 tokens a second and GPU on A100: 49.5% MFU with attention (47.7% by 6 N alone)" in text
     assert "in the whole model 1,391 tokens a second before communication" in text
+
+
+def test_of_files_of_one_device_the_newest_that_has_an_op_counts() -> None:
+    old = made_up()
+    slower = [
+        dataclasses.replace(x, seconds=results.Seconds(0.9, 0.9, 0.9, 9))
+        for x in old.lines
+        if x.op == "attention" and x.seconds and is_ours(x.provider)
+    ]
+    slower += [x for x in old.lines if x.op == "attention" and not is_ours(x.provider)]
+    time = dataclasses.replace(old.environment, time="2027-01-01T00:00:00+00:00", commit="feed" * 10)
+    newer = dataclasses.replace(old, lines=tuple(slower), environment=time)
+    text = readme.text([("new.json", newer), ("old.json", old)])
+    assert text.count("**A Processor <9000>**") == 1
+    assert text.count("| `attention` |") == text.count("| `rms_norm` |") == 1
+    assert "| `attention` | 0.0" in text
+    assert text.index("old.json") < text.index("new.json): 2027-01-01, commit `feedfeedfe`")
+    only = readme.text([("new.json", dataclasses.replace(old, environment=time)), ("old.json", old)])
+    assert "old.json" not in only
 
 
 def test_comparisons_and_an_empty_folder(tmp_path: Path) -> None:
