@@ -28,7 +28,8 @@ class Tiles:
         num_warps, num_stages: of the program; stages of the loads that run ahead.
         tma: tiles of the inner loop come through tensor descriptors (sm_90 and newer, not packed sequences).
         warp_specialize: Triton gives loads and products warps of their own (sm_100; on sm_90 its pass fails).
-        swapped: dk and dv in half precision: scores stand keys by queries, and go on from registers.
+        swapped: dk and dv in half precision: scores stand keys by queries, and go on from registers; else queries by
+            keys, and go on through shared memory, but lse and delta are two registers a thread and not a row of them.
         precision: how float32 is multiplied: "ieee", "tf32x3", "bf16x6"; of no effect in half precision.
     """
 
@@ -54,12 +55,12 @@ _SM_90 = {
     ),
     "dkdv": (
         Tiles(128, 64, 4, 2, tma=True),  # 508, 504; 64 x 64 332
-        Tiles(64, 64, 4, 2, tma=True),  # 487, 480; 64 x 128 437, 440
+        Tiles(64, 64, 4, 2, tma=True, swapped=False),  # 596; swapped 487, 480, 482; 128 x 64 unswapped 441
         Tiles(32, 32, 4, 2, tma=True),  # 226; 32 x 64 216
     ),
     "dq": (
         Tiles(64, 64, 4, 3, tma=True),  # 636, 635; 128 x 64 543
-        Tiles(128, 64, 8, 3, tma=True),  # 623, 622; 64 x 64 593, 606
+        Tiles(128, 64, 8, 3),  # 640; with descriptors 623, 622, 623; 64 x 64 with them 593, 606, 605
         Tiles(128, 32, 8, 2, tma=True),  # 455; 64 x 32 349
     ),
 }
