@@ -399,7 +399,7 @@ def _check(
         if table.ndim != 3 or table.shape[0] not in (1, B) or table.shape[1:] != (T, D // 2):
             raise ValueError(f"block: {name} has shape {tuple(table.shape)}, expected [1 or B, T, D/2] = {(T, D // 2)}")
         if table.dtype != torch.float32:
-            raise ValueError(f"block: {name} has dtype {table.dtype}, expected torch.float32")
+            raise ValueError(f"block: {name} has dtype {table.dtype}, expected a float type")
     if spans is not None:
         _check_spans(spans, B, cu_seqlens, options)
 
@@ -437,7 +437,8 @@ def transformer_block(
     Args:
         x: [B, T, C], the residual stream.
         weights: the block's parameters; dtype of `x`, or any float dtype under autocast.
-        cos, sin: [T, D/2] or [B, T, D/2] float32, of the positions of these T tokens.
+        cos, sin: [T, D/2] or [B, T, D/2], of the positions of these T tokens; float32, or another float type, which is
+            converted (FSDP2's mixed precision makes bfloat16 of all that a layer is given).
         options: head dim, epsilon, policy, window, rotary layout, collectives.
         cu_seqlens: [N+1] int32, sequences packed in one row (B = 1); attention stays within each.
         spans: B pairs (begin, end), padding: row b sees only its keys from begin up to end. A query before its span
@@ -467,6 +468,7 @@ def transformer_block(
             raise ValueError(f"block: {name} is a {type(tensor).__name__}, expected a torch.Tensor")
     if cos.ndim == 2:
         cos, sin = cos.unsqueeze(0), sin.unsqueeze(0)
+    cos, sin = (t.float() if t.is_floating_point() else t for t in (cos, sin))
     autocast = autocast_dtype(x)
     dtype = x.dtype if autocast is None or x.dtype == torch.float64 else autocast  # which leaves float64 as it is
     stream = x.dtype if options.keep_residual else dtype

@@ -90,7 +90,8 @@ def save(run_dir: Path | str, step: int, model: nn.Module, state: dict[str, Any]
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         # torch and safetensors raise their own types for a failed write
         code = (error.errno if isinstance(error, OSError) else None) or errno.EIO
-        raise OSError(code, f"checkpoint {final} not written: {error}; earlier checkpoints are untouched") from error
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise OSError(code, f"checkpoint {final} not written: {reason}; earlier checkpoints are untouched") from error
     for old in checkpoints(run_dir)[:-keep]:
         _remove(old)
     return final

@@ -237,6 +237,8 @@ def plan(
     from llama_fast import plan as planner
     from llama_fast.config import LlamaConfig
 
+    if not tokens > 0:
+        raise ValueError(f"tokens = {tokens:g}: expected a number above 0")
     config = LlamaConfig.preset(preset)
     chosen, T = planner.device(device), seq_len or min(2048, config.max_seq_len)
     spread = [planner.Layout(world, tensor, sequence and tensor > 1, shard)] if tensor else None
@@ -373,7 +375,9 @@ def generate(
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Converse, by the checkpoint's chat template.")] = False,
     system: Annotated[str | None, typer.Option(help="With --chat: how to answer. Default: the template's.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 200,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Tokens to add at most; fewer where the context ends before.")
+    ] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Sample among the k likeliest.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest that reach p together.")] = 0.95,

@@ -8,6 +8,7 @@ a process of its own, one after the other, so that its peak memory is its own; a
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import resource
 import subprocess
@@ -44,6 +45,11 @@ def main(out: Path, *, steps: int, data: Sequence[str], console: Console) -> Non
     from llama_fast.train import run
 
     start = time.perf_counter()
+    # what cannot be used is said before anything runs
+    _settings(steps)
+    sources = run.sources_of(data)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("matplotlib is missing: pip install 'llama_fast[demo]'")
     out.mkdir(parents=True, exist_ok=True)
     failed = []
     for number, (what, command) in enumerate(
@@ -58,7 +64,6 @@ def main(out: Path, *, steps: int, data: Sequence[str], console: Console) -> Non
             failed.append(command[0])
 
     console.rule("3. The same LLaMA trained twice")
-    sources = run.sources_of(data)
     config = _config()
     run.prepare(sources, config.vocab_size, out / "data")
     described = ", ".join(f"{s.name} {s.weight:g}" for s in sources)
@@ -129,14 +134,22 @@ def _saved_bytes(model: nn.Module, tokens: Tensor) -> int:
     return sum(x.untyped_storage().nbytes() for pointer, x in kept.items() if pointer not in parameters)
 
 
+def _settings(steps: int) -> Any:
+    """How each of the trainings goes. Raises ValueError for steps that cannot be."""
+    from llama_fast.train.recipe import Recipe
+    from llama_fast.train.trainer import Settings
+
+    recipe = Recipe(steps, lr=LR, warmup_steps=max(0, min(20, steps // 5)))
+    return Settings(recipe, BATCH_SIZE, SEQ_LEN, eval_every=steps, eval_batches=8)
+
+
 def _train(kind: str, out: Path, steps: int, data: Sequence[str]) -> None:
     """One of the trainings, in a process of its own; its figures go to `out`/<kind>.json."""
     import shutil
 
     import llama_fast
     from llama_fast.train import run
-    from llama_fast.train.recipe import Recipe
-    from llama_fast.train.trainer import Settings, Trainer
+    from llama_fast.train.trainer import Trainer
 
     llama_fast.keep_host_memory()
     config = _config()
@@ -144,16 +157,13 @@ def _train(kind: str, out: Path, steps: int, data: Sequence[str]) -> None:
     shutil.rmtree(run_dir, ignore_errors=True)
     tokenizer, dataset = run.prepare(run.sources_of(data), config.vocab_size, out / "data")
     run.keep_tokenizer(tokenizer, run_dir)
-    settings = Settings(
-        Recipe(steps, lr=LR, warmup_steps=min(20, steps // 5)), BATCH_SIZE, SEQ_LEN, eval_every=steps, eval_batches=8
-    )
     model = _model("ours" if kind == "ours" else "plain", config)
     if kind == "nudged":
         with torch.no_grad():
             generator = torch.Generator().manual_seed(0)
             for p in model.parameters():
                 p.mul_(1.0 + NUDGE * torch.randn(p.shape, generator=generator))
-    report = Trainer(model, run.RunData(dataset, BATCH_SIZE, SEQ_LEN), settings, run_dir).run()
+    report = Trainer(model, run.RunData(dataset, BATCH_SIZE, SEQ_LEN), _settings(steps), run_dir).run()
     figures = {
         "losses": report.losses,
         "valid_loss": report.valid_losses[report.step],
@@ -204,10 +214,8 @@ def _print_costs(found: dict[str, dict[str, Any]], console: Console) -> None:
 
 
 def _draw(found: dict[str, dict[str, Any]], path: Path) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("matplotlib is missing: pip install 'llama_fast[demo]'") from None
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

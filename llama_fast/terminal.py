@@ -36,13 +36,22 @@ def load(path: Path, dtype: str | None, device: str | None) -> tuple[Llama, AnyT
     """Model and tokenizer of the checkpoint at `path`, with a progress bar on a terminal.
 
     Raises:
-        FileNotFoundError, ImportError, ValueError: as `Llama.from_pretrained` and `load_tokenizer`.
+        FileNotFoundError, ImportError, ValueError: as `Llama.from_pretrained` and `load_tokenizer`, or no such device.
     """
+    check_device(device)
     path = resolve(path)
     tokenizer = load_tokenizer(path)
     with progress_bar(f"reading {path.name}") as progress:
         model = Llama.from_pretrained(path, dtype=dtype_of(dtype), device=device, progress=progress)
     return model, tokenizer, path
+
+
+def check_device(name: str | None) -> None:
+    """Raises ValueError unless torch can put a tensor on the device called `name`; None is the default one."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without CUDA
+        raise ValueError(f"device = {name!r}: {str(error).splitlines()[0]}") from None
 
 
 def check_system(system: str | None, chat: bool) -> None:
@@ -79,6 +88,8 @@ def complete(
 ) -> None:
     """Prints `prompt` and its continuation as it is made."""
     ids = tokenizer.encode(prompt, bos=tokenizer.adds_bos or not prompt)
+    if len(ids) < model.config.max_seq_len:
+        max_new_tokens = min(max_new_tokens, model.config.max_seq_len - len(ids))
     stream = TextStream(model, tokenizer, ids, max_new_tokens, stop, continuation=bool(prompt), sampling=sampling)
     show(stream, prompt)
 

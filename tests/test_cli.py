@@ -167,7 +167,11 @@ def test_plain_starts_from_the_same_loss(llama_fast_program: Any, text: Path, tm
         (["train", "--out", "OUT", "--policy", "most"], "policy"),
         (["generate", "--checkpoint", "OUT"], "is no folder: expected a run"),
         (["generate", "--checkpoint", "OUT", "--system", "Be kind."], "--system 'Be kind.': expected --chat"),
+        (["generate", "--checkpoint", "OUT", "--device", "gpu"], "device = 'gpu': Expected one of cpu, cuda"),
         (["convert", "OUT", "elsewhere"], "is no folder: expected a run"),
+        (["plan", "--preset", "tiny", "--tokens", "-5"], "tokens = -5: expected a number above 0"),
+        (["demo", "--out", "OUT", "--steps", "0"], "steps = 0: expected 1 or more"),
+        (["demo", "--out", "OUT", "--data", "/no/such/file"], "'/no/such/file' does not exist"),
     ],
 )
 def test_errors_are_one_line_and_status_2(

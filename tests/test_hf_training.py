@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -199,14 +197,6 @@ def test_frozen_and_half_frozen_models() -> None:
                 torch.testing.assert_close(found[0][name], want, rtol=1e-9, atol=1e-9 * float(want.abs().max()))
 
 
-@pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
 @pytest.mark.filterwarnings("error:FSDP2-wrapped module")
 @pytest.mark.usefixtures("one_process")
 def test_sharded_by_fsdp2() -> None:

@@ -137,3 +137,23 @@ def test_compiles_without_graph_break(dynamic: bool) -> None:
             torch.autograd.grad(f(tokens, targets), list(model.parameters())) for f in (loss, model.loss)
         )
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_sharded_by_fsdp2(policy: str, dtype: torch.dtype | None) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    model, expected = Llama(TINY, policy=policy), Llama(TINY, policy=policy)
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=mixed)
+    fully_shard(model, mesh=mesh, mp_policy=mixed)
+    register_fsdp_forward_method(model, "loss")
+    for m in (model, expected):
+        m.loss(*_batch(TINY)).backward()
+    for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
+        error = (p.grad.full_tensor() - q.grad).norm() / q.grad.norm()
+        assert error <= (0.03 if dtype else 0.0), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,28 @@ def test_generate_from_every_format(program: Any, run: Path, tmp_path: Path) -> 
     status, out, err = program("generate", "--checkpoint", run, "--prompt", "the", "--temperature", "-1")
     assert (status, out) == (2, "")
     assert "temperature = -1.0" in err
+
+
+def test_an_answer_ends_with_the_context(program: Any, run: Path) -> None:
+    status, out, err = program("generate", "--checkpoint", run, "--prompt", "the", "--temperature", "0")
+    assert (status, err) == (0, "")
+    tokenizer = load_tokenizer(run / "step_0000002")
+    prompt = tokenizer.encode("the", bos=tokenizer.adds_bos)
+    model = Llama.from_pretrained(run / "step_0000002")
+    ids = model.generate([prompt], max_new_tokens=128 - len(prompt), eos_id=tokenizer.eos_ids)[0]
+    assert out == tokenizer.decode(ids) + "\n"
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named(program: Any, run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    with open(copy / "step_0000002" / "model.safetensors", "ab") as file:
+        file.write(b"x")
+    status, out, err = program("generate", "--checkpoint", copy, "--prompt", "the", "--seed", "0")
+    assert status == 0
+    assert out.startswith("the")
+    assert "passed over a damaged checkpoint: step_0000002: " in err
+    assert err.endswith("; read step_0000001\n")
 
 
 def test_chat_at_the_prompt_and_in_one_go(

@@ -82,8 +82,9 @@ def train(
     data: Rows | None = None,
     resume: bool = False,
     model: PlainLlama | None = None,
+    said: io.StringIO | None = None,
 ) -> Report:
-    quiet = Progress(settings.recipe.steps, quiet=True, console=Console(file=io.StringIO()))
+    quiet = Progress(settings.recipe.steps, quiet=True, console=Console(file=said or io.StringIO()))
     data = data or Rows(noise=True)
     return Trainer(model or PlainLlama(CONFIG), data, settings, run_dir, resume=resume, progress=quiet).run()
 
@@ -266,8 +267,10 @@ def test_stop_signal_saves_and_resumes(tmp_path: Path, whole: tuple[Path, Report
         if row == 4 * 4:
             os.kill(os.getpid(), number)
 
-    report = train(tmp_path, data=Rows(noise=True, hook=stop_in_step_5))
+    said = io.StringIO()
+    report = train(tmp_path, data=Rows(noise=True, hook=stop_in_step_5), said=said)
     assert (report.step, report.interrupted, report.checkpoint.name) == (5, True, "step_0000005")
+    assert said.getvalue() == f"{number.name}: this step is finished and saved, then the run ends; Ctrl-C ends it now\n"
     assert signal.getsignal(number) is handler
     torch.manual_seed(1234)
     report = train(tmp_path, resume=True)

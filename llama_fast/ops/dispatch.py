@@ -130,7 +130,7 @@ def _choose(
             return b
         objections.append(f"  {b.name}: {text}")
     if not objections:
-        objections.append(f"  {only}: {op.name} has no such backend")
+        objections.append(f"  {only}: no such backend, {op.name} has {', '.join(b.name for b in op.backends)}")
     raise NotSupported(f"{op.name}: no backend takes this call\n" + "\n".join(objections))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,8 @@ def config_for(name: str, seq_len: int, vocab_size: int | None) -> LlamaConfig:
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint that `path` is, or the newest good one of the run that it is; verified.
 
+    A newer, damaged one is named on standard error.
+
     Raises:
         FileNotFoundError: there is no such folder, or no good checkpoint in it.
         ValueError: the checkpoint is damaged.
@@ -143,6 +146,8 @@ def find_checkpoint(path: Path) -> Path:
         folder = checkpoint.latest(path, lambda p, reason: problems.append(f"{p.name}: {reason}"))
         if folder is None:
             raise FileNotFoundError(f"{path} holds no good checkpoint" + "".join(f"; {p}" for p in problems))
+        for problem in problems:
+            print(f"llama-fast: passed over a damaged checkpoint: {problem}; read {folder.name}", file=sys.stderr)
     assert folder is not None
     checkpoint.verify(folder)
     return folder

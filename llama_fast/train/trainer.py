@@ -184,7 +184,9 @@ class Trainer:
         self._log_path = self.run_dir / LOG
         found = checkpoint.checkpoints(self.run_dir)
         if found and not resume:
-            raise ValueError(f"run_dir = {run_dir} holds {found[-1].name}: expected resume=True or an unused folder")
+            raise ValueError(
+                f"run_dir = {run_dir} holds {found[-1].name}: expected resume=True (--resume) or an unused folder"
+            )
         skipped: list[str] = []
         if found:
             self._resume(skipped)
@@ -198,7 +200,7 @@ class Trainer:
     def run(self) -> Report:
         """Train to the last step, or to Ctrl-C or SIGTERM: then the step is finished, saved, and the report says so.
 
-        A second Ctrl-C stops at once.
+        A message says so at once. A second Ctrl-C stops without saving.
 
         Raises:
             FloatingPointError: a loss or gradient norm is not finite; nothing was updated or saved for that step.
@@ -210,7 +212,7 @@ class Trainer:
         flops = self._flops_per_second_per_token()
         batches = self.data.batches(self.settings.batch_size, self.settings.seq_len)
         saved = self.step if first else -1
-        with _open_log(self._log_path, self.step) as log, _stop_signals() as stop, self.progress:
+        with _open_log(self._log_path, self.step) as log, _stop_signals(self.progress.message) as stop, self.progress:
             while self.step < steps and not stop.is_set():
                 row = self._train_step(batches)
                 self.step += 1
@@ -470,7 +472,7 @@ def _open_log(path: Path, step: int) -> Iterator[FileIO]:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
+def _stop_signals(say: Callable[[str], None]) -> Iterator[threading.Event]:
     """An event that the first SIGINT or SIGTERM sets; the second SIGINT raises. Only the main thread can listen."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -480,6 +482,10 @@ def _stop_signals() -> Iterator[threading.Event]:
     def on_signal(number: int, frame: Any) -> None:
         if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not stop.is_set():
+            say(
+                f"{signal.Signals(number).name}: this step is finished and saved, then the run ends; Ctrl-C ends it now"
+            )
         stop.set()
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
