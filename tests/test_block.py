@@ -265,8 +265,18 @@ def test_a_cache_that_does_not_fit_is_named() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             transformer_block(x, _weights(layer), cos, sin, options, cache=cache)
-    with pytest.raises(ValueError, match=r"cos has dtype torch.bfloat16, expected torch.float32"):
-        transformer_block(x, _weights(layer), cos.bfloat16(), sin, options)
+
+
+def test_rotary_tables_of_another_float_type_are_converted() -> None:
+    layer = _plain_block(WIDE, torch.float32).layers[0]
+    x, (cos, sin) = _inputs(WIDE, torch.float32)[0], rope_cos_sin(WIDE, T)
+    options = BlockOptions(WIDE.head_dim)
+    rounded = transformer_block(x, _weights(layer), cos.bfloat16(), sin.bfloat16(), options)
+    assert torch.equal(
+        rounded, transformer_block(x, _weights(layer), cos.bfloat16().float(), sin.bfloat16().float(), options)
+    )
+    with pytest.raises(ValueError, match=r"cos has dtype torch.int64, expected a float type"):
+        transformer_block(x, _weights(layer), cos.long(), sin, options)
 
 
 def test_autocast_computes_in_bfloat16_and_gives_float32_gradients() -> None:
