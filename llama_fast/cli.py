@@ -237,8 +237,6 @@ def plan(
     from llama_fast import plan as planner
     from llama_fast.config import LlamaConfig
 
-    if not tokens > 0:
-        raise ValueError(f"tokens = {tokens:g}: expected a number above 0")
     config = LlamaConfig.preset(preset)
     chosen, T = planner.device(device), seq_len or min(2048, config.max_seq_len)
     spread = [planner.Layout(world, tensor, sequence and tensor > 1, shard)] if tensor else None
@@ -277,6 +275,8 @@ def _plan_speed(config: Any, device: Any, world: int, T: int, share: float, toke
     from llama_fast import plan as planner
     from llama_fast.config import LlamaConfig
 
+    if not tokens > 0:
+        raise ValueError(f"tokens = {tokens:g}: expected a number above 0")
     flops, attention = config.flops_per_token(T), 12 * config.n_layers * config.n_heads * config.head_dim * T
     rate = planner.tokens_per_second(config, device, T, share)
     yield (
