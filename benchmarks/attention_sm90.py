@@ -32,14 +32,12 @@ def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, variant: int = 0, steps: int = 0
-) -> tuple[Tensor, ...]:
+def _backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     scratch = q.new_empty(cuda._library.attention_sm90_bwd_scratch(q, None) // 4, dtype=torch.float32)
     scale = q.shape[-1] ** -0.5
     cuda._library.attention_sm90_bwd(
-        dout, q, k, v, out, lse, None, scale, True, 0, dq, dk, dv, scratch, variant, steps, cuda._stream(q)
+        dout, q, k, v, out, lse, None, scale, True, 0, dq, dk, dv, scratch, cuda._stream(q)
     )
     return dq, dk, dv
 
@@ -68,9 +66,6 @@ def check(D: int, T: int, S: int, H: int, G: int) -> None:
     first, second = (_backward(dout, q, k, v, out, lse) for _ in range(2))
     for name, x, again, g in zip(("dq", "dk", "dv"), first, second, gradients, strict=True):
         errors[name] = _error(x, g) if torch.equal(x, again) else float("nan")
-    if D == 64:
-        other = _backward(dout, q, k, v, out, lse, 1)
-        errors["variant"] = 0.0 if all(map(torch.equal, first, other)) else float("nan")
     print(f"D {D} T {T} S {S} H {H} G {G}: " + "  ".join(f"{n} {e:.1e}" for n, e in errors.items()), flush=True)
     wrong = [n for n, e in errors.items() if not e < 0.02]
     if wrong:
@@ -125,8 +120,6 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=128, choices=(64, 128))
     parser.add_argument("--heads", type=int, help="of queries; 2048 / D")
     parser.add_argument("--heads-a-group", type=int, default=1)
-    parser.add_argument("--variant", type=int, nargs="*", default=[], help="of the backward, beside variant 0")
-    parser.add_argument("--steps", type=int, nargs="*", default=[], help="between tiles of keys, beside 4 (section_of)")
     parser.add_argument("--clock", action="store_true")
     arguments = parser.parse_args()
     if (reason := cuda.unavailable()) is not None or torch.cuda.get_device_capability() != (9, 0):
@@ -148,10 +141,6 @@ def main() -> None:
         flops = 2 * B * H * D * T * T  # two products, half of the scores
         runs: dict[str, Callable[[], object]] = {"forward": partial(_forward, q, k, v)}
         runs["backward"] = partial(_backward, dout, q, k, v, *saved)
-        for n in arguments.variant:
-            runs[f"backward, variant {n}"] = partial(_backward, dout, q, k, v, *saved, n)
-        for n in arguments.steps:
-            runs[f"backward, steps {n}"] = partial(_backward, dout, q, k, v, *saved, 0, n)
         runs |= _vendor(q, k, v, dout)
         for name, time in seconds(runs, arguments.rounds).items():
             rate = flops * (2.5 if name.startswith("backward") else 1.0) / time / 1e12

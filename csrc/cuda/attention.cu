@@ -57,7 +57,7 @@ void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const T
   if (q.size[0] == 0) return;
 #ifdef LLAMA_FAST_SM90
   if (on_sm90(q, k, v, scale, s.device))
-    return attention_sm90_bwd(dout, q, k, v, out, lse, cu_seqlens, scale, causal, window, dq, dk, dv, scratch, 0, 0, s);
+    return attention_sm90_bwd(dout, q, k, v, out, lse, cu_seqlens, scale, causal, window, dq, dk, dv, scratch, s);
 #endif
   with_head_dim(op, q.size[3], [&](auto D) {
     attention_sm80_bwd<D>(dout, q, k, v, out, lse, cu_seqlens, scale, causal, window, dq, dk, dv, scratch, s);

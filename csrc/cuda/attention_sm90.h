@@ -17,7 +17,6 @@ void attention_sm90_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const
 int64_t attention_sm90_bwd_scratch(const Tensor& q, const Tensor& cu_seqlens);
 void attention_sm90_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                         const Tensor& lse, const Tensor& cu_seqlens, double scale, bool causal, int64_t window,
-                        const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& scratch, int64_t variant,
-                        int64_t steps, Stream s);
+                        const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& scratch, Stream s);
 
 }  // namespace llama_fast::cuda

@@ -102,13 +102,16 @@ struct Scratch {
 };
 
 // Heads that are dealt together. The tiles of keys of a head take turns in adding dq, and a turn takes about a step of
-// 128 columns: so the next tile of a head should begin some steps after the one before. More of them, and the rows
-// would have left the second cache when it comes to them.
+// 128 columns: so the next tile of a head should begin some steps after the one before. More of them, and fewer tiles
+// of a head run at once: the rows go to the second cache and leave it that much more often, which short works do not
+// bear.
 template <class Config>
-int section_of(const sm90::BwdParams& p, int64_t blocks, int64_t steps_between) {
+int section_of(const sm90::BwdParams& p, int64_t blocks) {
   const int64_t seen = p.mask.window > 0 ? (p.mask.window + Config::kKeys) / Config::kRows + 1 : p.query_tiles;
   const int64_t rows = std::min<int64_t>(seen, p.mask.causal ? (p.query_tiles + 1) / 2 : p.query_tiles);
   const int64_t steps = std::max<int64_t>(rows, 1) * p.heads_a_group;  // of a work, on average
+  constexpr int64_t kStep = 128 / Config::kHeadDim;                    // in steps, one of 128 columns
+  const int64_t steps_between = (steps >= 64 * kStep ? 8 : 4) * kStep;
   const int64_t heads = static_cast<int64_t>(p.cu_seqlens != nullptr ? 1 : p.B) * p.G;
   const int64_t wanted = std::max<int64_t>(steps_between * blocks / steps, 1);
   const int64_t sections = std::max<int64_t>(heads / wanted, 1);
@@ -118,7 +121,7 @@ int section_of(const sm90::BwdParams& p, int64_t blocks, int64_t steps_between) 
 template <class Config>
 void launch_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                 const Tensor& lse, const Tensor& cu_seqlens, double scale, bool causal, int64_t window,
-                const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& scratch, int64_t steps, Stream s) {
+                const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& scratch, Stream s) {
   static_assert(Config::kRows == sm90::kStatsRows, "the statistics of one tile of queries are one copy");
   constexpr int kOrder[4] = {3, 1, 2, 0};
   const Scratch parts(q, cu_seqlens);
@@ -152,7 +155,7 @@ void launch_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tens
   p.mask = rows.mask;
 
   const OnDevice on(kBwd, s);
-  p.section = section_of<Config>(p, multiprocessors(s.device), (steps == 0 ? 4 : steps) * 128 / Config::kHeadDim);
+  p.section = section_of<Config>(p, multiprocessors(s.device));
   const dim3 tiles = grid(parts.query_tiles, p.H, p.B);
   const int64_t works = static_cast<int64_t>(p.key_tiles) * p.G * p.B;
   launch(launch_of(kBwd, s, tiles, 128), sm90::attention_bwd_stats_kernel<typename Config::T>, rows);
@@ -168,17 +171,13 @@ int64_t attention_sm90_bwd_scratch(const Tensor& q, const Tensor& cu_seqlens) {
 
 void attention_sm90_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                         const Tensor& lse, const Tensor& cu_seqlens, double scale, bool causal, int64_t window,
-                        const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& scratch, int64_t variant,
-                        int64_t steps, Stream s) {
+                        const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& scratch, Stream s) {
   const auto run = [&](auto config) {
-    launch_bwd<decltype(config)>(dout, q, k, v, out, lse, cu_seqlens, scale, causal, window, dq, dk, dv, scratch, steps,
-                                 s);
+    launch_bwd<decltype(config)>(dout, q, k, v, out, lse, cu_seqlens, scale, causal, window, dq, dk, dv, scratch, s);
   };
   const auto of_type = [&](auto type) {
     using T = decltype(type);
-    if (q.size[3] <= 64 && variant == 1)
-      run(sm90::BwdConfig<T, 64, true>{});
-    else if (q.size[3] <= 64)
+    if (q.size[3] <= 64)
       run(sm90::BwdConfig<T, 64>{});
     else
       run(sm90::BwdConfig<T, 128>{});

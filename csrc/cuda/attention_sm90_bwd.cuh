@@ -30,14 +30,13 @@ struct BwdParams {
   Mask mask;
 };
 
-template <class T_, int kHeadDim_, bool kDsInRegisters_ = false>
+template <class T_, int kHeadDim_>
 struct BwdConfig {
   using T = T_;
-  static constexpr bool kDsInRegisters = kDsInRegisters_;  // as an operand of dk
   static constexpr int kHeadDim = kHeadDim_, kGroups = 2, kRows = 64, kKeys = 64 * kGroups;
   static constexpr int kStagesQ = 4, kStagesDout = 2, kStagesDq = kHeadDim <= 64 ? 2 : 1;
   static constexpr int kThreads = kGroupThreads * (kGroups + 1);
-  static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+  static constexpr int kProducerRegisters = kHeadDim <= 64 ? 40 : 24, kConsumerRegisters = kHeadDim <= 64 ? 232 : 240;
   static_assert(registers_fit(kGroups, kProducerRegisters, kConsumerRegisters), "setmaxnreg would wait for ever");
   static constexpr int kKeyBytes = tile_bytes(kKeys, kHeadDim), kRowBytes = tile_bytes(kRows, kHeadDim);
   static constexpr int kDsBytes = tile_bytes(kKeys, kRows), kDqBytes = kRows * kHeadDim / kGroups * 4;
@@ -226,10 +225,10 @@ LLAMA_FAST_DEVICE void bwd_add_dq(const BwdParams& p, uint32_t shared, uint32_t 
   });
 }
 
-// dq = scale dq_sum, rounded, of the rows whose last tile of keys is the one of a work: a head of a work after the
-// other, in the order of the works, by whichever warp of whichever block is free. For want of registers which head of
-// which work, and which of its tiles, is kept in the warp's 8 bytes of shared memory, `state`, and the rest is computed
-// again. kDepth: pairs of loads in flight.
+// dq = scale dq_sum, rounded, of the rows whose last tile of keys is the one of a work. Dealt in the order of the works
+// to whichever warp of whichever block is free: of a head of a work the 16 rows of each tile that one consumer warp
+// had, so that the last ones take little time. For want of registers the number dealt, and which of the tiles, is kept
+// in the warp's 8 bytes of shared memory, `state`, and the rest is computed again. kDepth: pairs of loads in flight.
 template <class Config, int kDepth>
 LLAMA_FAST_DEVICE void bwd_round_dq(const BwdParams& p, uint32_t state) {
   using T = typename Config::T;
@@ -245,14 +244,15 @@ LLAMA_FAST_DEVICE void bwd_round_dq(const BwdParams& p, uint32_t state) {
       ptx::st_shared(state + 4, 0);
     }
     __syncwarp();
-    if (static_cast<int>(ptx::ld_shared(state)) >= works<Config>(p) * p.heads_a_group) return;
+    if (static_cast<int>(ptx::ld_shared(state)) >= works<Config>(p) * p.heads_a_group * 4) return;
 #pragma unroll 1
     while (true) {
       Global<const float> sum;
       Global<T> to;
       int rows;
       {
-        const BwdWork work = bwd_work<Config>(p, static_cast<int>(ptx::ld_shared(state)) / p.heads_a_group);
+        const int index = static_cast<int>(ptx::ld_shared(state)), warp = index % 4;
+        const BwdWork work = bwd_work<Config>(p, index / 4 / p.heads_a_group);
         const Span& span = work.span;
         const int first_key = span.block * Config::kKeys, offset = span.S - span.T;
         int end = work.first_tile + work.tiles;
@@ -260,7 +260,7 @@ LLAMA_FAST_DEVICE void bwd_round_dq(const BwdParams& p, uint32_t state) {
           end = p.mask.causal ? min(end, (first_key + Config::kKeys - offset) / Config::kRows) : 0;
         const int tile = work.first_tile + static_cast<int>(ptx::ld_shared(state + 4));
         if (tile >= end) break;
-        const int head = work.group * p.heads_a_group + static_cast<int>(ptx::ld_shared(state)) % p.heads_a_group;
+        const int head = work.group * p.heads_a_group + index / 4 % p.heads_a_group;
         const int part = work.stats_tile + head * p.query_tiles + tile;
         if (lane == 0) {
           const int parts = span.block + 1 - p.mask.low(tile * Config::kRows + offset) / Config::kKeys;
@@ -268,31 +268,27 @@ LLAMA_FAST_DEVICE void bwd_round_dq(const BwdParams& p, uint32_t state) {
         }
         __syncwarp();
         if (lane == 0) ptx::st_shared(state + 4, tile + 1 - work.first_tile);
-        const int row = tile * Config::kRows + lane / 4 + lane % 4 / 2 * 8;
+        const int row = tile * Config::kRows + 16 * warp + lane / 4 + lane % 4 / 2 * 8;
         rows = span.T - row;
-        sum = p.dq_sum + (static_cast<int64_t>(part) * (kPairs * kPairWords) + 4 * lane);
+        sum = p.dq_sum + (static_cast<int64_t>(part) * (kPairs * kPairWords) + 4 * (32 * warp + lane));
         to = p.dq.template at<T>(span.batch, span.begin + row, head) + 8 * (lane % 2);
       }
 #pragma unroll 1
-      for (int warp = 0; warp < 4; ++warp, rows -= 16) {  // the 16 rows that a consumer warp had
-#pragma unroll 1
-        for (int pair = 0; pair < kPairs; pair += kDepth) {
-          float4 x[kDepth][2];
+      for (int pair = 0; pair < kPairs; pair += kDepth) {
+        float4 x[kDepth][2];
 #pragma unroll
-          for (int i = 0; i < 2 * kDepth; ++i)
-            x[i / 2][i % 2] = bit_cast<float4>(ptx::ld_global_v4(sum + i * (kPairWords / 2)));
+        for (int i = 0; i < 2 * kDepth; ++i)
+          x[i / 2][i % 2] = bit_cast<float4>(ptx::ld_global_v4(sum + i * (kPairWords / 2)));
 #pragma unroll
-          for (int i = 0; i < kDepth; ++i) {
-            const float4 a = x[i][0], b = x[i][1];
-            uint32_t chunks[4] = {pack<T>(a.x * p.scale, a.y * p.scale), pack<T>(b.x * p.scale, b.y * p.scale),
-                                  pack<T>(a.z * p.scale, a.w * p.scale), pack<T>(b.z * p.scale, b.w * p.scale)};
-            gather_chunks(chunks);
-            if (rows > 0 && 16 * (pair + i) + 8 * (lane % 2) < p.D)
-              ptx::st_global_v4(to + 16 * i, uint4{chunks[0], chunks[1], chunks[2], chunks[3]});
-          }
-          sum = sum + kDepth * kPairWords, to = to + 16 * kDepth;
+        for (int i = 0; i < kDepth; ++i) {
+          const float4 a = x[i][0], b = x[i][1];
+          uint32_t chunks[4] = {pack<T>(a.x * p.scale, a.y * p.scale), pack<T>(b.x * p.scale, b.y * p.scale),
+                                pack<T>(a.z * p.scale, a.w * p.scale), pack<T>(b.z * p.scale, b.w * p.scale)};
+          gather_chunks(chunks);
+          if (rows > 0 && 16 * (pair + i) + 8 * (lane % 2) < p.D)
+            ptx::st_global_v4(to + 16 * i, uint4{chunks[0], chunks[1], chunks[2], chunks[3]});
         }
-        sum = sum + 4 * 32 - kPairs * kPairWords, to = to + 16 * p.dq.token - 16 * kPairs;
+        sum = sum + kDepth * kPairWords, to = to + 16 * kDepth;
       }
       __syncwarp();
     }
@@ -432,9 +428,9 @@ LLAMA_FAST_DEVICE void bwd_consume(const BwdParams& p, uint32_t shared, int grou
         const uint64_t q_columns = column_operand<kRows>(q_tile);
 #pragma unroll
         for (int kk = 0; kk < kRows / 16; ++kk)
-          if constexpr (Config::kDsInRegisters)
+          if constexpr (kHeadDim <= 64)
             ptx::wgmma_rs<T, kHeadDim, true>(dk, ds[kk], q_columns + column_step(kk), 1);
-          else  // costs less than the registers at D 128
+          else  // 16 registers more would make ptxas serialize the products (C7512)
             ptx::wgmma_ss<T, kHeadDim, false, true>(dk, ds_rows + row_step<kKeys>(kk), q_columns + column_step(kk), 1);
         ptx::wgmma_commit_group();
         ptx::wgmma_wait_group<1>();  // all but dk
@@ -512,11 +508,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1) attention_bwd_kernel(cons
     else if (warp <= 2)
       bwd_add_dq<Config>(p, shared, warp - 1);
     else
-      bwd_round_dq<Config, 1>(p, shared + Config::kRound + 8 * 4 * Config::kGroups);
+      bwd_round_dq<Config, Config::kHeadDim <= 64 ? 2 : 1>(p, shared + Config::kRound + 8 * 4 * Config::kGroups);
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
     bwd_consume<Config>(p, shared, group);
-    bwd_round_dq<Config, Config::kHeadDim / 32>(p, shared + Config::kRound + threadIdx.x / 32 * 8);  // what is left
+    bwd_round_dq<Config, 4>(p, shared + Config::kRound + threadIdx.x / 32 * 8);  // what is left
   }
 }
 

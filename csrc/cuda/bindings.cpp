@@ -113,7 +113,7 @@ PYBIND11_MODULE(_native_cuda, module) {
   bind(module, "attention_sm90_fwd", &cuda::attention_sm90_fwd, "q", "k", "v", "cu_seqlens", "scale", "causal",
        "window", "out", "lse", "scratch");
   bind(module, "attention_sm90_bwd", &cuda::attention_sm90_bwd, "dout", "q", "k", "v", "out", "lse", "cu_seqlens",
-       "scale", "causal", "window", "dq", "dk", "dv", "scratch", "variant", "steps");
+       "scale", "causal", "window", "dq", "dk", "dv", "scratch");
   module.def("attention_sm90_bwd_scratch", &cuda::attention_sm90_bwd_scratch, py::arg("q"), py::arg("cu_seqlens"));
 #endif
   module.def("attention_fwd_scratch", &cuda::attention_fwd_scratch);

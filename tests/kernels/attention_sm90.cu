@@ -55,8 +55,7 @@ extern "C" const char* run_attention_bwd(const int64_t* const* tensors, bool is_
         dv(tensors[9], type, "dv"), scratch(tensors[10], DType::f32, "scratch");
     llama_fast::cuda::attention_sm90_bwd(dout.tensor, q.tensor, k.tensor, v.tensor, out.tensor, lse.tensor, cu.tensor,
                                          options[0], options[1] != 0, static_cast<int64_t>(options[2]), dq.tensor,
-                                         dk.tensor, dv.tensor, scratch.tensor, static_cast<int64_t>(options[3]), 0,
-                                         llama_fast::cuda::Stream{});
+                                         dk.tensor, dv.tensor, scratch.tensor, llama_fast::cuda::Stream{});
   });
 }
 
