@@ -52,7 +52,8 @@ from benchmarks.gpu_run import (
     worker_command,
     write,
 )
-from benchmarks.gpu_time import Clock, first_line, forward_and_backward
+from benchmarks.gpu_time import Clock, forward_and_backward
+from benchmarks.harness import first_line
 from llama_fast.ops.table import OPS
 from llama_fast.verify import VENDORS, Case, expect, measure
 

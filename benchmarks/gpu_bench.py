@@ -31,8 +31,8 @@ from benchmarks.gpu_run import (
     worker_command,
     write,
 )
-from benchmarks.gpu_time import Clock, Time, first_line, forward_and_backward
-from benchmarks.harness import Benchmark
+from benchmarks.gpu_time import Clock, Time, forward_and_backward
+from benchmarks.harness import Benchmark, first_line
 from benchmarks.providers import Provider
 from llama_fast.ops import proven
 from llama_fast.ops.table import OPS

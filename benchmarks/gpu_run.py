@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_time import first_line
+from benchmarks.harness import first_line
 from llama_fast.ops import dispatch, proven
 from llama_fast.ops.table import OPS
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.harness import first_line
+
 Call = Callable[[], Any]
 _FLUSH_BYTES = 256 << 20  # written before each run: several times the L2 of any GPU
 
@@ -157,12 +159,6 @@ def _summary(times: list[float], no_graph: str) -> Time:
     ordered = sorted(times)
     fifth = len(ordered) // 5
     return Time(statistics.median(ordered), ordered[fifth], ordered[-1 - fifth], len(ordered), no_graph)
-
-
-def first_line(error: BaseException) -> str:
-    """Type and first line of an exception, up to 300 characters."""
-    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:300]
 
 
 def history(error: BaseException) -> str:

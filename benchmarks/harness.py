@@ -55,6 +55,12 @@ class Benchmark:
         return f"{self.case.op} {dtype_name(self.dtype)} {self.case}"
 
 
+def first_line(error: BaseException) -> str:
+    """Type and first line of an exception, up to 300 characters."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:300]
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """ "bfloat16" of torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
@@ -294,7 +300,7 @@ def measure(
         try:
             errors[p.name], problem = judged(work.everything(p.call), p.ours)
         except Exception as error:  # another library's failure, whatever it is, must not end the run
-            refused[p.name] = ("not run", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
+            refused[p.name] = ("not run", first_line(error))
             continue
         if problem:
             refused[p.name] = ("wrong", problem)

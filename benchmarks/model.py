@@ -170,8 +170,7 @@ def measure(
             side = maker()
             values = side.values()
         except Exception as error:  # another library's failure, whatever it is, must not end the run
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-            found[name] = {"status": "not run", "reason": reason}
+            found[name] = {"status": "not run", "reason": harness.first_line(error)}
             continue
         truth = truth or values
         gap = _gap(values, truth)
