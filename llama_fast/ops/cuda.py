@@ -117,6 +117,8 @@ rope_bwd = _launcher(table.ROPE, "bwd")
 # ---- attention -------------------------------------------------------------------------------------------------------
 def _heads(x: Tensor) -> Tensor:
     """`x` [B, T, heads, D] as the kernels read it: every row of D contiguous and on a 16-byte boundary."""
+    if x.is_contiguous() and x.data_ptr() % 16 == 0 and x.shape[-1] % 8 == 0:
+        return x  # the same as below, in a quarter of the time
     strides = x.stride()
     used = [s for s, n in zip(strides[:-1], x.shape, strict=False) if n > 1]
     aligned = x.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in used)
