@@ -12,6 +12,7 @@ Legend: B batch, T tokens, C width, F ffn width, H heads, L layers.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -225,7 +226,7 @@ def _transformers_config(c: LlamaConfig) -> Any:
     )
 
 
-def _transformers_model(c: LlamaConfig, ours: nn.Module, liger: bool = False) -> Any:
+def _transformers_model(c: LlamaConfig, ours: nn.Module) -> Any:
     """transformers' model with our parameters themselves."""
     from transformers import LlamaForCausalLM
 
@@ -235,11 +236,33 @@ def _transformers_model(c: LlamaConfig, ours: nn.Module, liger: bool = False) ->
     theirs.load_state_dict(renamed, assign=True)
     with next(ours.parameters()).device:  # its tables are no parameters
         theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config)
-    if liger:
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-        apply_liger_kernel_to_llama(model=theirs)
     return theirs
+
+
+def _with_liger(model: Any) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Applies Liger-Kernel to transformers' model and gives the context in which it runs.
+
+    Liger replaces names in transformers' module, one of which is looked up at every call: outside they are restored, or
+    plain transformers would be timed with Liger's rope.
+    """
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+    from transformers.models.llama import modeling_llama
+
+    names = vars(modeling_llama)
+    before = dict(names)
+    apply_liger_kernel_to_llama(model=model)
+    theirs = {n: x for n, x in names.items() if n in before and x is not before[n]}
+
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        names.update(theirs)
+        try:
+            yield
+        finally:
+            names.update((n, before[n]) for n in theirs)
+
+    with context():
+        return context
 
 
 def _missing(device: str, *modules: tuple[str, str]) -> str | None:
@@ -310,13 +333,11 @@ def _block(s: Scenario) -> Iterator[tuple[str, Callable[[], Side] | str]]:
     def theirs(way: str) -> Side:
         from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+        context: Callable[[], Any] = contextlib.nullcontext
         if way == "transformers+liger":
-            from liger_kernel.transformers import apply_liger_kernel_to_llama
-
             small = dataclasses.replace(c, n_layers=1, vocab_size=32)
             whole = _transformers_model(small, PlainLlama(small, **like))
-            apply_liger_kernel_to_llama(model=whole)
-            layer = whole.model.layers[0]
+            context, layer = _with_liger(whole), whole.model.layers[0]
         else:
             with torch.device("meta"):
                 layer = LlamaDecoderLayer(_transformers_config(c), layer_idx=0)
@@ -324,7 +345,8 @@ def _block(s: Scenario) -> Iterator[tuple[str, Callable[[], Side] | str]]:
         doubled = tuple(torch.cat((t, t), dim=-1).unsqueeze(0).to(s.dtype) for t in (cos, sin))
 
         def forward(x: Tensor) -> Tensor:
-            y = layer(x, attention_mask=None, position_embeddings=doubled)
+            with context():
+                y = layer(x, attention_mask=None, position_embeddings=doubled)
             return y[0] if isinstance(y, tuple) else y
 
         if way == "torch.compile":
@@ -378,14 +400,20 @@ def _training_step(s: Scenario) -> Iterator[tuple[str, Callable[[], Side] | str]
         return side(lambda: plain.loss(inputs, targets))
 
     def theirs(way: str) -> Side:
-        their = _transformers_model(c, model, liger=way == "transformers+liger")
+        their = _transformers_model(c, model)
+        context = _with_liger(their) if way == "transformers+liger" else contextlib.nullcontext
         if way == PATCHED:
             llama_fast.hf.patch(their, fused_loss=True)
         if way == "transformers+checkpoint":
             their.gradient_checkpointing_enable({"use_reentrant": False})
             their.train()
         call = torch.compile(their) if way == "torch.compile" else their
-        return side(lambda: call(input_ids=inputs, labels=inputs, shift_labels=targets, use_cache=False).loss)
+
+        def loss() -> Tensor:
+            with context():
+                return call(input_ids=inputs, labels=inputs, shift_labels=targets, use_cache=False).loss
+
+        return side(loss)
 
     for policy in (DEFAULT, *(p for p in POLICIES if p != DEFAULT)):
         yield f"{OURS}:{policy}", partial(ours, policy)

@@ -328,6 +328,26 @@ def test_every_way_to_run_a_model_gives_a_line(op: str, monkeypatch: pytest.Monk
         assert line.tokens == 64
 
 
+def test_liger_changes_transformers_for_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in that replaces what Liger replaces: names in transformers' module."""
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    before = llama.apply_rotary_pos_emb, llama.LlamaMLP
+
+    def apply_liger_kernel_to_llama(model: Any) -> None:
+        llama.apply_rotary_pos_emb, llama.LlamaMLP = "rope", "mlp"
+
+    package: Any = types.ModuleType("liger_kernel.transformers")
+    package.apply_liger_kernel_to_llama = apply_liger_kernel_to_llama
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", package)
+    context = model._with_liger(None)
+    assert (llama.apply_rotary_pos_emb, llama.LlamaMLP) == before
+    for _ in range(2):
+        with context():
+            assert (llama.apply_rotary_pos_emb, llama.LlamaMLP) == ("rope", "mlp")
+        assert (llama.apply_rotary_pos_emb, llama.LlamaMLP) == before
+
+
 def test_a_run_that_is_cut_off_keeps_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each provider is timed before the next one is made, and after the end none is begun."""
     begun, kept = [], []
