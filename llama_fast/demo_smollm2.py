@@ -93,7 +93,9 @@ def load_transformers(path: Path) -> Any:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    return transformers.LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    old = tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 56)
+    dtype = {"torch_dtype" if old else "dtype": torch.float32}
+    return transformers.LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **dtype)
 
 
 def theirs_greedy(model: Any, ids: Tensor, n: int, eos: int | None) -> Tensor:

@@ -19,6 +19,7 @@ from llama_fast.verify import BACKWARD_FACTOR, ulp
 
 B, T, VOCABULARY = 3, 19, 97
 BEFORE_4_56 = tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (4, 56)
+DTYPE = "torch_dtype" if BEFORE_4_56 else "dtype"  # how from_pretrained calls it
 # The quotient of the logits' root-mean-square errors, ours by stock's, is a random number: both models add up the same
 # roundings in another order. Its logarithm over 60 seeds of each of six configurations has the mean -0.02 and the
 # standard deviation 0.041 in float32 (0.89 to 1.13), -0.14 and 0.046 in bfloat16 (0.75 to 1.02). test_hf_numerics holds

@@ -193,7 +193,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Llama, Any]:
     model = decided(dataclasses.replace(TINY, tie_embeddings=True))
     path = tmp_path_factory.mktemp("weights") / "a"
     model.save_pretrained(path)
-    theirs = transformers.LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
+    from hf_pairs import DTYPE
+
+    theirs = transformers.LlamaForCausalLM.from_pretrained(path, **{DTYPE: torch.float32})
     theirs.generation_config.pad_token_id = 0
     theirs.generation_config.eos_token_id = None
     return model, theirs

@@ -80,6 +80,16 @@ def test_the_same_tokens_with_every_way_to_choose_them(options: dict[str, Any], 
     assert torch.equal(got, want)
 
 
+def test_assisted_decoding(pair: tuple[Any, Any]) -> None:
+    """With a patched assistant; by transformers' promise the tokens are those of the model alone."""
+    assistant = make(1, max_position_embeddings=128, num_hidden_layers=1).double().eval()
+    ids = tokens(batch=1)
+    want = _generate(pair[0], ids, torch.ones_like(ids))[0]
+    got = _generate(pair[1], ids, torch.ones_like(ids), assistant_model=patched(assistant))[0]
+    assert torch.equal(got, want)
+    assert ran(pair[1]) == "block"
+
+
 def test_a_cache_is_continued(pair: tuple[Any, Any]) -> None:
     ids = tokens(length=24)
     with torch.no_grad():

@@ -125,6 +125,16 @@ def test_a_device_map_keeps_working(how: str, runs: str, first: bool) -> None:
 
 
 @needs_accelerate
+def test_sharded_files_on_one_device(tmp_path: Path) -> None:
+    stock = make().eval()
+    stock.save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    ours = lf.hf.patch(transformers.AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu"))
+    torch.testing.assert_close(ours(tokens()).logits, stock(tokens()).logits, rtol=1e-4, atol=1e-5)
+    assert ran(ours) == "block"
+
+
+@needs_accelerate
 def test_from_pretrained_with_a_device_map(tmp_path: Path) -> None:
     stock = make().eval()
     stock.save_pretrained(tmp_path / "model")

@@ -182,6 +182,51 @@ def test_hidden_states_and_weights_are_given() -> None:
     assert ran(ours) == "block"
 
 
+def test_the_flattening_collator() -> None:
+    """One row of sequences, told apart by position_ids and by what flash attention takes: each as it is alone."""
+    stock = make().double()
+    ours = patched(stock)
+    rows = [row[:n] for row, n in zip(tokens(), (19, 4, 11), strict=True)]
+    collate = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    call = collate([{"input_ids": row.tolist()} for row in rows])
+    assert "cu_seq_lens_q" in call
+    found = ours(**call, use_cache=False)
+    assert ran(ours) == "block"
+    alone = torch.cat([stock(row[None]).logits for row in rows], dim=1)
+    torch.testing.assert_close(found.logits, alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.loss, stock(**call, use_cache=False).loss, rtol=1e-5, atol=1e-5)
+
+
+def test_exported() -> None:
+    ours = patched(make()).eval()
+    program = torch.export.export(ours, (tokens(),), {"use_cache": False}, strict=False)
+    torch.testing.assert_close(program.module()(tokens(), use_cache=False).logits, ours(tokens()).logits)
+
+
+def _kept_bytes(model: Any, **call: Any) -> int:
+    """What is held between forward and backward beside the parameters, by storage."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in parameters:
+            kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(tokens(), **call)
+    return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+def test_less_is_kept_for_the_backward(padded: bool, autocast: bool) -> None:
+    stock = make()
+    call = {"attention_mask": (torch.arange(19) < torch.tensor([[19], [11], [4]])).long()} if padded else {}
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        assert _kept_bytes(patched(stock), **call) < 0.6 * _kept_bytes(stock, **call)
+
+
 def test_frozen_and_half_frozen_models() -> None:
     stock = make().double()
     for trainable in ("mlp", "layers.1", "embed_tokens"):

@@ -119,7 +119,9 @@ def test_transformers_reads_and_writes_the_same_model(tmp_path: Path, kind: str)
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     model = Llama(CONFIGS[kind])
     model.save_pretrained(tmp_path / "ours", shards=2)
-    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    from hf_pairs import DTYPE
+
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "ours", **{DTYPE: torch.float32})
     tokens = torch.arange(2, 102).view(2, 50)
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens).logits, model(tokens), rtol=1e-4, atol=1e-5)

@@ -53,6 +53,8 @@ def write_gguf(
             writer.add_string(key, value)
         elif isinstance(value, float):
             writer.add_float32(key, value)
+        elif isinstance(value, list):
+            writer.add_array(key, value)
         elif value is not None:
             writer.add_uint32(key, value)
     source = ModelSource(model)
@@ -109,7 +111,9 @@ def test_types_and_what_transformers_reads(tmp_path: Path, kind: str, dtype: tor
         assert q.dtype == dtype, name
         assert (p - q).norm() < error * p.norm(), name
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, gguf_file="a.gguf", dtype=dtype)
+    from hf_pairs import DTYPE
+
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, gguf_file="a.gguf", **{DTYPE: dtype})
     for name, p in read.named_parameters():
         other = theirs.get_parameter(name if name.startswith("lm_head") else f"model.{name}")
         assert torch.equal(p, other), name
