@@ -32,11 +32,13 @@ from llama_fast.kernels.attention_launch import (
 from llama_fast.kernels.attention_tiles import (
     LN2,
     LOG2E,
+    add_product,
     aligned,
     head_descriptor,
     hide,
     keys_seen,
     load_tile,
+    product,
     running_weights,
     sequence_of,
     unit_of,
@@ -55,14 +57,14 @@ def _walk(
     """The key blocks from low to high, one after the other."""
     for n in tl.range(low, high, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
         k_tile = load_tile(k, b, g, n, S, k_stride_s, D, BLOCK_N, BLOCK_D, TMA, MASKED)
-        s = tl.dot(q, k_tile.T, input_precision=PRECISION)
+        s = product(q, k_tile.T, PRECISION)
         if MASKED:
             s = hide(s, i, n + tl.arange(0, BLOCK_N), S, window, CAUSAL, WINDOW)
         alpha, p, peak = running_weights(s, peak, scale, MASKED, EXACT)
         total = total * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
         v_tile = load_tile(v, b, g, n, S, v_stride_s, D, BLOCK_N, BLOCK_D, TMA, MASKED)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+        acc = add_product(acc, p.to(v_tile.dtype), v_tile, PRECISION)
     return acc, total, peak
 
 
@@ -287,14 +289,18 @@ def forward(
     return out, lse
 
 
+def rows_of(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Rows of a key/value head, in a sequence of mean length."""
+    sequences = max(1, cu_seqlens.numel() - 1 if cu_seqlens is not None else q.shape[0])
+    return q.shape[0] * q.shape[1] * (q.shape[2] // k.shape[2]) // sequences
+
+
 def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float, causal: bool, window: int
 ) -> tuple[Tensor, Tensor]:
     """q [B,T,H,D], k and v [B,S,G,D] -> out [B,T,H,D], lse [B,H,T] float32."""
     (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
-    ratio, packed = H // G, cu_seqlens is not None
-    sequences = max(1, cu_seqlens.numel() - 1 if cu_seqlens is not None else B)
-    rows = B * T * ratio // sequences  # of a key/value head, in a sequence of mean length
+    ratio, packed, rows = H // G, cu_seqlens is not None, rows_of(q, k, cu_seqlens)
     pack = ratio if rows <= PACKED_ROWS else 1
 
     def run(tiles: Tiles) -> tuple[Tensor, Tensor]:
@@ -337,7 +343,8 @@ def attention_bwd(
         def queries(tiles: Tiles) -> Tensor:
             return gradient_of_queries(dout, q, k, v, statistics, *rest, tiles)
 
-        sizes = (D, q.dtype, cu_seqlens is not None)
-        dq = queries(choose("attention_dq", sizes, device, tiles_of("dq", D, q.dtype, device), tuple, queries))
-        dk, dv = keys(choose("attention_dkdv", sizes, device, tiles_of("dkdv", D, q.dtype, device), tuple, keys))
+        few = rows_of(q, k, cu_seqlens) <= PACKED_ROWS
+        sizes = (D, q.dtype, few and q.dtype == torch.float32, cu_seqlens is not None)
+        dq = queries(choose("attention_dq", sizes, device, tiles_of("dq", D, q.dtype, device, few), tuple, queries))
+        dk, dv = keys(choose("attention_dkdv", sizes, device, tiles_of("dkdv", D, q.dtype, device, few), tuple, keys))
     return dq.neg_() if mirrored else dq, dk, dv

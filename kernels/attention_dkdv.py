@@ -12,7 +12,9 @@ import triton.language as tl
 
 from llama_fast.kernels.attention_launch import RUNTIME_SIZES
 from llama_fast.kernels.attention_tiles import (
+    add_product,
     load_tile,
+    product,
     queries_seeing,
     row_statistics,
     sees,
@@ -33,15 +35,9 @@ def _dkdv_walk(
     for m in tl.range(low, high, BLOCK_M, warp_specialize=WARP_SPECIALIZE):
         t = m + tl.arange(0, BLOCK_M)
         q_tile = load_tile(q, b, h, m, T, q_stride_t, D, BLOCK_M, BLOCK_D, TMA, True)
-        if SWAPPED:
-            s = tl.dot(k, q_tile.T, input_precision=PRECISION)
-        else:
-            s = tl.dot(q_tile, k.T, input_precision=PRECISION)
+        s = product(k, q_tile.T, PRECISION) if SWAPPED else product(q_tile, k.T, PRECISION)
         dout_tile = load_tile(dout, b, h, m, T, dout_stride_t, D, BLOCK_M, BLOCK_D, TMA, True)
-        if SWAPPED:
-            dp = tl.dot(v, dout_tile.T, input_precision=PRECISION)
-        else:
-            dp = tl.dot(dout_tile, v.T, input_precision=PRECISION)
+        dp = product(v, dout_tile.T, PRECISION) if SWAPPED else product(dout_tile, v.T, PRECISION)
         peak, inverse, delta = row_statistics(peak_ptr, inverse_ptr, delta_ptr, t, T, EXACT)
         along: tl.constexpr = 0 if SWAPPED else 1  # the dimension of the keys
         delta = tl.expand_dims(delta, along)
@@ -50,9 +46,9 @@ def _dkdv_walk(
             i = tl.expand_dims(t + shift, along)
             p = tl.where(sees(i, tl.expand_dims(j, 1 - along), S, window, CAUSAL, WINDOW), p, 0.0)
         rounded = p.to(k.dtype)
-        dv = tl.dot(rounded if SWAPPED else tl.trans(rounded), dout_tile, dv, input_precision=PRECISION)
+        dv = add_product(dv, rounded if SWAPPED else tl.trans(rounded), dout_tile, PRECISION)
         ds = (p * (dp - delta)).to(k.dtype)
-        dk = tl.dot(ds if SWAPPED else tl.trans(ds), q_tile, dk, input_precision=PRECISION)
+        dk = add_product(dk, ds if SWAPPED else tl.trans(ds), q_tile, PRECISION)
     return dk, dv
 
 

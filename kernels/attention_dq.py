@@ -10,9 +10,11 @@ import triton.language as tl
 
 from llama_fast.kernels.attention_launch import RUNTIME_SIZES
 from llama_fast.kernels.attention_tiles import (
+    add_product,
     hide,
     keys_seen,
     load_tile,
+    product,
     row_statistics,
     running_weights,
     sees,
@@ -31,9 +33,9 @@ def _statistics_walk(
     """The key blocks from low to high: largest product, sum of the weights relative to it, the same sum times dp."""
     for n in range(low, high, BLOCK_N):
         k_tile = load_tile(k, b, g, n, S, k_stride_s, D, BLOCK_N, BLOCK_D, TMA, MASKED)
-        s = tl.dot(q, k_tile.T, input_precision=PRECISION)
+        s = product(q, k_tile.T, PRECISION)
         v_tile = load_tile(v, b, g, n, S, v_stride_s, D, BLOCK_N, BLOCK_D, TMA, MASKED)
-        dp = tl.dot(dout, v_tile.T, input_precision=PRECISION)
+        dp = product(dout, v_tile.T, PRECISION)
         if MASKED:
             s = hide(s, i, n + tl.arange(0, BLOCK_N), S, window, CAUSAL, WINDOW)
         alpha, p, peak = running_weights(s, peak, scale, MASKED, True)
@@ -52,15 +54,15 @@ def _dq_walk(
     """The key blocks from low to high."""
     for n in tl.range(low, high, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
         k_tile = load_tile(k, b, g, n, S, k_stride_s, D, BLOCK_N, BLOCK_D, TMA, MASKED)
-        s = tl.dot(q, k_tile.T, input_precision=PRECISION)
+        s = product(q, k_tile.T, PRECISION)
         v_tile = load_tile(v, b, g, n, S, v_stride_s, D, BLOCK_N, BLOCK_D, TMA, MASKED)
-        dp = tl.dot(dout, v_tile.T, input_precision=PRECISION)
+        dp = product(dout, v_tile.T, PRECISION)
         p = weights(s, peak[:, None], inverse[:, None], scale, EXACT)
         if MASKED:
             j = n + tl.arange(0, BLOCK_N)
             p = tl.where(sees(i[:, None], j[None, :], S, window, CAUSAL, WINDOW), p, 0.0)
         ds = p * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
+        dq = add_product(dq, ds.to(k_tile.dtype), k_tile, PRECISION)
     return dq
 
 

@@ -30,7 +30,7 @@ class Tiles:
         warp_specialize: Triton gives loads and products warps of their own (sm_100; on sm_90 its pass fails).
         swapped: dk and dv in half precision: scores stand keys by queries, and go on from registers; else queries by
             keys, and go on through shared memory, but lse and delta are two registers a thread and not a row of them.
-        precision: how float32 is multiplied: "ieee", "tf32x3", "bf16x6"; of no effect in half precision.
+        precision: how float32 is multiplied: "ieee", "tf32x3", "bf16x6", "float64"; of no effect in half precision.
     """
 
     block_m: int
@@ -93,33 +93,49 @@ def _float32(block_m: int, block_n: int, num_warps: int, precision: str = "bf16x
 
 # Six bfloat16 products: as exact as float32's on an H200 (0.2 to 0.6 of the budget; three tf32 products up to 1.1), and
 # faster: TFLOP/s beside each, at 1 x 4096 tokens; tf32x3 20 to 44, plain multiply-adds 10. At D 256 their operands
-# overflow the registers; plain multiply-adds fit, 5 to 7. Both kernels of the backward must multiply by the same
-# instruction, so that their products are equal bit for bit: 32 queries, too few for a warp group's. dq 64 x 32: 47, 38.
+# overflow the registers; plain multiply-adds fit, 5 to 7, but in a chain of 256 they miss the budget forward. Both
+# kernels of the backward must multiply by the same instruction, so that their products are equal bit for bit: 32
+# queries, too few for a warp group's. dq 64 x 32: 47, 38.
 _FLOAT32 = {
-    "fwd": (_float32(64, 64, 4), _float32(64, 32, 4), _float32(32, 16, 8, "ieee")),  # 55, 46, 6
+    "fwd": (_float32(64, 64, 4), _float32(64, 32, 4), _float32(32, 32, 8, "float64")),  # 55, 46; "ieee" 6
     "dkdv": (_float32(32, 64, 4), _float32(32, 32, 4), _float32(16, 32, 8, "ieee")),  # 48, 35, 7
     "dq": (_float32(32, 64, 4), _float32(32, 32, 4), _float32(32, 16, 8, "ieee")),
 }
 
 
-def tiles_of(kernel: str, D: int, dtype: torch.dtype, device: torch.device) -> Tiles:
-    """Launch parameters of "fwd", "dkdv" or "dq"."""
+_FLOAT32_SMALL = {  # more than 64 columns in 99 KiB of shared memory, on cards with few float64 units: not measured
+    "fwd": _float32(32, 16, 8, "ieee"),
+    "dkdv": _float32(16, 32, 8, "ieee"),
+    "dq": _float32(32, 16, 8, "ieee"),
+}
+
+
+def tiles_of(kernel: str, D: int, dtype: torch.dtype, device: torch.device, few: bool = False) -> Tiles:
+    """Launch parameters of "fwd", "dkdv" or "dq"; `few`: of at most PACKED_ROWS rows, which counts in float32."""
+    if few and dtype == torch.float32:
+        return few_rows_gradient_tiles(D)
     place = device_class(device)
     column = 0 if D <= 64 else 1 if D <= 128 else 2
     table = {"sm_90": _SM_90, "cpu": _SM_90, "sm_100": _SM_100, "sm_103": _SM_100}.get(place)
     if table is None:
         table = _SM_80 if place.startswith("sm_") else _OTHER
     if dtype == torch.float32 and place.startswith(("sm_", "cpu")):
-        large = table is not _SM_80 or place == "sm_80"  # more than 99 KiB of shared memory
-        return _FLOAT32[kernel][column if large or column == 0 else 2]
+        if table is _SM_80 and place != "sm_80" and column:
+            return _FLOAT32_SMALL[kernel]
+        return _FLOAT32[kernel][column]
     return table[kernel][column]
+
+
+def few_rows_gradient_tiles(D: int) -> Tiles:
+    """Backward in float32 of as few rows: the same, in both kernels."""
+    return Tiles(16, 32 if D <= 128 else 16, 4, 2, precision="float64")
 
 
 def few_rows_tiles(rows: int, D: int, dtype: torch.dtype) -> Tiles:
     """Forward of at most PACKED_ROWS rows of a key/value head (a decode): bound by reading the keys."""
     block_m = max(16, triton.next_power_of_2(rows))
-    if dtype == torch.float32:
-        return Tiles(min(block_m, 32), 32 if D <= 128 else 16, 4, 2, precision="bf16x6" if D <= 128 else "ieee")
+    if dtype == torch.float32:  # eager PyTorch adds the products of a few rows in trees, far more exactly than a chain
+        return Tiles(min(block_m, 32 if D <= 128 else 16), 32 if D <= 128 else 16, 4, 2, precision="float64")
     # H200, B8 H32 G8 S8192 D128 as a CUDA graph: 3813 GB/s of 4200; 64 keys 3784, 128 3747, 256 3395
     return Tiles(block_m, 32, 2 if D <= 128 and block_m == 16 else 4, 4 if D <= 128 else 2)
 
@@ -142,8 +158,8 @@ def wave_of(heads: int, keys: int, head_bytes: int) -> int:
 
 @functools.cache
 def constants_of(tiles: Tiles, block_d: int, packed: bool) -> tuple[Any, ...]:
-    """The last compile-time arguments of every kernel, from PRECISION on; the interpreter knows float32's only."""
-    precision = "ieee" if INTERPRETED else tiles.precision
+    """The last compile-time arguments of every kernel, from PRECISION on; the interpreter knows no sums of products."""
+    precision = "ieee" if INTERPRETED and tiles.precision != "float64" else tiles.precision
     tma = tiles.tma and not packed
     return precision, tiles.block_m, tiles.block_n, block_d, tma, tiles.warp_specialize and tma
 

@@ -142,6 +142,26 @@ def load_tile(
 
 
 @triton.jit
+def product(a, b, PRECISION: tl.constexpr):
+    """a b; PRECISION "float64": summed in float64 and rounded once, so that no order of the sum changes it."""
+    if PRECISION == "float64":
+        result = tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
+    else:
+        result = tl.dot(a, b, input_precision=PRECISION)
+    return result
+
+
+@triton.jit
+def add_product(acc, a, b, PRECISION: tl.constexpr):
+    """acc + a b."""
+    if PRECISION == "float64":
+        acc += product(a, b, PRECISION)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def power(x, EXACT: tl.constexpr):
     """2^x; EXACT: e^x, the multiple of log 2 taken out first, so that the error does not grow with x; 0 at -inf."""
     if EXACT:
