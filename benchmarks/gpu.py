@@ -57,7 +57,7 @@ from benchmarks.harness import first_line
 from llama_fast.ops.table import OPS
 from llama_fast.verify import VENDORS, Case, expect, measure
 
-LIMITS = {"test": 130.0, "bench": 120.0, "sanitize": 60.0, "tune": 120.0}
+LIMITS = {"test": 130.0, "bench": 120.0, "sanitize": 45.0, "tune": 120.0}
 
 
 # ---- correctness ----------------------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ def command_sanitize(args: argparse.Namespace) -> int:
         (Path(folder) / "todo0").write_text(json.dumps(todo))
         environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         running = {}
-        for tool in ("memcheck", "racecheck"):
+        for tool in ("memcheck", "racecheck", "synccheck"):
             log = Path(folder) / f"{tool}.log"
             command = [program, "--tool", tool, "--log-file", str(log), "--error-exitcode", "9"]
             worker = worker_command(args, Path(folder), 0)

@@ -146,7 +146,7 @@ def test_tune(tmp_path: Path) -> None:
     assert sum("(heuristic)" in r["parameters"] for r in result["rows"]) == 2
 
 
-def test_sanitize_runs_its_worker_under_both_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sanitize_runs_its_worker_under_each_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a program that takes the tool's flags, writes its log and runs the rest."""
     program = tmp_path / "compute-sanitizer"
     program.write_text(
@@ -156,8 +156,8 @@ def test_sanitize_runs_its_worker_under_both_tools(tmp_path: Path, monkeypatch: 
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     result, text = dry(tmp_path, "sanitize", "--ops", "swiglu")
-    assert sorted((tmp_path / "tools").read_text().split()) == ["memcheck", "racecheck"]
-    assert [(r["status"], r["ran"], len(r["summary"])) for r in result["rows"]] == [("0", ["swiglu triton"], 1)] * 2
+    assert sorted((tmp_path / "tools").read_text().split()) == ["memcheck", "racecheck", "synccheck"]
+    assert [(r["status"], r["ran"], len(r["summary"])) for r in result["rows"]] == [("0", ["swiglu triton"], 1)] * 3
     assert "0 errors" in text
 
 
