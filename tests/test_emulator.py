@@ -133,3 +133,85 @@ def test_a_bug_planted_in_the_sm90_kernel_is_caught(bug: str) -> None:
     before, after, expected = HOPPER_BUGS[bug]
     emulated.configure()
     assert re.search(expected, _product("hopper", "gemm", torch.bfloat16, 100, 136, 200, (before, after)))
+
+
+def _chain(planted: object = None) -> str:
+    """Runs blocks that add to each other's sums in turn; "" or the fault's report, or what is wrong with the sums."""
+    x, doubled, total = torch.randn(6, 64), torch.full((6, 64), torch.nan), torch.zeros(64)
+    turn = torch.zeros(1, dtype=torch.int32)
+    report = emulated.run(emulated.load("ordered", planted), "chain", x, doubled, total, turn, 6)
+    return report or ("" if torch.allclose(total, (2 * x).sum(0).flip(0)) else "wrong result")
+
+
+def _bulk(planted: object = None) -> str:
+    x, y, z = torch.randn(6, 64), torch.full((6, 64), torch.nan), torch.full((6,), torch.nan)
+    report = emulated.run(emulated.load("ordered", planted), "bulk", x, y, z, 6)
+    return report or ("" if torch.equal(x, y) and torch.equal(z, x[:, 63]) else "wrong result")
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_blocks_that_meet_in_global_memory(seed: int) -> None:
+    emulated.configure(seed=seed)
+    assert _chain() == ""
+    assert _bulk() == ""
+
+
+CHAIN_BUGS = {
+    "no barrier within a block": ("__syncthreads();  // the row is there", "", "of doubled, which"),
+    "no wait for the block before": ("while (ptx::ld_acquire_gpu(turn) != b) ptx::nanosleep(100);", ";", "of total"),
+    "no barrier behind the wait": ("__syncthreads();  // the blocks before have added", "", "of total, which"),
+    "no barrier before the release": ("__syncthreads();  // this one has", "", "of total, which"),
+    "an atomic without release": ("ptx::red_release_gpu_add(turn, 1)", "atomicAdd(turn, 1)", "of total, which"),
+    "two blocks in one row": ("doubled[b * kColumns + c] =", "doubled[c] =", "st.global writes .* of doubled, which"),
+    "a counter that is read plainly": ("ptx::ld_acquire_gpu(turn) != b", "turn[0] != b", "ld.global reads .* of turn"),
+    "a promise of constant memory that is broken": (
+        "const float mine = doubled[b * kColumns + kColumns - 1 - c];",
+        "const float mine = bit_cast<float>(ptx::ld_global_nc_v4(doubled + b * kColumns).x);",
+        "written by no thread of a kernel",
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", CHAIN_BUGS)
+def test_a_race_planted_in_global_memory_is_caught(bug: str) -> None:
+    before, after, expected = CHAIN_BUGS[bug]
+    emulated.configure()
+    found = _chain((before, after))
+    assert re.search(f"race: .*{expected}", found), found
+
+
+def test_a_bulk_store_read_before_it_is_complete_is_caught() -> None:
+    emulated.configure()
+    found = _bulk(("ptx::bulk_wait_group<0>()", "ptx::bulk_wait_group_read<0>()"))
+    assert re.search(r"race: ld.global reads .* of y, which an asynchronous operation of block \d+ wrote", found), found
+
+
+def _registers(planted: object = None) -> str:
+    done = torch.zeros(384, dtype=torch.int32)
+    report = emulated.run(emulated.load("registers", planted), "registers", done)
+    return report or ("" if bool(done.all()) else "wrong result")
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_registers_are_handed_on(seed: int) -> None:
+    emulated.configure(seed=seed)
+    assert _registers() == ""
+
+
+@pytest.mark.parametrize(
+    ("bug", "expected"),
+    [
+        (("dec<24>", "dec<40>"), "deadlock: .*setmaxnreg.inc, for registers that others have"),
+        (("inc<240>", "inc<248>"), "deadlock: .*setmaxnreg.inc, for registers that others have"),
+        (("inc<240>", "inc<236>"), "setmaxnreg.inc: 236 registers, not a multiple of 8"),
+        (("dec<24>", "dec<16>"), r"setmaxnreg.dec: 16 registers, not a multiple of 8 in 24\.\.256"),
+        (("dec<24>", "dec<176>"), "setmaxnreg.dec: to 176 registers a thread from 168"),
+        (("inc<240>", "inc<160>"), "setmaxnreg.inc: to 160 registers a thread from 168"),
+        (("< 128", "< 96"), "in another warp of the warpgroup"),
+    ],
+    ids=lambda x: " to ".join(x) if isinstance(x, tuple) else "",
+)
+def test_registers_that_do_not_fit_are_caught(bug: tuple[str, str], expected: str) -> None:
+    emulated.configure()
+    found = _registers(bug)
+    assert re.search(expected, found), found

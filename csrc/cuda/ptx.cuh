@@ -166,7 +166,7 @@ LLAMA_FAST_DEVICE void cp_async_wait_group() {
 // "ld.global.nc", sm_70 for the hint. 16 bytes that no thread writes during the kernel; aligned to 16.
 LLAMA_FAST_DEVICE uint4 ld_global_nc_v4(GlobalAddress address) {
 #ifdef LLAMA_FAST_EMULATE
-  return emulator::GlobalSpace::load<uint4>(address.value);
+  return emulator::GlobalSpace::load<uint4>(address.value, "ld.global.nc", emulator::Use::constant);
 #else
   uint4 d;
   asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -178,7 +178,7 @@ LLAMA_FAST_DEVICE uint4 ld_global_nc_v4(GlobalAddress address) {
 // The same, for data read once: leaves no line in L1.
 LLAMA_FAST_DEVICE uint4 ld_global_nc_no_allocate_v4(GlobalAddress address) {
 #ifdef LLAMA_FAST_EMULATE
-  return emulator::GlobalSpace::load<uint4>(address.value);
+  return emulator::GlobalSpace::load<uint4>(address.value, "ld.global.nc", emulator::Use::constant);
 #else
   uint4 d;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -279,6 +279,7 @@ LLAMA_FAST_DEVICE int ld_acquire_gpu(Global<const int> address) {
 // "red.release" of device scope, sm_70. What this thread wrote before is seen by whoever acquires the sum.
 LLAMA_FAST_DEVICE void red_release_gpu_add(Global<int> address, int b) {
 #ifdef LLAMA_FAST_EMULATE
+  emulator::global_release(address.address());
   atomicAdd(address, b);
 #else
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(address), "r"(b) : "memory");

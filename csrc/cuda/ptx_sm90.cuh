@@ -235,7 +235,7 @@ LLAMA_FAST_DEVICE void bulk_wait_group_read() {
 template <int kCount>
 LLAMA_FAST_DEVICE void setmaxnreg_inc() {
 #ifdef LLAMA_FAST_EMULATE
-  emulator::set_max_registers(kCount);
+  emulator::set_max_registers(kCount, true);
 #else
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 #endif
@@ -243,7 +243,7 @@ LLAMA_FAST_DEVICE void setmaxnreg_inc() {
 template <int kCount>
 LLAMA_FAST_DEVICE void setmaxnreg_dec() {
 #ifdef LLAMA_FAST_EMULATE
-  emulator::set_max_registers(kCount);
+  emulator::set_max_registers(kCount, false);
 #else
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
 #endif

@@ -76,7 +76,6 @@ class AsyncUnits {
     std::deque<Product> products;  // in order of issue; the done ones at the front go away
     std::map<size_t, Accumulator> accumulators;
     size_t next_accumulator = 0;
-    int registers = 0;
     int agent = -1;                     // of the race checker: the first of one a warp
     std::vector<Clock> clock_of_group;  // of the last product of each group
   };
@@ -88,6 +87,12 @@ class AsyncUnits {
     int sleeps = 0;                                        // nanosleep
     std::map<const float*, std::vector<float>> registers;  // accumulators as they were at the last fence or wait
   };
+  struct Registers {
+    int count = 0;           // a thread's
+    std::vector<int> asked;  // by each setmaxnreg
+  };
+  std::array<Registers, kMaxWarps> registers;  // by warp
+  std::vector<int> waiting_for_registers;
   int idle = 0;                   // nanosleeps since a thread of the block did something else
   int64_t switches_at_sleep = 0;  // Block::count_switches, at the last nanosleep
 
@@ -100,6 +105,7 @@ class AsyncUnits {
   void issue(Copy& copy);
   void issue(int warpgroup);
   void check_registers(int warpgroup, bool fresh);
+  int free_registers() const;  // of those that the block was launched with
   void check_operand(int warpgroup, Clock clock, uint64_t matrix, int size, bool mn_major, const char* op);
 
   Block& block_;

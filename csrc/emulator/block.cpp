@@ -11,6 +11,7 @@
 #include <thread>
 
 #include "async.h"
+#include "global_race.h"
 #include "ptx_run.h"
 
 namespace llama_fast::emulator {
@@ -379,6 +380,9 @@ void launch_grid(const char* op, dim3 grid, dim3 shape, size_t dynamic_shared, c
 
   const int64_t total = int64_t{grid.x} * grid.y * grid.z;
   const Options how = options();
+  static std::mutex one_at_a_time;  // the clocks of global memory are a launch's
+  const std::lock_guard<std::mutex> alone(one_at_a_time);
+  global_races().reset();
   std::atomic<int64_t> next{0};
   std::mutex mutex;
   std::string report;

@@ -23,7 +23,7 @@ constexpr size_t kMaxShared = 227 << 10;  // of an H100; what an sm_80 kernel ma
 // What a kernel is run under. One value for the process: tests set it between launches.
 struct Options {
   uint64_t seed = 0;         // 0: threads run in order; else: a permutation of the schedule for each
-  bool race_check = true;    // of shared memory
+  bool race_check = true;    // of shared and global memory
   int workers = 2;           // OS threads, each with a block of its own at a time
   bool proxy_fences = true;  // the checks of fence.proxy.async and fence.mbarrier_init
 };
@@ -71,6 +71,9 @@ class Block {
   dim3 grid() const { return grid_; }
   dim3 shape() const { return shape_; }
   int thread_count() const { return thread_count_; }
+  int64_t number() const {  // of the block in its grid
+    return (int64_t{index_.z} * grid_.y + index_.y) * grid_.x + index_.x;
+  }
 
   // Ends the block with a report that names the thread. Does not return.
   [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 2, 3)));

@@ -81,13 +81,11 @@ inline int __all_sync(unsigned mask, int predicate) {
   return llama_fast::emulator::ballot("__all_sync", mask, predicate == 0) == 0;
 }
 
-inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-
 namespace llama_fast::emulator {
 
 template <class T, class F>
 T atomic_update(Global<T> p, const char* op, F&& f) {
-  T* target = static_cast<T*>(global_at(p.address(), sizeof(T), alignof(T), op));
+  T* target = static_cast<T*>(global_at(p.address(), sizeof(T), alignof(T), op, Use::atomic));
   T old, next;
   __atomic_load(target, &old, __ATOMIC_SEQ_CST);
   do next = f(old);
@@ -96,7 +94,10 @@ T atomic_update(Global<T> p, const char* op, F&& f) {
 }
 
 inline int load_acquire(Global<const int> p) {
-  return __atomic_load_n(static_cast<const int*>(global_at(p.address(), 4, 4, "ld.acquire")), __ATOMIC_SEQ_CST);
+  const void* at = global_at(p.address(), 4, 4, "ld.acquire", Use::atomic);
+  const int value = __atomic_load_n(static_cast<const int*>(at), __ATOMIC_SEQ_CST);
+  global_acquire(p.address());
+  return value;
 }
 
 // Gives way to the other threads of the block. Fails after so many calls of a thread that it must be waiting for ever.

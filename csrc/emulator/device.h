@@ -34,8 +34,15 @@ uint32_t static_shared(const void* key, size_t bytes, size_t alignment);
 // Check bounds, alignment and races, and give the bytes.
 const void* shared_read(uint32_t address, uint32_t bytes, const char* op);
 void* shared_write(uint32_t address, uint32_t bytes, const char* op);
-// Checks bounds and alignment, and gives the true address.
-void* global_at(uint64_t address, size_t bytes, size_t alignment, const char* op);
+// What an access to global memory is to the race checker: `none` is seen when it is issued; a `constant` is promised
+// not to be written by the kernel (ld.global.nc).
+enum class Use : uint8_t { none, read, constant, write, atomic };
+// Checks bounds, alignment and races, and gives the true address.
+void* global_at(uint64_t address, size_t bytes, size_t alignment, const char* op, Use use);
+// What the thread has seen and done lies behind whoever acquires the variable, and what was released to it behind the
+// thread.
+void global_release(uint64_t address);
+void global_acquire(uint64_t address);
 
 // A kernel's arguments, one after the other as they are laid out for the device.
 struct Parameter {

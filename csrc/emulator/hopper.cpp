@@ -15,6 +15,9 @@ constexpr int kGroup = 128;               // threads of a warpgroup
 constexpr uint32_t kPoison = 0xFFFFFFFF;  // a NaN
 constexpr int kTransactionLimit = (1 << 20) - 1;
 
+// Of a thread, in a block that has a multiprocessor to itself.
+int launch_registers(int threads) { return std::min(65536 / threads / 8 * 8, 256); }
+
 AsyncUnits& units() { return block().async(); }
 Thread& self() { return block().self(); }
 AsyncUnits::PerThread& mine() { return units().threads[self().id]; }
@@ -32,6 +35,8 @@ void AsyncUnits::reset() {
   copies.clear();
   for (Warpgroup& g : warpgroups) g = Warpgroup{};
   threads.assign(static_cast<size_t>(block_.thread_count()), PerThread{});
+  registers.fill({launch_registers(block_.thread_count()), {}});
+  waiting_for_registers.clear();
 }
 
 // ---- mbarrier -------------------------------------------------------------------------------------------------------
@@ -154,7 +159,7 @@ void bulk_load(uint32_t destination, GlobalAddress source, uint32_t bytes, uint3
   Block& b = block();
   if (bytes % 16 != 0) b.fail("cp.async.bulk: %u bytes are not a multiple of 16", bytes);
   units().mbarrier(mbarrier, "cp.async.bulk", true);
-  global_at(source.value, bytes, 16, "cp.async.bulk");
+  global_at(source.value, bytes, 16, "cp.async.bulk", Use::none);
   std::memset(b.shared_bytes(destination, bytes, 16, "cp.async.bulk"), 0xFF, bytes);
   AsyncUnits::Copy c;
   c.kind = AsyncUnits::Copy::load;
@@ -168,7 +173,7 @@ void bulk_load(uint32_t destination, GlobalAddress source, uint32_t bytes, uint3
 void bulk_store(GlobalAddress destination, uint32_t source, uint32_t bytes, bool add_f32) {
   Block& b = block();
   if (bytes % 16 != 0) b.fail("cp.async.bulk: %u bytes are not a multiple of 16", bytes);
-  global_at(destination.value, bytes, 16, "cp.async.bulk");
+  global_at(destination.value, bytes, 16, "cp.async.bulk", Use::none);
   b.shared_bytes(source, bytes, 16, "cp.async.bulk");
   AsyncUnits::Copy c;
   c.kind = add_f32 ? AsyncUnits::Copy::add : AsyncUnits::Copy::store;
@@ -178,6 +183,30 @@ void bulk_store(GlobalAddress destination, uint32_t source, uint32_t bytes, bool
   units().issue(c);
 }
 
+namespace {
+
+// Calls f(address, bytes) for the parts of a copy's global memory that lie in one piece.
+template <class F>
+void each_row(const AsyncUnits::Copy& copy, F&& f) {
+  if (!copy.tensor) return f(copy.global, size_t{copy.bytes});
+  const TensorMap& map = copy.map;
+  const int64_t first = std::max(copy.at[0], 0), last = std::min<int64_t>(copy.at[0] + map.box[0], map.size[0]);
+  int rows = 1;
+  for (int d = 1; d < map.rank; ++d) rows *= map.box[d];
+  for (int row = 0; row < rows && first < last; ++row) {
+    bool inside = true;
+    uint64_t at = map.base + static_cast<uint64_t>(first * map.stride[0]);
+    for (int d = 1, rest = row; d < map.rank; rest /= map.box[d], ++d) {
+      const int64_t x = int64_t{copy.at[d]} + rest % map.box[d];
+      inside = inside && x >= 0 && x < map.size[d];
+      at += static_cast<uint64_t>(x * map.stride[d]);
+    }
+    if (inside) f(at, static_cast<size_t>((last - first) * map.element_bytes));
+  }
+}
+
+}  // namespace
+
 void AsyncUnits::issue(Copy& copy) {
   copy.thread = block_.self().id;
   PerThread& t = threads[copy.thread];
@@ -186,8 +215,15 @@ void AsyncUnits::issue(Copy& copy) {
     copy.clock = r->tick();
     if (copy.kind == Copy::load) {
       r->agent_write(copy.thread, mbarriers[copy.mbarrier].agent, copy.clock, copy.shared, copy.bytes, copy.name());
+      each_row(copy, [&](uint64_t at, size_t bytes) {
+        check_global(at, bytes, copy.thread, copy.thread, r->stamp(copy.thread), Use::read, copy.name());
+      });
     } else {
-      if (t.bulk_agent < 0) t.bulk_agent = r->new_agents(1);
+      if (t.bulk_agent < 0) t.bulk_agent = r->new_agents(2);  // reads of shared memory, writes to global memory
+      each_row(copy, [&](uint64_t at, size_t bytes) {
+        const Use use = copy.kind == Copy::add ? Use::atomic : Use::write;
+        check_global(at, bytes, copy.thread, block_.thread_count() + t.bulk_agent + 1, copy.clock, use, copy.name());
+      });
       t.bulk_clocks.resize(static_cast<size_t>(copy.group) + 1);
       t.bulk_clocks[copy.group] = copy.clock;
       r->agent_read(&copy.thread, 1, t.bulk_agent, 1, copy.clock, copy.shared, copy.bytes, copy.name());
@@ -226,7 +262,7 @@ void AsyncUnits::perform(const Copy& copy) {
   const char* op = copy.name();
   char* shared = block_.shared_bytes(0, 0, 1, op);
   if (!copy.tensor) {
-    char* global = static_cast<char*>(global_at(copy.global, copy.bytes, 16, op));
+    char* global = static_cast<char*>(global_at(copy.global, copy.bytes, 16, op, Use::none));
     if (copy.kind == Copy::load) std::memcpy(shared + copy.shared, global, copy.bytes);
     if (copy.kind == Copy::store) std::memcpy(global, shared + copy.shared, copy.bytes);
     if (copy.kind == Copy::add) add_floats(global, shared + copy.shared, copy.bytes);
@@ -245,7 +281,7 @@ void AsyncUnits::perform(const Copy& copy) {
       char* element = shared + swizzled(map.swizzle, at);
       if (copy.kind == Copy::load && !inside) std::memset(element, 0, width);
       if (inside) {
-        char* outer = static_cast<char*>(global_at(global, width, width, op));
+        char* outer = static_cast<char*>(global_at(global, width, width, op, Use::none));
         std::memcpy(copy.kind == Copy::load ? element : outer, copy.kind == Copy::load ? outer : element, width);
       }
       for (int d = 0; d < map.rank && ++i[d] == map.box[d]; ++d) i[d] = 0;
@@ -261,7 +297,7 @@ void AsyncUnits::perform(const Copy& copy) {
 
 void bulk_commit_group() { ++mine().bulk_committed; }
 
-void bulk_wait_group(int pending, bool) {
+void bulk_wait_group(int pending, bool reads_alone) {
   AsyncUnits& u = units();
   const int id = self().id, through = mine().bulk_committed - pending;
   for (size_t i = 0; i < u.copies.size();) {
@@ -275,7 +311,8 @@ void bulk_wait_group(int pending, bool) {
   }
   if (Races* r = block().races())
     for (size_t group = 0; group < mine().bulk_clocks.size() && static_cast<int>(group) < through; ++group)
-      r->learn(id, mine().bulk_agent, mine().bulk_clocks[group]);
+      for (int agent = 0; agent < (reads_alone ? 1 : 2); ++agent)
+        r->learn(id, mine().bulk_agent + agent, mine().bulk_clocks[group]);
 }
 
 void AsyncUnits::thread_exits(const Thread& t) {
@@ -516,17 +553,42 @@ void wgmma_use(const float* d) {
 }
 
 // ---- the rest -------------------------------------------------------------------------------------------------------
-void set_max_registers(int count) {
-  if (count % 8 != 0 || count < 24 || count > 256) block().fail("setmaxnreg: %d registers", count);
+// A block has the registers that it was launched with: those of the bounds (threads, 1), for which ptxas compiles a
+// kernel with setmaxnreg. The warps of a warpgroup ask for the same.
+void set_max_registers(int count, bool increase) {
+  Block& b = block();
   AsyncUnits& u = units();
-  u.warpgroups[self().id / kGroup].registers = count;
-  const int groups = (block().thread_count() + kGroup - 1) / kGroup;
-  int sum = 0;
-  for (int g = 0; g < groups; ++g) {
-    if (u.warpgroups[g].registers == 0) return;
-    sum += u.warpgroups[g].registers;
+  const char* op = increase ? "setmaxnreg.inc" : "setmaxnreg.dec";
+  if (count % 8 != 0 || count < 24 || count > 256)
+    b.fail("%s: %d registers, not a multiple of 8 in 24..256", op, count);
+  if (self().lane == 0) {
+    constexpr int kGroupWarps = kGroup / kWarp;
+    AsyncUnits::Registers& mine = u.registers[self().warp];
+    if (increase ? count < mine.count : count > mine.count)
+      b.fail("%s: to %d registers a thread from %d", op, count, mine.count);
+    for (int w = self().warp / kGroupWarps * kGroupWarps, end = w + kGroupWarps; w < end; ++w) {
+      const std::vector<int>& other = u.registers[w].asked;
+      if (other.size() > mine.asked.size() && other[mine.asked.size()] != count)
+        b.fail("%s: %d registers, %d in another warp of the warpgroup", op, count, other[mine.asked.size()]);
+    }
+    mine.asked.push_back(count);
+    while (count - mine.count > u.free_registers()) {
+      u.waiting_for_registers.push_back(self().id);
+      b.wait("setmaxnreg.inc, for registers that others have", count);
+    }
+    mine.count = count;
+    for (int id : u.waiting_for_registers) b.make_ready(id);
+    u.waiting_for_registers.clear();
   }
-  if (sum * kGroup > 65536) block().fail("setmaxnreg: the warpgroups ask for %d registers of 65536", sum * kGroup);
+  bool here = true;
+  b.collective(op, ~0u, &here, [](void* const*) {});
+}
+
+int AsyncUnits::free_registers() const {
+  const int warps = (block_.thread_count() + kWarp - 1) / kWarp;
+  int free = warps * launch_registers(block_.thread_count());
+  for (int w = 0; w < warps; ++w) free -= registers[w].count;
+  return free;
 }
 
 bool elect_sync(uint32_t mask) {

@@ -49,7 +49,7 @@ void wgmma_commit_group();
 void wgmma_wait_group(int pending);
 void wgmma_use(const float* d);
 
-void set_max_registers(int count);
+void set_max_registers(int count, bool increase);
 bool elect_sync(uint32_t mask);
 
 }  // namespace llama_fast::emulator

@@ -116,7 +116,8 @@ void cp_async_16(uint32_t destination, GlobalAddress source, uint32_t source_byt
   Thread& me = blk.self();
   if (source_bytes > 16) blk.fail("cp.async: %u of 16 bytes", source_bytes);
   Thread::Copy copy{destination, me.groups_committed, {}};
-  if (source_bytes > 0) std::memcpy(copy.data, global_at(source.value, source_bytes, 16, "cp.async"), source_bytes);
+  if (source_bytes > 0)
+    std::memcpy(copy.data, global_at(source.value, source_bytes, 16, "cp.async", Use::read), source_bytes);
   std::memset(blk.shared_bytes(destination, 16, 16, "cp.async"), 0xFF, 16);  // NaN until waited for
   if (Races* r = blk.races()) r->begin_copy(me.id, destination, 16, "cp.async");
   me.copies.push_back(copy);

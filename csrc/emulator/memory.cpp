@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "block.h"
+#include "global_race.h"
 
 namespace llama_fast::emulator {
 namespace {
@@ -58,7 +59,7 @@ void unmap_global(const void* mapped) {
   t.free.push_back(number);
 }
 
-void* global_at(uint64_t address, size_t bytes, size_t alignment, const char* op) {
+void* global_at(uint64_t address, size_t bytes, size_t alignment, const char* op, Use use) {
   const uint64_t number = address >> kTagShift, at = address & kAddressMask;
   Table& t = table();
   if (number == 0 || number >= t.ranges.size() || t.ranges[number].end == 0)
@@ -70,7 +71,38 @@ void* global_at(uint64_t address, size_t bytes, size_t alignment, const char* op
   if (at % alignment != 0)
     block().fail("%s: offset %lld of %s is not aligned to %zu bytes", op, static_cast<long long>(at - r.begin),
                  r.label.c_str(), alignment);
+  Block& b = block();
+  Races* races = b.races();
+  if (use != Use::none && races != nullptr)
+    check_global(address, bytes, b.self().id, b.self().id, races->stamp(b.self().id), use, op);
   return reinterpret_cast<void*>(at);
+}
+
+void check_global(uint64_t address, size_t bytes, int thread, int actor, Clock clock, Use use, const char* op) {
+  Block& b = block();
+  GlobalRaces::Access other;
+  uint64_t where;
+  if (global_races().record(*b.races(), thread, {b.number(), actor, clock, use, op}, address & kAddressMask, bytes,
+                            &other, &where))
+    return;
+  const Range& r = table().ranges[address >> kTagShift];
+  const int64_t offset = static_cast<int64_t>(where - r.begin);
+  const char* did = other.use == Use::write ? "wrote" : other.use == Use::atomic ? "updated" : "reads";
+  const char* does = use == Use::write ? "writes" : use == Use::atomic ? "updates" : "reads";
+  const char* why = use == Use::constant || other.use == Use::constant
+                        ? "the memory of ld.global.nc is written by no thread of a kernel"
+                        : "nothing orders the two";
+  b.fail("race: %s %s offset %lld of %s, which %s of block %lld %s (%s), and %s", op, does,
+         static_cast<long long>(offset), r.label.c_str(), b.races()->name(other.actor),
+         static_cast<long long>(other.block), did, other.op, why);
+}
+
+void global_release(uint64_t address) {
+  if (Races* r = block().races()) global_races().release(address & kAddressMask, r->publish(block().self().id));
+}
+
+void global_acquire(uint64_t address) {
+  if (Races* r = block().races()) r->learn(block().self().id, global_races().acquire(address & kAddressMask));
 }
 
 }  // namespace llama_fast::emulator

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "pointer.h"
+#include "race.h"
 
 namespace llama_fast::emulator {
 
@@ -14,6 +15,9 @@ namespace llama_fast::emulator {
 // code must not use it, kernels reach nothing else with it than these bytes. `label` names the tensor in reports.
 void* map_global(const void* data, size_t bytes, std::string label);
 void unmap_global(const void* mapped);
+
+// The race checker's part of an access by `actor`, a thread or an agent that `thread` has started.
+void check_global(uint64_t address, size_t bytes, int thread, int actor, Clock clock, Use use, const char* op);
 
 // RAII of map_global.
 class Mapping {

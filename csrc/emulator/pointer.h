@@ -16,13 +16,17 @@ struct GlobalSpace {
   using Address = uint64_t;
   template <class T>
   static T load(Address a) {
+    return load<T>(a, "ld.global", Use::read);
+  }
+  template <class T>
+  static T load(Address a, const char* op, Use use) {
     T value;
-    std::memcpy(&value, global_at(a, sizeof(T), alignof(T), "ld.global"), sizeof(T));
+    std::memcpy(&value, global_at(a, sizeof(T), alignof(T), op, use), sizeof(T));
     return value;
   }
   template <class T>
   static void store(Address a, const T& value) {
-    std::memcpy(global_at(a, sizeof(T), alignof(T), "st.global"), &value, sizeof(T));
+    std::memcpy(global_at(a, sizeof(T), alignof(T), "st.global", Use::write), &value, sizeof(T));
   }
 };
 

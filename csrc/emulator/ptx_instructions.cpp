@@ -46,7 +46,11 @@ char* resolve(M& m, Space space, uint64_t address, size_t bytes, bool write, con
   };
   switch (space) {
     case Space::global:
-      return static_cast<char*>(global_at(address, bytes, bytes, write ? "st.global" : "ld.global"));
+      return static_cast<char*>(global_at(address, bytes, bytes, write ? "st.global" : "ld.global",
+                                          write              ? Use::write
+                                          : i.has("nc")      ? Use::constant
+                                          : i.has("acquire") ? Use::atomic
+                                                             : Use::read));
     case Space::shared: {
       const auto at = static_cast<uint32_t>(address), n = static_cast<uint32_t>(bytes);
       return write ? static_cast<char*>(shared_write(at, n, "st.shared"))
@@ -66,7 +70,8 @@ void load(M& m, const I& i) {
   const PtxType t = i.type();
   const auto each = static_cast<size_t>(size_of(t));
   const size_t count = d.kind == PtxOperand::vector ? d.parts.size() : 1;
-  const char* from = resolve(m, space_of(i), m.address(i.operands[1]), each * count, false, i);
+  const uint64_t address = m.address(i.operands[1]);
+  const char* from = resolve(m, space_of(i), address, each * count, false, i);
   for (size_t k = 0; k < count; ++k) {
     int64_t bits = 0;
     std::memcpy(&bits, from + k * each, each);
@@ -75,6 +80,7 @@ void load(M& m, const I& i) {
       bits = static_cast<int64_t>(static_cast<uint64_t>(bits) << spare) >> spare;
     m.set<int64_t>(count > 1 ? d.parts[k] : d, bits);
   }
+  if (i.has("acquire") && space_of(i) == Space::global) global_acquire(address);
 }
 
 void store(M& m, const I& i) {
@@ -104,6 +110,7 @@ void atomic_of(M& m, const I& i, bool gives_old) {
   const size_t at = gives_old ? 1 : 0;
   const T b = m.get<T>(i.operands[at + 1]);
   const Global<T> p(m.address(i.operands[at]), 0);
+  if (i.has("release")) global_release(p.address());
   const T old = atomic_update(p, "atom.global", [&](T a) {
     if (i.has("add")) return static_cast<T>(a + b);
     if (i.has("max")) return a > b ? a : b;
@@ -327,7 +334,7 @@ const std::unordered_map<std::string, PtxHandler>& table() {
         {"membar", nothing},
         {"prefetch", nothing},
         {"griddepcontrol", nothing},
-        {"setmaxnreg", [](M& m, const I& i) { set_max_registers(m.get<int32_t>(i.operands[0])); }},
+        {"setmaxnreg", [](M& m, const I& i) { set_max_registers(m.get<int32_t>(i.operands[0]), i.has("inc")); }},
         {"nanosleep", [](M&, const I&) { sleep(); }},
         {"bra", [](M& m, const I& i) { m.next = static_cast<size_t>(i.target); }},
         {"ret", [](M& m, const I&) { m.exited = true; }},

@@ -35,11 +35,12 @@ void Races::release(int thread, Channel& channel) {
   Actor& a = actors_[thread];
   const bool known = std::find(channel.joined_.begin(), channel.joined_.end(), a.knows) != channel.joined_.end();
   if (channel.empty()) {
-    channel.sum_ = KnowledgeRef(new Knowledge{0, a.knows->seen, a.knows->fenced});
+    channel.sum_ = KnowledgeRef(new Knowledge{0, a.knows->seen, a.knows->fenced, a.knows->foreign});
   } else if (!known) {
     auto* sum = const_cast<Knowledge*>(channel.sum_.get());
     for (size_t i = 0; i < sum->seen.size(); ++i) sum->seen[i] = std::max(sum->seen[i], a.knows->seen[i]);
     for (size_t i = 0; i < sum->seen.size(); ++i) sum->fenced[i] = std::max(sum->fenced[i], a.knows->fenced[i]);
+    sum->foreign = llama_fast::emulator::join(sum->foreign, a.knows->foreign);
   }
   if (!known) channel.joined_.push_back(a.knows);
   auto* sum = const_cast<Knowledge*>(channel.sum_.get());
@@ -66,7 +67,8 @@ KnowledgeRef Races::take(Channel& channel) {
 
 KnowledgeRef Races::join(const KnowledgeRef& a, const KnowledgeRef& b) {
   if (a == b) return a;
-  bool a_below = true, b_below = true;
+  bool a_below = a->foreign == b->foreign || a->foreign == nullptr;
+  bool b_below = a->foreign == b->foreign || b->foreign == nullptr;
   const size_t n = a->seen.size();
   for (size_t i = 0; i < n; ++i) {
     a_below = a_below && a->seen[i] <= b->seen[i] && a->fenced[i] <= b->fenced[i];
@@ -74,7 +76,7 @@ KnowledgeRef Races::join(const KnowledgeRef& a, const KnowledgeRef& b) {
   }
   if (a_below) return b;
   if (b_below) return a;
-  auto* sum = new Knowledge{0, a->seen, a->fenced};
+  auto* sum = new Knowledge{0, a->seen, a->fenced, llama_fast::emulator::join(a->foreign, b->foreign)};
   for (size_t i = 0; i < n; ++i) sum->seen[i] = std::max(sum->seen[i], b->seen[i]);
   for (size_t i = 0; i < n; ++i) sum->fenced[i] = std::max(sum->fenced[i], b->fenced[i]);
   return KnowledgeRef(sum);
@@ -109,7 +111,7 @@ void Races::synchronize(const int* threads, int count) {
 
 void Races::fence_proxy(int thread) {
   Actor& a = actors_[thread];
-  auto* k = new Knowledge{0, a.knows->seen, a.knows->seen};
+  auto* k = new Knowledge{0, a.knows->seen, a.knows->seen, a.knows->foreign};
   a.knows = KnowledgeRef(k);
   a.fenced = a.now;
   a.now = tick();
@@ -134,7 +136,7 @@ void Races::learn(int thread, int agent, Clock clock) {
   // the threads of a warpgroup come with one knowledge, one after the other, to learn the same
   const KnowledgeRef& last = last_learnt_.result;
   if (!(last_learnt_.from == a.knows) || last->seen[threads_ + agent] != clock) {
-    auto* k = new Knowledge{0, a.knows->seen, a.knows->fenced};
+    auto* k = new Knowledge{0, a.knows->seen, a.knows->fenced, a.knows->foreign};
     k->seen[threads_ + agent] = clock;
     last_learnt_ = {a.knows, {}, KnowledgeRef(k)};
   }
@@ -147,6 +149,57 @@ bool Races::behind(int thread, int actor, Clock clock) const {
 
 bool Races::fenced_behind(int thread, int actor, Clock clock) const {
   return (actor == thread && clock <= actors_[thread].fenced) || clock <= actors_[thread].knows->fenced[actor];
+}
+
+// ---- between blocks
+// --------------------------------------------------------------------------------------------------
+ForeignRef join(const ForeignRef& a, const ForeignRef& b) {
+  if (a == b || b == nullptr) return a;
+  if (a == nullptr) return b;
+  auto sum = std::make_shared<Foreign>(*a);
+  for (const auto& [block, clocks] : *b) {
+    auto& known = (*sum)[block];
+    if (known == nullptr) {
+      known = clocks;
+    } else if (known != clocks) {
+      auto most = std::make_shared<std::vector<Clock>>(*known);
+      for (size_t i = 0; i < most->size(); ++i) (*most)[i] = std::max((*most)[i], (*clocks)[i]);
+      known = most;
+    }
+  }
+  return sum;
+}
+
+ForeignRef Races::publish(int thread) {
+  Actor& a = actors_[thread];
+  auto mine = std::make_shared<std::vector<Clock>>(a.knows->seen);
+  (*mine)[thread] = std::max((*mine)[thread], a.now);
+  a.now = tick();
+  return llama_fast::emulator::join(std::make_shared<Foreign>(Foreign{{block_.number(), mine}}), a.knows->foreign);
+}
+
+void Races::learn(int thread, const ForeignRef& foreign) {
+  if (foreign == nullptr) return;
+  Actor& a = actors_[thread];
+  const Foreign* known = a.knows->foreign.get();
+  const auto is_known = [known](const auto& entry) {
+    const auto found = known->find(entry.first);
+    return found != known->end() && found->second == entry.second;
+  };
+  if (known != nullptr && std::all_of(foreign->begin(), foreign->end(), is_known)) return;  // a turn of a waiting loop
+  auto* k = new Knowledge{0, a.knows->seen, a.knows->fenced, llama_fast::emulator::join(a.knows->foreign, foreign)};
+  const auto own = foreign->find(block_.number());
+  if (own != foreign->end())
+    for (size_t i = 0; i < k->seen.size(); ++i) k->seen[i] = std::max(k->seen[i], (*own->second)[i]);
+  a.knows = KnowledgeRef(k);
+}
+
+bool Races::ordered(int thread, int64_t block, int actor, Clock clock) const {
+  if (block == block_.number()) return behind(thread, actor, clock);
+  const Foreign* foreign = actors_[thread].knows->foreign.get();
+  if (foreign == nullptr) return false;
+  const auto found = foreign->find(block);
+  return found != foreign->end() && clock <= (*found->second)[actor];
 }
 
 // ---- cells ----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@
 
 #include <array>
 #include <cstdint>
+#include <map>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -19,9 +21,15 @@ class Block;
 
 using Clock = uint32_t;
 
+// What is known of other blocks of the grid: up to which clocks the accesses of their actors lie behind.
+using Foreign = std::map<int64_t, std::shared_ptr<const std::vector<Clock>>>;  // by block
+using ForeignRef = std::shared_ptr<const Foreign>;
+ForeignRef join(const ForeignRef& a, const ForeignRef& b);
+
 struct Knowledge {
   int references = 0;
   std::vector<Clock> seen, fenced;  // by actor
+  ForeignRef foreign = nullptr;
 };
 
 // A counted pointer; a block is one OS thread's, so the count is a plain one.
@@ -86,6 +94,14 @@ class Races {
   // What the agent did up to `clock` lies behind the thread.
   void learn(int thread, int agent, Clock clock);
 
+  // ---- between blocks -----------------------------------------------------------------------------------------------
+  // What lies behind the thread, for others.
+  ForeignRef publish(int thread);
+  void learn(int thread, const ForeignRef& foreign);
+  // Whether an access of a block's actor lies behind the thread.
+  bool ordered(int thread, int64_t block, int actor, Clock clock) const;
+  const char* name(int actor);
+
   // ---- accesses of a thread -----------------------------------------------------------------------------------------
   void read(int thread, uint32_t address, uint32_t bytes, const char* op);
   void write(int thread, uint32_t address, uint32_t bytes, const char* op);
@@ -140,7 +156,6 @@ class Races {
   void add_reader(int thread, Cell& cell, Clock clock, uint32_t lanes, int group, const char* op);
   static void set_writer(Cell& cell, int writer, Clock clock, Kind kind, const char* op);
   int actor(int group, uint32_t lanes) const;
-  const char* name(int actor);
 
   Block& block_;
   int threads_ = 0, agents_ = 0;

@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(256, 1)
       }
     }
   } else {
-    ptx::setmaxnreg_inc<232>();
+    ptx::setmaxnreg_inc<256>();
     float acc[kN / 2] = {};
     for (int k = 0; k < steps; ++k) {
       const int s = k % kStages;
