@@ -21,6 +21,9 @@ int64_t most_shared(int architecture) {
   return kib << 10;
 }
 
+// Of so few, 32 columns a block would leave most multiprocessors idle: blocks have 8, 32 bytes of each part.
+constexpr int64_t kFewColumns = 1024;
+
 // Calls f(Short, width, mine), the two as integral constants, and gives true; false where rows are not short.
 template <class T, int kMost, class F>
 bool with_short(int64_t C, bool aligned, F&& f) {
@@ -51,7 +54,7 @@ int64_t walk_parts(int64_t R, int64_t C, int64_t item, int device) {
 
 // The same of short rows.
 int64_t short_parts(int64_t R, const Short& rows, int mine, bool add, int device) {
-  const int64_t at_once = int64_t{kShortPieces / mine} * (kShortThreads >> rows.lane_bits);
+  const int64_t at_once = int64_t{mine < kShortPieces ? kShortRows<1> : 1} * (kBwdThreads >> rows.lane_bits);
   return std::min(ceil_div(R, at_once), multiprocessors(device) * short_blocks(add));
 }
 
@@ -86,8 +89,8 @@ void norm_fwd(const char* op, const Tensor& x, const Tensor& residual, const Ten
              norm_fwd_kernel<T, kWidth, kHeld, kAdd>, p);
     };
     const auto run_short = [&](const Short& rows, auto kWidth, auto kMine) {
-      const int64_t at_once = int64_t{kPieces / kMine} * (kShortThreads >> rows.lane_bits);
-      launch(launch_of(op, s, grid(ceil_div(R, at_once)), kShortThreads), norm_fwd_short_kernel<T, kWidth, kMine, kAdd>,
+      const int64_t at_once = int64_t{kShortRows<kMine>} * (kFwdThreads >> rows.lane_bits);
+      launch(launch_of(op, s, grid(ceil_div(R, at_once)), kFwdThreads), norm_fwd_short_kernel<T, kWidth, kMine, kAdd>,
              p, R, rows.lane_bits);
     };
     constexpr std::integral_constant<int, kLanes<T>> kLong;
@@ -125,7 +128,7 @@ void norm_bwd(const char* op, const Tensor& dy, const Tensor& dsum, const Tensor
     constexpr int kLong = kLanes<T>;
     const auto run_short = [&](const Short& rows, auto kWidth, auto kMine) {
       parts = short_parts(R, rows, kMine, kAdd, s.device);
-      launch(launch_of(op, s, grid(parts), kShortThreads), norm_bwd_short_kernel<T, kWidth, kMine, kAdd>, p,
+      launch(launch_of(op, s, grid(parts), kBwdThreads), norm_bwd_short_kernel<T, kWidth, kMine, kAdd>, p,
              rows.lane_bits);
     };
     const auto run_any = [&](auto kWidth) {
@@ -153,8 +156,14 @@ void norm_bwd(const char* op, const Tensor& dy, const Tensor& dsum, const Tensor
     } else {
       run_any(std::integral_constant<int, kLong>{});
     }
-    launch(launch_of(op, s, grid(ceil_div(C, kWarp)), kWarp * kSumWarps), norm_dweight_sum_kernel<T>,
-           Global<const float>(scratch.ptr<const float>()), Global<T>(dweight.ptr<T>()), parts, C);
+    const auto sum = [&](auto kColumns) {
+      launch(launch_of(op, s, grid(ceil_div(C, kColumns)), kWarp * kSumWarps), norm_dweight_sum_kernel<T, kColumns>,
+             Global<const float>(scratch.ptr<const float>()), Global<T>(dweight.ptr<T>()), parts, C);
+    };
+    if (C <= kFewColumns)
+      sum(std::integral_constant<int, 8>{});
+    else
+      sum(std::integral_constant<int, kWarp>{});
   });
 }
 

@@ -11,13 +11,19 @@ namespace llama_fast::cuda {
 
 constexpr int kMaxThreads = 1024;
 constexpr int kPieces = 4;           // of a tensor that a thread has at once: 64 bytes in flight
-constexpr int kShortThreads = 256;   // a block of short rows
-constexpr int kSumWarps = 32;        // share the parts of 32 columns of dweight
+constexpr int kFwdThreads = 128;     // a block of short rows
+constexpr int kBwdThreads = 256;     // the same of the backward, which writes a part of dweight for each
+constexpr int kShortPieces = 2;      // that a thread of short rows has at once, of as many rows as it takes
+constexpr int kSumWarps = 32;        // share the parts of some columns of dweight
 constexpr int kColumnThreads = 256;  // norm_bwd_columns: a piece of columns a thread
 
 inline int threads_for(int64_t pieces) {
   return static_cast<int>(std::min<int64_t>(ceil_div(std::max<int64_t>(pieces, 1), kWarp) * kWarp, kMaxThreads));
 }
+
+// Rows that a thread has at once, of `mine` pieces each.
+template <int kMine>
+constexpr int kShortRows = kMine < kShortPieces ? kShortPieces / kMine : 1;
 
 // How short rows are laid over a block: 2^lane_bits neighbouring lanes have one, `mine` pieces each, at most `most`. At
 // least 8 lanes where there are pieces for them: then a warp reads whole lines of 128 bytes.
@@ -36,10 +42,10 @@ struct Short {
 struct ShortPlace {
   int lanes, slot, slots, lane;  // slots: rows side by side in a block
 
-  LLAMA_FAST_DEVICE explicit ShortPlace(int lane_bits)
+  LLAMA_FAST_DEVICE ShortPlace(int lane_bits, int threads)
       : lanes(1 << lane_bits),
         slot(threadIdx.x >> lane_bits),
-        slots(kShortThreads >> lane_bits),
+        slots(threads >> lane_bits),
         lane(threadIdx.x & (lanes - 1)) {}
 
   template <int kWidth>

@@ -40,19 +40,17 @@ LLAMA_FAST_DEVICE float norm_dx(float dy, float x, float w, float dsum, float rs
   return rstd * (dy * w - x * rstd * mean) + dsum;
 }
 
-constexpr int kShortPieces =
-    2;  // of a tensor that the walk over short rows has at once: 64 bytes of x and dy in flight
-// Blocks of that walk on a multiprocessor: 48 KB in flight. With dsum, registers for three would spill.
+// Blocks of the walk over short rows on a multiprocessor: 48 KB of x and dy in flight. With dsum, registers for three
+// would spill.
 constexpr int short_blocks(bool add) { return add ? 2 : 3; }
 
 // Short rows: a block walks over as many at once as it has place for, and adds the slots' dweight in order at the end.
 template <class T, int kWidth, int kMine, bool kAdd>
-__global__ void __launch_bounds__(kShortThreads, short_blocks(kAdd))
-    norm_bwd_short_kernel(NormBwd<T> p, int lane_bits) {
-  constexpr int kRows = kShortPieces / kMine;
-  constexpr int kStride = kShortThreads + kWarp / kWidth;  // of a value's sums: no bank twice
+__global__ void __launch_bounds__(kBwdThreads, short_blocks(kAdd)) norm_bwd_short_kernel(NormBwd<T> p, int lane_bits) {
+  constexpr int kRows = kShortRows<kMine>;
+  constexpr int kStride = kBwdThreads + kWarp / kWidth;  // of a value's sums: no bank twice
   LLAMA_FAST_SHARED(float, sums, kMine * kWidth * kStride);
-  const ShortPlace at(lane_bits);
+  const ShortPlace at(lane_bits, kBwdThreads);
   const int C = static_cast<int>(p.C);
   const float inverse_C = 1.0F / static_cast<float>(C);
   float dweight[kMine][kWidth] = {}, w[kWidth], x_f32[kWidth], dy_f32[kWidth], dsum_f32[kWidth] = {};
@@ -113,10 +111,11 @@ __global__ void __launch_bounds__(kShortThreads, short_blocks(kAdd))
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) sums[(j * kWidth + k) * kStride + threadIdx.x] = dweight[j][k];
   __syncthreads();
-  for (int c = threadIdx.x; c < C; c += kShortThreads) {
+  for (int c = threadIdx.x; c < C; c += kBwdThreads) {
     const int piece = c / kWidth, value = (piece >> lane_bits) * kWidth + c % kWidth;
     const Shared<float> mine = sums + (value * kStride + (piece & (at.lanes - 1)));
     float total = 0.0F;
+#pragma unroll 8
     for (int slot = 0; slot < at.slots; ++slot) total += mine[slot << lane_bits];
     p.partial[static_cast<int64_t>(blockIdx.x) * C + c] = total;
   }
@@ -329,24 +328,26 @@ __global__ void __launch_bounds__(kColumnThreads, 2) norm_bwd_columns_kernel(Nor
   store_sums(p.partial, p.C, part, c, dweight);
 }
 
-// dweight[c] = sum of partial[:, c]: warp w takes parts w, w + kSumWarps, ..., and the warps' sums are added in order.
-template <class T>
+// dweight[c] = sum of partial[:, c]. A block has kColumns columns; kSums of its threads share the parts of one, and
+// their sums are added in order.
+template <class T, int kColumns>
 __global__ void __launch_bounds__(kWarp* kSumWarps)
     norm_dweight_sum_kernel(Global<const float> partial, Global<T> dweight, int64_t parts, int64_t C) {
+  constexpr int kSums = kWarp * kSumWarps / kColumns;
   LLAMA_FAST_SHARED(float, sums, kWarp* kSumWarps);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
+  const int column = threadIdx.x % kColumns;
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * kColumns + column;
   float total = 0.0F;
   if (c < C) {
 #pragma unroll 4
-    for (int64_t part = warp; part < parts; part += kSumWarps) total += partial[part * C + c];
+    for (int64_t part = threadIdx.x / kColumns; part < parts; part += kSums) total += partial[part * C + c];
   }
   sums[threadIdx.x] = total;
   __syncthreads();
-  if (warp != 0 || c >= C) return;
+  if (threadIdx.x >= kColumns || c >= C) return;
   total = 0.0F;
-#pragma unroll
-  for (int w = 0; w < kSumWarps; ++w) total += sums[w * kWarp + lane];
+#pragma unroll 8
+  for (int i = 0; i < kSums; ++i) total += sums[i * kColumns + column];
   dweight[c] = from_float<T>(total);
 }
 

@@ -34,9 +34,9 @@ LLAMA_FAST_DEVICE float product(float a, float b, float c) {
 }
 
 template <class T, int kWidth, int kMine, bool kAdd>
-__global__ void __launch_bounds__(kShortThreads, 3) norm_fwd_short_kernel(NormFwd<T> p, int64_t R, int lane_bits) {
-  constexpr int kRows = kPieces / kMine;
-  const ShortPlace at(lane_bits);
+__global__ void __launch_bounds__(kFwdThreads) norm_fwd_short_kernel(NormFwd<T> p, int64_t R, int lane_bits) {
+  constexpr int kRows = kShortRows<kMine>;
+  const ShortPlace at(lane_bits, kFwdThreads);
   const int C = static_cast<int>(p.C);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kRows * at.slots + at.slot;
   Piece<T, kWidth> held[kRows][kMine], others[kAdd ? kRows : 1][kMine];
