@@ -12,6 +12,8 @@
 
 namespace llama_fast::emulator {
 
+constexpr int kGroup = 128;  // threads of a warpgroup
+
 // What a block's asynchronous units are at.
 class AsyncUnits {
  public:
@@ -111,8 +113,13 @@ class AsyncUnits {
   Block& block_;
   std::map<uint32_t, MBarrier> mbarriers;
   std::deque<Copy> copies;
-  std::array<Warpgroup, kMaxThreads / 128> warpgroups;
+  std::array<Warpgroup, kMaxThreads / kGroup> warpgroups;
   std::vector<PerThread> threads;
 };
+
+// Of the thread that runs.
+inline Thread& self() { return block().self(); }
+inline AsyncUnits& units() { return block().async(); }
+inline AsyncUnits::PerThread& mine() { return units().threads[self().id]; }
 
 }  // namespace llama_fast::emulator
