@@ -297,6 +297,53 @@ def test_no_gradient_no_gradient_work() -> None:
     torch.testing.assert_close(loss, eager.linear_cross_entropy(hidden, weight, targets))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("target_name", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_frozen_side_costs_nothing(target_name: str, dtype: torch.dtype, reduction: str) -> None:
+    R, C, V = 700, 40, 300
+    hidden, weight, targets = Case(OP, {"...": (R,), "C": C, "V": V}).inputs(dtype).values()
+    with target(target_name):
+        for frozen, other in ((weight, hidden), (hidden, weight)):
+            found = []
+            for wants in (True, False):
+                leaves = [x.detach().requires_grad_(wants or x is other) for x in (hidden, weight)]
+                loss = lf.linear_cross_entropy(*leaves, targets, reduction=reduction)
+                found.append(torch.autograd.grad(loss.sum(), leaves[0 if other is hidden else 1])[0])
+            if other is hidden:  # by other chunks
+                torch.testing.assert_close(*found)
+            else:
+                assert torch.equal(*found)
+            with Made(*leaves) as made:
+                lf.linear_cross_entropy(*leaves, targets, reduction=reduction).sum().backward()
+            assert other.shape in made.shapes
+            assert target_name == "reference" or frozen.shape not in made.shapes
+
+
+class Made(EveryResult):
+    """The shapes of all tensors that were made; views of those that are given do not count."""
+
+    def __init__(self, *given: Tensor) -> None:
+        super().__init__()
+        self.given = {x.data_ptr() for x in given}
+        self.shapes: set[torch.Size] = set()
+
+    def saw(self, x: Tensor) -> None:
+        if x.untyped_storage().data_ptr() not in self.given:
+            self.shapes.add(x.shape)
+
+
+def test_a_frozen_weight_compiles() -> None:
+    hidden, weight, targets = Case(OP, {"...": (9,), "C": 8, "V": 33}).inputs(torch.float32).values()
+    compiled = torch.compile(lambda h: lf.linear_cross_entropy(h, weight, targets), fullgraph=True, backend="aot_eager")
+    hidden.requires_grad_()
+    found, expected = (
+        torch.autograd.grad(f(hidden), hidden)[0]
+        for f in (compiled, lambda h: lf.linear_cross_entropy(h, weight, targets))
+    )
+    assert torch.equal(found, expected)
+
+
 def _dweight_misses_a_row(results: tuple[Tensor, ...], args: Any) -> None:
     results[3].sub_(torch.outer(torch.ones(args["weight"].shape[0]), args["hidden"][-1]) * args["row_scale"][-1] * 1e-3)
 

@@ -24,18 +24,14 @@ _CHUNK_ROWS = 512  # fewer make W, read once a chunk and a product, the bottlene
 _ACCUMULATOR_ROWS = 1024  # the same where a float32 accumulator of dweight is read and written too
 
 
-def plan(R: int, C: int, V: int, item: int, gradients: bool) -> tuple[int, bool]:
+def plan(R: int, C: int, V: int, item: int, dweight: bool) -> tuple[int, bool]:
     """(rows of a chunk, whether dweight is summed in a float32 copy): the least memory that keeps speed and error."""
-    if not gradients or item == 4:
+    if not dweight or item == 4:
         return min(R, _CHUNK_ROWS), False
     rows = max(-(-R // _CHUNKS), min(R, _CHUNK_ROWS // 2))
     if rows * item <= _ACCUMULATOR_ROWS * item + C * 4:  # bytes for each class of V
         return rows, False
     return _ACCUMULATOR_ROWS, True
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def _part(x: Tensor, chunk: slice | None) -> Tensor:
@@ -54,15 +50,18 @@ def primitives(row_kernel: RowKernel) -> tuple[Callable[..., tuple[Tensor, ...]]
         ignore_index: int,
         label_smoothing: float,
         z_loss: float,
+        wants_dhidden: bool,
+        wants_dweight: bool,
     ) -> tuple[Tensor, ...]:
-        hidden, weight = _rows(hidden), _rows(weight)
-        args = (hidden, weight, targets, row_scale, ignore_index, label_smoothing, z_loss)
+        hidden, weight = linear.rows(hidden), linear.rows(weight)
+        wants = (wants_dhidden, wants_dweight)
+        args = (hidden, weight, targets, row_scale, ignore_index, label_smoothing, z_loss, *wants)
         loss, lse, dhidden, dweight = results = table.LINEAR_CROSS_ENTROPY.allocate("fwd", args)
-        (R, C), V, gradients = hidden.shape, weight.shape[0], row_scale is not None
+        (R, C), V = hidden.shape, weight.shape[0]
         if R == 0:
             dweight.zero_()
             return results
-        step, accumulator = plan(R, C, V, hidden.element_size(), gradients)
+        step, accumulator = plan(R, C, V, hidden.element_size(), wants_dweight)
         logits_buffer = hidden.new_empty(step, V)
         total = hidden.new_zeros(V, C, dtype=torch.float32) if accumulator else dweight
         for begin in range(0, R, step):
@@ -73,8 +72,10 @@ def primitives(row_kernel: RowKernel) -> tuple[Callable[..., tuple[Tensor, ...]]
             scale = None if row_scale is None else _part(row_scale, chunk)
             row = (_part(targets, chunk), scale, ignore_index, label_smoothing, z_loss)
             row_kernel(logits, *row, _part(loss, chunk), _part(lse, chunk))
-            if gradients:  # the logits are their own gradient now
+            # the logits are their own gradient now
+            if wants_dhidden:
                 linear.nn(logits, weight, out=_part(dhidden, chunk))
+            if wants_dweight:
                 linear.tn(logits, some_hidden, out=total, accumulate=accumulator or begin > 0)
         if accumulator:
             dweight.copy_(total)
@@ -88,7 +89,10 @@ def primitives(row_kernel: RowKernel) -> tuple[Callable[..., tuple[Tensor, ...]]
         ignore_index: int,
         label_smoothing: float,
         z_loss: float,
+        wants_dhidden: bool,
+        wants_dweight: bool,
     ) -> tuple[Tensor, ...]:
-        return linear_cross_entropy_fwd(hidden, weight, targets, dloss, ignore_index, label_smoothing, z_loss)[2:]
+        options = (ignore_index, label_smoothing, z_loss, wants_dhidden, wants_dweight)
+        return linear_cross_entropy_fwd(hidden, weight, targets, dloss, *options)[2:]
 
     return linear_cross_entropy_fwd, linear_cross_entropy_bwd

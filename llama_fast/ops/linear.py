@@ -260,7 +260,7 @@ def _product(form: str, a: Tensor, b: Tensor, out: Tensor | None, accumulate: bo
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
     if path == "gemv" and not accumulate:
         out = a.new_empty(M, N) if out is None else out
-        _gemv(_rows(a), _rows(b.t()), out)
+        _gemv(rows(a), rows(b.t()), out)
         return out
     parted = path == "onednn" and a.dtype == torch.float32 and _TERMS[form] < K
     if out is None:
@@ -310,5 +310,6 @@ def _flat(x: Tensor) -> Tensor:
     return x.flatten(0, -2) if x.ndim > 2 else x.unsqueeze(0)
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def rows(x: Tensor) -> Tensor:
+    """`x` as a kernel wants it: the last dimension contiguous, copied only if it is not."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()

@@ -31,21 +31,25 @@ _fwd, _bwd = primitives["linear_cross_entropy_fwd"], primitives["linear_cross_en
 _REDUCTIONS = ("mean", "sum", "none")
 
 
+def _wanted(gradients: tuple[Tensor, ...], options: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(g if wants else None for g, wants in zip(gradients, options[-2:], strict=True))
+
+
 class _LinearCrossEntropyRows(torch.autograd.Function):
     """The loss of each row."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, options: tuple[Any, ...]) -> Tensor:
-        loss = _fwd(hidden, weight, targets, None, *options)[0]
+        loss = _fwd(hidden, weight, targets, None, *options[:-2], False, False)[0]
         ctx.save_for_backward(hidden, weight, targets)
         ctx.options, ctx.backend = options, forced()
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        dhidden, dweight = _bwd(dloss.contiguous(), *ctx.saved_tensors, *ctx.options, backend=ctx.backend)
-        return dhidden, dweight, None, None
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = _bwd(dloss.contiguous(), *ctx.saved_tensors, *ctx.options, backend=ctx.backend)
+        return *_wanted(gradients, ctx.options), None, None
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
@@ -63,7 +67,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             *inputs, count = ctx.saved_tensors
@@ -72,7 +76,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         elif dloss.device.type != "cpu" or dloss.item() != 1.0:
             for g in gradients:
                 g.mul_(dloss)
-        return *gradients, None, None, None
+        return *_wanted(gradients, ctx.options), None, None, None
 
 
 class _LinearCrossEntropySumTraced(torch.autograd.Function):
@@ -84,13 +88,14 @@ class _LinearCrossEntropySumTraced(torch.autograd.Function):
     ) -> Tensor:
         loss, _, dhidden, dweight = _fwd(hidden, weight, targets, _row_scale(count.reciprocal(), targets), *options)
         ctx.save_for_backward(dhidden, dweight)
+        ctx.options = options
         return _total(loss, count)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        dhidden, dweight = ctx.saved_tensors
-        return (dhidden * dloss).to(dhidden.dtype), (dweight * dloss).to(dweight.dtype), None, None, None
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = tuple((g * dloss).to(g.dtype) for g in ctx.saved_tensors)
+        return *_wanted(gradients, ctx.options), None, None, None
 
 
 def _row_scale(scale: Tensor, targets: Tensor) -> Tensor:
@@ -129,8 +134,8 @@ def linear_cross_entropy(
     Returns:
         loss: scalar, or [...] for "none"; float32, float64 for float64 inputs.
 
-    Gradient: dhidden, dweight, computed in the forward pass for "mean" and "sum" and in the backward for "none". Logits
-        and their gradients are rounded to the dtype of `hidden`, as eager PyTorch does.
+    Gradient: dhidden, dweight, each only if it is wanted, computed in the forward pass for "mean" and "sum" and in the
+        backward for "none". Logits and their gradients are rounded to the dtype of `hidden`, as eager PyTorch does.
     Memory:   keeps the inputs, dhidden and dweight for the backward ("none": the inputs). Beyond them, on the CPU, the
         logits of 512 rows in float32; in half precision those of R/4 rows (256 if that is more), or those of 1024 rows
         and a float32 copy of dweight where this is less.
@@ -158,7 +163,14 @@ def linear_cross_entropy(
         raise ValueError(f"linear_cross_entropy: reduction is {reduction!r}, expected one of {', '.join(_REDUCTIONS)}")
     rows, flat = hidden.reshape(targets.numel(), hidden.shape[-1]), targets.reshape(-1)
     _check_targets(flat, weight.shape[0], ignore_index)
-    options = (ignore_index, float(label_smoothing), float(z_loss))
+    grad = torch.is_grad_enabled()
+    options = (
+        ignore_index,
+        float(label_smoothing),
+        float(z_loss),
+        grad and hidden.requires_grad,
+        grad and weight.requires_grad,
+    )
     with no_autocast(dtype, hidden):
         if reduction == "none":
             return _LinearCrossEntropyRows.apply(rows, weight, flat, options).view(targets.shape)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llama_fast.ops import chunks, library, table
 from llama_fast.ops.dispatch import plain
+from llama_fast.ops.linear import rows
 from llama_fast.ops.table import Op
 
 _native, _reason = library.load("_native")
@@ -38,11 +39,6 @@ def amd_family() -> int:
 def set_isa(name: str) -> None:
     """Makes the CPU kernels use one of `isas()`; "" goes back to the best. For tests: holds for the whole process."""
     _native.cpu.set_isa(name)
-
-
-def rows(x: Tensor) -> Tensor:
-    """`x` as a kernel wants it: the last dimension contiguous, copied only if it is not."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def _launcher(op: Op, direction: str) -> Callable[..., tuple[Tensor, ...]]:

@@ -235,15 +235,14 @@ def linear_cross_entropy_fwd(
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
+    wants_dhidden: bool,
+    wants_dweight: bool,
 ) -> tuple[Tensor, ...]:
     loss, lse = _cross_entropy_rows(hidden, weight, targets, ignore_index, label_smoothing, z_loss)
     if row_scale is None:
         return loss, lse, hidden.new_empty(0), weight.new_empty(0)
-    return (
-        loss,
-        lse,
-        *linear_cross_entropy_bwd(row_scale, hidden, weight, targets, ignore_index, label_smoothing, z_loss),
-    )
+    options = (ignore_index, label_smoothing, z_loss, wants_dhidden, wants_dweight)
+    return loss, lse, *linear_cross_entropy_bwd(row_scale, hidden, weight, targets, *options)
 
 
 def linear_cross_entropy_bwd(
@@ -254,6 +253,8 @@ def linear_cross_entropy_bwd(
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
+    wants_dhidden: bool,
+    wants_dweight: bool,
 ) -> tuple[Tensor, ...]:
     h, w, V = _up(hidden), _up(weight), weight.shape[0]
     logits, counts = h @ w.T, targets != ignore_index
@@ -262,4 +263,5 @@ def linear_cross_entropy_bwd(
     true = targets.where(counts, 0).unsqueeze(1)
     dlogits = dlogits.scatter_add(1, true, dlogits.new_full(true.shape, label_smoothing - 1.0))
     dlogits = torch.where(counts.unsqueeze(1), dlogits * _up(dloss).unsqueeze(1), 0.0)
-    return (dlogits @ w).to(hidden.dtype), (dlogits.T @ h).to(weight.dtype)
+    dhidden = (dlogits @ w).to(hidden.dtype) if wants_dhidden else hidden.new_empty(0)
+    return dhidden, (dlogits.T @ h).to(weight.dtype) if wants_dweight else weight.new_empty(0)

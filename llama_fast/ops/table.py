@@ -434,26 +434,28 @@ ATTENTION = Op(
 )
 
 
-def _linear_cross_entropy_results(
-    hidden: Tensor, weight: Tensor, targets: Tensor, row_scale: Tensor | None, *_: Any
-) -> tuple[Tensor, ...]:
+def _linear_cross_entropy_gradients(hidden: Tensor, weight: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    wanted = zip((hidden, weight), options[-2:], strict=True)
+    return tuple([x.new_empty(x.shape if wants else 0) for x, wants in wanted])
+
+
+def _linear_cross_entropy_results(hidden: Tensor, weight: Tensor, *options: Any) -> tuple[Tensor, ...]:
     rows = hidden.new_empty(hidden.shape[0], dtype=F64 if hidden.dtype == F64 else F32)
-    if row_scale is None:
-        return rows, torch.empty_like(rows), hidden.new_empty(0), weight.new_empty(0)
-    return rows, torch.empty_like(rows), hidden.new_empty(hidden.shape), weight.new_empty(weight.shape)
+    return rows, torch.empty_like(rows), *_linear_cross_entropy_gradients(hidden, weight, *options)
 
 
 LINEAR_CROSS_ENTROPY = Op(
     name="linear_cross_entropy",
-    # with row_scale: dhidden, dweight are the gradients of sum_r row_scale[r] loss[r]; without, they have no elements
+    # dhidden, dweight are the gradients of sum_r row_scale[r] loss[r]; one that is not wanted has no elements
     fwd=Schema.parse(
         "(Tensor hidden, Tensor weight, Tensor targets, Tensor? row_scale, int ignore_index, float label_smoothing,"
-        " float z_loss) -> (Tensor loss, Tensor lse, Tensor dhidden, Tensor dweight)"
+        " float z_loss, bool wants_dhidden, bool wants_dweight)"
+        " -> (Tensor loss, Tensor lse, Tensor dhidden, Tensor dweight)"
     ),
     # for any dloss [R]: computes the logits again
     bwd=Schema.parse(
         "(Tensor dloss, Tensor hidden, Tensor weight, Tensor targets, int ignore_index, float label_smoothing,"
-        " float z_loss) -> (Tensor dhidden, Tensor dweight)"
+        " float z_loss, bool wants_dhidden, bool wants_dweight) -> (Tensor dhidden, Tensor dweight)"
     ),
     shapes={"hidden": "R C", "weight": "V C", "targets": "R", "row_scale": "R", "loss": "R", "lse": "R"},
     public={"hidden": "... C", "weight": "V C", "targets": "..."},
@@ -466,7 +468,7 @@ LINEAR_CROSS_ENTROPY = Op(
     flops=lambda d, _: (2 * d["R"] * d["C"] * d["V"], 4 * d["R"] * d["C"] * d["V"]),
     fake={
         "fwd": _linear_cross_entropy_results,
-        "bwd": lambda _dloss, hidden, weight, *_: (torch.empty_like(hidden), torch.empty_like(weight)),
+        "bwd": lambda _dloss, *args: _linear_cross_entropy_gradients(*args),
     },
 )
 
