@@ -185,13 +185,18 @@ def load_into(model: nn.Module, weights: dict[str, Tensor]) -> None:
     own = unique_tensors(model)
     missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     if missing or unknown:
-        raise ValueError(f"weights do not fit the model: missing {missing or 'none'}, unknown {unknown or 'none'}")
+        raise ValueError(f"weights do not fit the model: missing {_few(missing)}; unknown {_few(unknown)}")
     for name, tensor in own.items():
         if tensor.shape != weights[name].shape:
             raise ValueError(f"{name} is {tuple(weights[name].shape)}: expected {tuple(tensor.shape)}")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(weights[name])
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more if names else "none"
 
 
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -100,7 +100,9 @@ class Llama(nn.Module):
     def rope_tables(self, start: int, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos, sin [end - start, D/2] float32 of the positions start..end-1, from tables that are computed once."""
         if self._rope is None or self._rope[0].shape[0] < end or self._rope[0].device != device:
-            rows = min(self.config.max_seq_len, 1 << (end - 1).bit_length()) if end else 0
+            rows = self.config.max_seq_len  # where a compiler watches: bit_length would bind it to this length
+            if not torch.compiler.is_compiling():
+                rows = min(rows, 1 << (end - 1).bit_length()) if end else 0
             self._rope = rope_cos_sin(self.config, rows, device)
         cos, sin = self._rope
         return cos[start:end], sin[start:end]

@@ -409,5 +409,8 @@ def _explain_training(message: str, vocab_size: int) -> str:
             f"of this text need at least {found[1]}"
         )
     if found := re.search(r"Please set it to a value <= (\d+)", message):
-        return f"tokenizer: vocab_size {vocab_size} is too large for this text, which gives at most {found[1]} pieces"
+        return (
+            f"tokenizer: vocab_size {vocab_size} is too large for this text, which gives at most {found[1]} pieces: "
+            "expected more text, or a smaller vocab_size"
+        )
     return f"tokenizer: training with vocab_size {vocab_size} failed: {message}"

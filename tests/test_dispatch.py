@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama_fast as lf
@@ -162,3 +163,28 @@ def test_backward_within_autocast_gives_the_same_bits(name: str, forward_too: bo
     with torch.autocast("cpu", torch.bfloat16):
         within = torch.autograd.grad(again, leaves)
     assert all(torch.equal(a, b) for a, b in zip(outside, within, strict=True))
+
+
+@pytest.mark.parametrize("name", [c for c in CALLS if c != "linear"])
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx_records_the_ops(name: str, mode: str) -> None:
+    function, leaves = _call(name)
+    leaves = [x.detach() for x in leaves]
+
+    def traced(a: Tensor, b: Tensor, c: Tensor) -> Any:
+        return function(*(a, b, c)[: len(leaves)])
+
+    inputs = (leaves * 3)[:3]
+    graph = make_fx(traced, tracing_mode=mode, _allow_non_fake_inputs=True)(*inputs)
+    ops = {str(node.target) for node in graph.graph.nodes}
+    assert f"llama_fast.{'attention' if name == 'block' else name}_fwd.default" in ops
+    torch.testing.assert_close(graph(*inputs), traced(*inputs))
+
+
+def test_the_model_is_exported_for_any_sizes() -> None:
+    model = lf.Llama(TINY)
+    sizes = {0: torch.export.Dim("b"), 1: torch.export.Dim("t", min=2, max=TINY.max_seq_len)}
+    exported = torch.export.export(model, (torch.zeros(2, 9, dtype=torch.int64),), dynamic_shapes=(sizes,)).module()
+    for shape in ((2, 9), (3, 33)):
+        tokens = torch.randint(TINY.vocab_size, shape)
+        assert torch.equal(exported(tokens), model(tokens))

@@ -45,7 +45,7 @@ def plain(*args: Any) -> bool:
 
 def readable(x: Tensor) -> bool:
     """Whether a check may look at the values of `x`: at no cost (on a CPU), and outside of tracing."""
-    return not torch.compiler.is_compiling() and x.device.type == "cpu" and type(x) in _PLAIN
+    return not torch.compiler.is_compiling() and x.device.type == "cpu" and plain(x)
 
 
 def autocast_dtype(x: Any) -> torch.dtype | None:

@@ -203,7 +203,7 @@ def nt(x: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
     """
     if out is None and _plain(x, weight):
         return F.linear(x, weight)
-    y = _product("nt", _flat(x), weight.t(), None if out is None else _flat(out))
+    y = _product("nt", flat(x), weight.t(), None if out is None else flat(out))
     return y.view(*x.shape[:-1], weight.shape[0]) if out is None else out
 
 
@@ -222,7 +222,7 @@ def nn(dy: Tensor, weight: Tensor, *, out: Tensor | None = None, accumulate: boo
         raise ValueError("out is None, expected a tensor to accumulate into")
     if out is None and _plain(dy, weight):
         return dy @ weight
-    dx = _product("nn", _flat(dy), weight, None if out is None else _flat(out), accumulate)
+    dx = _product("nn", flat(dy), weight, None if out is None else flat(out), accumulate)
     return dx.view(*dy.shape[:-1], weight.shape[1]) if out is None else out
 
 
@@ -240,7 +240,7 @@ def tn(dy: Tensor, x: Tensor, *, out: Tensor | None = None, accumulate: bool = F
     """
     if accumulate and out is None:
         raise ValueError("out is None, expected a tensor to accumulate into")
-    dy, x = _flat(dy), _flat(x)
+    dy, x = flat(dy), flat(x)
     if out is None and _plain(dy, x):
         return dy.t() @ x
     return _product("tn", dy.t(), x, out, accumulate)
@@ -303,8 +303,8 @@ def _multiply(path: str, a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b)
 
 
-def _flat(x: Tensor) -> Tensor:
-    """[..., n] as [rows, n]: a view of a contiguous x."""
+def flat(x: Tensor) -> Tensor:
+    """[..., n] as [rows, n]: a view where strides allow, n = 0 and symbolic sizes included."""
     if x.ndim == 2:
         return x
     return x.flatten(0, -2) if x.ndim > 2 else x.unsqueeze(0)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llama_fast.ops import table
 from llama_fast.ops.dispatch import apply, autocast_dtype, forced, once_differentiable, primitives
+from llama_fast.ops.linear import flat
 
 _rms_norm_fwd, _rms_norm_bwd = primitives["rms_norm_fwd"], primitives["rms_norm_bwd"]
 _add_rms_norm_fwd, _add_rms_norm_bwd = primitives["add_rms_norm_fwd"], primitives["add_rms_norm_bwd"]
@@ -81,12 +82,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     Source: Zhang and Sennrich 2019, arXiv:1910.07467.
     """
     weight = _weight_like(x, weight)
-    C = table.RMS_NORM.check(x=x, weight=weight)["C"]
+    table.RMS_NORM.check(x=x, weight=weight)
     table.check_number("rms_norm", "eps", eps, "a number >= 0", low=0.0)
     if x.ndim == 2:
         return apply(_RMSNorm, x, weight, eps)
-    R = x.shape[:-1].numel()
-    return apply(_RMSNorm, x.reshape(R, C), weight, eps).view(*x.shape)
+    return apply(_RMSNorm, flat(x), weight, eps).view(*x.shape)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -112,10 +112,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6)
         NotSupported: no backend takes the call; the message lists every objection.
     """
     weight = _weight_like(x, weight)
-    C = table.ADD_RMS_NORM.check(x=x, residual=residual, weight=weight)["C"]
+    table.ADD_RMS_NORM.check(x=x, residual=residual, weight=weight)
     table.check_number("add_rms_norm", "eps", eps, "a number >= 0", low=0.0)
     if x.ndim == 2:
         return apply(_AddRMSNorm, x, residual, weight, eps)
-    R = x.shape[:-1].numel()
-    y, total = apply(_AddRMSNorm, x.reshape(R, C), residual.reshape(R, C), weight, eps)
+    y, total = apply(_AddRMSNorm, flat(x), flat(residual), weight, eps)
     return y.view(*x.shape), total.view(*x.shape)

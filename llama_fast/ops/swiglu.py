@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llama_fast.ops import table
 from llama_fast.ops.dispatch import apply, forced, once_differentiable, primitives
+from llama_fast.ops.linear import flat
 
 _swiglu_fwd, _swiglu_bwd = primitives["swiglu_fwd"], primitives["swiglu_bwd"]
 
@@ -57,5 +58,4 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     table.SWIGLU.check(gate=gate, up=up)
     if gate.ndim == 2:
         return apply(_SwiGLU, gate, up)
-    R, F = gate.shape[:-1].numel(), gate.shape[-1]
-    return apply(_SwiGLU, gate.reshape(R, F), up.reshape(R, F)).view(*gate.shape)
+    return apply(_SwiGLU, flat(gate), flat(up)).view(*gate.shape)

@@ -24,6 +24,7 @@ F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float1
 FLOATS = frozenset({F64, F32, BF16, F16})
 
 NUMBERS = frozenset({float, int, bool, type(None)})  # what a primitive takes besides tensors
+_REMEMBERED = frozenset({Tensor, torch.nn.Parameter, type(None)})  # a FakeTensor's sizes may be symbols
 MOST_SHAPES = 4096  # argument shapes that a primitive remembers; generation makes a new one with every token
 
 
@@ -202,7 +203,7 @@ class Op:
             ValueError: a tensor's type, dtype, device or shape is not what the row says; names the argument, what was
                 found and what was expected.
         """
-        if torch.compiler.is_compiling() or not all(x is None or isinstance(x, Tensor) for x in tensors.values()):
+        if torch.compiler.is_compiling() or not _REMEMBERED.issuperset(map(type, tensors.values())):
             return self._check(tensors)
         key = tuple([(name, None if x is None else (x.dtype, x.device, x.shape)) for name, x in tensors.items()])
         dims = self._checked.get(key)
