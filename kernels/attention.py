@@ -156,15 +156,18 @@ def _attention_fwd_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    if WINDOW:
+    if EXACT:  # one loop, with the mask: half of what is compiled, and little beside products in several pieces
+        full_high = low
+    if WINDOW and not EXACT:
         acc, total, peak = _walk(
             acc, total, peak, q, k, v, b, g, low, full_low, i, keys, k_stride_s, v_stride_s, scale, window, D, BLOCK_N,
             BLOCK_D, CAUSAL, WINDOW, True, TMA, WARP_SPECIALIZE, PRECISION, EXACT,
         )  # fmt: skip
-    acc, total, peak = _walk(
-        acc, total, peak, q, k, v, b, g, full_low, full_high, i, keys, k_stride_s, v_stride_s, scale, window, D,
-        BLOCK_N, BLOCK_D, CAUSAL, WINDOW, False, TMA, WARP_SPECIALIZE, PRECISION, EXACT,
-    )  # fmt: skip
+    if not EXACT:
+        acc, total, peak = _walk(
+            acc, total, peak, q, k, v, b, g, full_low, full_high, i, keys, k_stride_s, v_stride_s, scale, window, D,
+            BLOCK_N, BLOCK_D, CAUSAL, WINDOW, False, TMA, WARP_SPECIALIZE, PRECISION, EXACT,
+        )  # fmt: skip
     acc, total, peak = _walk(
         acc, total, peak, q, k, v, b, g, full_high, high, i, keys, k_stride_s, v_stride_s, scale, window, D, BLOCK_N,
         BLOCK_D, CAUSAL, WINDOW, True, TMA, WARP_SPECIALIZE, PRECISION, EXACT,

@@ -147,18 +147,21 @@ def _attention_dkdv_kernel(
         peak = peak_ptr + statistics
         inverse = inverse_ptr + statistics
         delta = delta_ptr + statistics
-        dk, dv = _dkdv_walk(
-            dk, dv, k, v, q_head, dout_head, peak, inverse, delta, b, h, full_low, full_high, shift, j, tokens, keys,
-            q_stride_t, dout_stride_t, scale, window, D, BLOCK_M, BLOCK_D, CAUSAL, WINDOW, False, TMA,
-            WARP_SPECIALIZE, SWAPPED, PRECISION, EXACT,
-        )  # fmt: skip
-        if CAUSAL:
+        if EXACT:  # one loop, with the mask: half of what is compiled
+            full_low = high
+        else:
+            dk, dv = _dkdv_walk(
+                dk, dv, k, v, q_head, dout_head, peak, inverse, delta, b, h, full_low, full_high, shift, j, tokens,
+                keys, q_stride_t, dout_stride_t, scale, window, D, BLOCK_M, BLOCK_D, CAUSAL, WINDOW, False, TMA,
+                WARP_SPECIALIZE, SWAPPED, PRECISION, EXACT,
+            )  # fmt: skip
+        if CAUSAL or EXACT:
             dk, dv = _dkdv_walk(
                 dk, dv, k, v, q_head, dout_head, peak, inverse, delta, b, h, low, full_low, shift, j, tokens, keys,
                 q_stride_t, dout_stride_t, scale, window, D, BLOCK_M, BLOCK_D, CAUSAL, WINDOW, True, TMA,
                 WARP_SPECIALIZE, SWAPPED, PRECISION, EXACT,
             )  # fmt: skip
-        if WINDOW:
+        if WINDOW and not EXACT:
             dk, dv = _dkdv_walk(
                 dk, dv, k, v, q_head, dout_head, peak, inverse, delta, b, h, full_high, high, shift, j, tokens, keys,
                 q_stride_t, dout_stride_t, scale, window, D, BLOCK_M, BLOCK_D, CAUSAL, WINDOW, True, TMA,

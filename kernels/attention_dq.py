@@ -27,18 +27,17 @@ from llama_fast.kernels.attention_tiles import (
 @triton.jit
 def _statistics_walk(
     peak, total, delta, q, dout, k, v, b, g, low, high, i, S, k_stride_s, v_stride_s, scale, window, D: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The key blocks from low to high: largest product, sum of the weights relative to it, the same sum times dp."""
     for n in range(low, high, BLOCK_N):
-        k_tile = load_tile(k, b, g, n, S, k_stride_s, D, BLOCK_N, BLOCK_D, TMA, MASKED)
+        k_tile = load_tile(k, b, g, n, S, k_stride_s, D, BLOCK_N, BLOCK_D, TMA, True)
         s = product(q, k_tile.T, PRECISION)
-        v_tile = load_tile(v, b, g, n, S, v_stride_s, D, BLOCK_N, BLOCK_D, TMA, MASKED)
+        v_tile = load_tile(v, b, g, n, S, v_stride_s, D, BLOCK_N, BLOCK_D, TMA, True)
         dp = product(dout, v_tile.T, PRECISION)
-        if MASKED:
-            s = hide(s, i, n + tl.arange(0, BLOCK_N), S, window, CAUSAL, WINDOW)
-        alpha, p, peak = running_weights(s, peak, scale, MASKED, True)
+        s = hide(s, i, n + tl.arange(0, BLOCK_N), S, window, CAUSAL, WINDOW)
+        alpha, p, peak = running_weights(s, peak, scale, True, True)
         total = total * alpha + tl.sum(p, 1)
         delta = delta * alpha + tl.sum(p * dp, 1)
     return peak, total, delta
@@ -154,18 +153,11 @@ def _attention_dq_kernel(
         peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         delta = tl.zeros((BLOCK_M,), tl.float32)
-        if WINDOW:
-            peak, total, delta = _statistics_walk(
-                peak, total, delta, q, dout, k, v, b, g, low, full_low, i, keys, k_stride_s, v_stride_s, scale, window,
-                D, BLOCK_N, BLOCK_D, CAUSAL, WINDOW, True, TMA, PRECISION,
-            )  # fmt: skip
+        # one loop, with the mask: a third of what is compiled, and little beside products in several pieces
+        full_high = low
         peak, total, delta = _statistics_walk(
-            peak, total, delta, q, dout, k, v, b, g, full_low, full_high, i, keys, k_stride_s, v_stride_s, scale,
-            window, D, BLOCK_N, BLOCK_D, CAUSAL, WINDOW, False, TMA, PRECISION,
-        )  # fmt: skip
-        peak, total, delta = _statistics_walk(
-            peak, total, delta, q, dout, k, v, b, g, full_high, high, i, keys, k_stride_s, v_stride_s, scale, window, D,
-            BLOCK_N, BLOCK_D, CAUSAL, WINDOW, True, TMA, PRECISION,
+            peak, total, delta, q, dout, k, v, b, g, low, high, i, keys, k_stride_s, v_stride_s, scale, window, D,
+            BLOCK_N, BLOCK_D, CAUSAL, WINDOW, TMA, PRECISION,
         )  # fmt: skip
         none = total == 0.0
         peak = tl.where(none, float("inf"), peak)  # every weight of the row is then 0
@@ -180,15 +172,16 @@ def _attention_dq_kernel(
             peak_ptr + statistics, inverse_ptr + statistics, delta_ptr + statistics, t, tokens, EXACT
         )
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    if WINDOW:
+    if WINDOW and not EXACT:
         dq = _dq_walk(
             dq, q, dout, peak, inverse, delta, k, v, b, g, low, full_low, i, keys, k_stride_s, v_stride_s, scale,
             window, D, BLOCK_N, BLOCK_D, CAUSAL, WINDOW, True, TMA, WARP_SPECIALIZE, PRECISION, EXACT,
         )  # fmt: skip
-    dq = _dq_walk(
-        dq, q, dout, peak, inverse, delta, k, v, b, g, full_low, full_high, i, keys, k_stride_s, v_stride_s, scale,
-        window, D, BLOCK_N, BLOCK_D, CAUSAL, WINDOW, False, TMA, WARP_SPECIALIZE, PRECISION, EXACT,
-    )  # fmt: skip
+    if not EXACT:
+        dq = _dq_walk(
+            dq, q, dout, peak, inverse, delta, k, v, b, g, full_low, full_high, i, keys, k_stride_s, v_stride_s, scale,
+            window, D, BLOCK_N, BLOCK_D, CAUSAL, WINDOW, False, TMA, WARP_SPECIALIZE, PRECISION, EXACT,
+        )  # fmt: skip
     dq = _dq_walk(
         dq, q, dout, peak, inverse, delta, k, v, b, g, full_high, high, i, keys, k_stride_s, v_stride_s, scale,
         window, D, BLOCK_N, BLOCK_D, CAUSAL, WINDOW, True, TMA, WARP_SPECIALIZE, PRECISION, EXACT,
