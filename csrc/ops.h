@@ -80,8 +80,8 @@ int64_t attention_few_scratch(int64_t D);
 void attention_few(const Tensor& q, const Tensor& k, const Tensor& v, double scale, int64_t window, const Tensor& out,
                    const Tensor& lse, float* scratch);
 
-// y = x W^T for 1 to 4 rows;  x: [R, C], weight: [V, C], y: [R, V] T
-constexpr int64_t kGemvRows = 4;
+// y = x W^T for 1 to 8 rows;  x: [R, C], weight: [V, C], y: [R, V] T
+constexpr int64_t kGemvRows = 8;
 void gemv(const Tensor& x, const Tensor& weight, const Tensor& y);
 // ys[i] = x weights[i]^T for i in [0, count), in one loop over threads
 void gemv_group(const Tensor& x, const Tensor* weights, const Tensor* ys, int count);
@@ -89,11 +89,12 @@ void gemv_group(const Tensor& x, const Tensor* weights, const Tensor* ys, int co
 // best[r] = the place of the largest number of row r;  x: [R, V] T, V >= 1; best: [R] i64
 void argmax(const Tensor& x, const Tensor& best);
 
-// A step of a decode: one token of each of R rows, 1 to 4, through a whole model, in one loop over threads.
+// A step of a decode: one token of each of R rows, 1 to 8, through a whole model, in one loop over threads.
 //
 // embed, head: [V, C], norm1, norm2, norm: [C], wq: [H D, C], wk, wv: [G D, C], wo: [C, H D], wgate, wup: [F, C],
 // wdown: [C, F], k_cache, v_cache: [R, S, G, D] T (float32, bfloat16 or float16); cos, sin: [P, D/2] f32. Raises
-// std::invalid_argument where they do not fit each other, or H / G is above kFewRows.
+// std::invalid_argument where they do not fit each other, where H / G is above kFewRows, and for more than four rows of
+// bfloat16 that leave the first cache, which the vendor's products multiply faster.
 struct DecodeLayer {
   Tensor norm1, wq, wk, wv, wo, norm2, wgate, wup, wdown, k_cache, v_cache;
   double eps;

@@ -103,8 +103,8 @@ class Plan:
         if len(layers) != len(keys) or any(not t.is_cpu or t.layout != torch.strided for t in self._tensors):
             raise _Changed
         self._memory = self._read()
-        self._room = min(keys.shape[2], model.config.max_seq_len)
-        self._tables = model.rope_tables(0, self._room, embed.device)  # held: the native plan has their addresses
+        room = min(keys.shape[2], model.config.max_seq_len)
+        self._tables = model.rope_tables(0, room, embed.device)  # held: the native plan has their addresses
         self._native = native.decode_plan(
             embed,
             *self._tables,
@@ -173,8 +173,6 @@ class Plan:
 
     def step(self, tokens: Tensor, cache: KVCache) -> Tensor | None:
         """See the function of that name."""
-        if cache.used >= self._room:
-            return None
         vocabulary, dtype = self._logits
         logits = torch.empty(tokens.shape[0], vocabulary, dtype=dtype)
         if not self._native.step(tokens[:, 0], cache.used, cache.starts or (), logits):

@@ -91,7 +91,7 @@ def test_a_step_is_as_near_to_float64_as_the_ops(dtype: torch.dtype) -> None:
     model = drawn(CONFIG, dtype)
     exact = drawn(CONFIG, torch.float64)
     exact.load_state_dict(model.state_dict())
-    for B in (1, 4):
+    for B in (1, 8):
         cache = filled(model, B, 40)
         truth = KVCache(CONFIG, B, 48, "cpu", torch.float64)
         truth.k_LBSGD.copy_(cache.k_LBSGD)
@@ -107,10 +107,10 @@ def test_a_step_is_as_near_to_float64_as_the_ops(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_row_is_what_it_is_alone_in_any_batch_and_for_any_number_of_threads(dtype: torch.dtype) -> None:
     model = drawn(CONFIG, dtype)
-    starts, tokens, threads = [0, 7, 30, 2], tokens_of(4), torch.get_num_threads()
+    starts, tokens, threads = [0, 7, 30, 2, 0, 11, 29, 1], tokens_of(8), torch.get_num_threads()
     alone = []
-    for b in range(4):
-        cache = filled(model, 4, 30, starts)
+    for b in range(8):
+        cache = filled(model, 8, 30, starts)
         cache.k_LBSGD, cache.v_LBSGD = (t[:, b : b + 1].clone() for t in (cache.k_LBSGD, cache.v_LBSGD))
         cache.starts = (starts[b],)
         with torch.no_grad():
@@ -119,7 +119,7 @@ def test_a_row_is_what_it_is_alone_in_any_batch_and_for_any_number_of_threads(dt
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            cache = filled(model, 4, 30, starts)
+            cache = filled(model, 8, 30, starts)
             with torch.no_grad():
                 found = model(tokens, cache)
             assert cache.plan is not None
@@ -202,6 +202,12 @@ def _grown(_: Llama, cache: KVCache) -> None:
         _overwrite(t)
 
 
+def _keys(_: Llama, cache: KVCache) -> None:
+    old, cache.k_LBSGD = cache.k_LBSGD, cache.k_LBSGD * 2
+    cache._layers = list(zip(cache.k_LBSGD, cache.v_LBSGD, strict=True))
+    _overwrite(old)
+
+
 def _starts(_: Llama, cache: KVCache) -> None:
     cache.starts = (3, 5)
 
@@ -212,7 +218,7 @@ def _used(_: Llama, cache: KVCache) -> None:
 
 CHANGES: list[Callable[[Llama, KVCache], None]] = [
     _data, _transposed, _assigned, _loaded, _moved_and_back, _parameter, _submodule, _layer_less, _layers_swapped,
-    _options, _eps, _grown, _starts, _used,
+    _options, _eps, _grown, _keys, _starts, _used,
 ]  # fmt: skip
 
 
@@ -243,6 +249,17 @@ def test_a_model_of_another_dtype_than_its_cache_is_named(dtype: torch.dtype) ->
             model(tokens_of(1), cache)
 
 
+def test_memory_seen_as_another_dtype_is_named() -> None:
+    model = drawn(TINY, torch.bfloat16)
+    cache = filled(model, 1, 5)
+    with torch.no_grad():
+        model(tokens_of(1), cache)
+        p = model.layers[1].mlp.up_proj.weight
+        p.data = p.data.view(torch.float16)
+        with pytest.raises(ValueError, match=r"wup_FC has dtype torch.float16, expected torch.bfloat16"):
+            model(tokens_of(1), cache)
+
+
 def test_functional_call_computes_with_its_own_parameters() -> None:
     model = drawn(TINY, torch.float32)
     others = {name: p * 1.1 for name, p in model.named_parameters()}
@@ -262,7 +279,7 @@ def test_functional_call_computes_with_its_own_parameters() -> None:
 
 
 @pytest.mark.parametrize("place", ["layers.1", "norm", "lm_head"])
-@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook", "forward"])
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook", "forward", "class"])
 def test_hooks_and_replaced_forwards_are_called(place: str, kind: str) -> None:
     model = drawn(TINY, torch.float32)
     cache = filled(model, 1, 5)
@@ -272,6 +289,11 @@ def test_hooks_and_replaced_forwards_are_called(place: str, kind: str) -> None:
         if kind == "forward":
             forward = module.forward
             module.forward = lambda *a, **k: seen.append(1) or forward(*a, **k)  # type: ignore[method-assign]
+        elif kind == "class":  # as FSDP2 does
+            cls = type(module)
+            module.__class__ = type(
+                "Seen", (cls,), {"forward": lambda self, *a, **k: seen.append(1) or cls.forward(self, *a, **k)}
+            )
         else:
             handle = getattr(module, kind)(lambda *_: seen.append(1))
         cache.used = 5
@@ -279,6 +301,8 @@ def test_hooks_and_replaced_forwards_are_called(place: str, kind: str) -> None:
         assert seen == [1]
         if kind == "forward":
             del module.forward
+        elif kind == "class":
+            module.__class__ = cls
         else:
             handle.remove()
         cache.used = 5
@@ -393,10 +417,12 @@ def test_sizes_that_the_native_step_does_not_take_run_op_by_op(config: LlamaConf
     with torch.no_grad():
         assert model(tokens_of(1), cache).isfinite().all()
     assert cache.plan is None
-    many = filled(drawn(TINY, torch.float32), 5, 5)
-    with torch.no_grad():
-        drawn(TINY, torch.float32)(tokens_of(5), many)
-    assert many.plan is None
+    for B, dtype, runs in ((8, torch.float32, True), (9, torch.float32, False), (8, torch.bfloat16, False)):
+        wide = drawn(dataclasses.replace(TINY, dim=1040, n_heads=4, n_kv_heads=4, explicit_head_dim=16), dtype)
+        many = filled(wide, B, 5)
+        with torch.no_grad():
+            assert wide(tokens_of(B), many).isfinite().all()
+        assert (many.plan is not None) == runs
 
 
 @pytest.mark.parametrize("isa", native.isas())

@@ -232,10 +232,10 @@ def test_gemv(isa: str, dtype: torch.dtype) -> None:
     try:
         for N, K in ((1, 1), (3, 5), (37, 100), (130, 1003), (1003, 2048)):
             w = torch.randn(N, K + 3).to(dtype)[:, :K]
-            x = torch.randn(4, K + 1).to(dtype)[:, :K]
+            x = torch.randn(8, K + 1).to(dtype)[:, :K]
             truth, plain = x.double() @ w.double().T, F.linear(x, w)
             alone = []
-            for R in (1, 2, 3, 4):
+            for R in (1, 2, 3, 4, 7, 8):
                 found = []
                 for n in (1, 2, 3):
                     torch.set_num_threads(n)

@@ -1,4 +1,4 @@
-// The matrix-vector product of a decode, y = x W^T for one to four rows of x: W is read once, at the rate of memory.
+// The matrix-vector product of a decode, y = x W^T for one to eight rows of x: W is read once, at the rate of memory.
 // Sums are float32 and rounded once. One thread does an output: bitwise equal for every number of threads, and each row
 // bitwise equal to that row alone. Several products of one x are one loop: a thread goes on to the next matrix at once.
 #ifndef LF_ISA
@@ -27,21 +27,20 @@ namespace {
 constexpr int64_t kGrainElements = 32768;  // of W, a thread's least share
 constexpr int kChains = 2;                 // sums along a row of W, which hide the latency of a multiply-add
 
-// Elements of T that `multiply` takes at a time, and acc + a b on them.
 template <class T>
-constexpr int64_t kStep = VecF::kLanes;
+using Unit = typename UnitOf<T>::type;
+// Elements of T that `multiply` takes at a time.
+template <class T>
+constexpr int64_t kStep = VecF::kLanes * kPerUnit<Unit<T> >;
+
+// acc + a b
 template <class T>
 LF_INLINE VecF multiply(const T* a, const T* b, VecF acc) {
-  return fma(load(a), load(b), acc);
+  if constexpr (kPerUnit<Unit<T> > == 2)
+    return dot(load_units(reinterpret_cast<const Unit<T>*>(a)), load_units(reinterpret_cast<const Unit<T>*>(b)), acc);
+  else
+    return fma(load(a), load(b), acc);
 }
-#if defined(LF_NATIVE_BF16) && LF_NATIVE_BF16
-template <>
-inline constexpr int64_t kStep<bf16> = 2 * VecF::kLanes;
-template <>
-LF_INLINE VecF multiply<bf16>(const bf16* a, const bf16* b, VecF acc) {
-  return dot(load_units(reinterpret_cast<const uint32_t*>(a)), load_units(reinterpret_cast<const uint32_t*>(b)), acc);
-}
-#endif
 
 // y[r] = the dot product of row r of x and one row of W. One row of W at a time, in the order of memory, is what the
 // processor's own prefetching follows best (docs/ops/linear.md).
@@ -65,30 +64,22 @@ void gemv_row(const T* x, int64_t x_stride, const T* w, T* y, int64_t y_stride, 
 // Output `o` of all rows of x, four at a time: the row of W comes from memory once.
 template <class T>
 void gemv_output(const Tensor& x, const Tensor& weight, const Tensor& y, int64_t o) {
-  const int64_t K = x.size[1];
-  const T* w = weight.ptr<T>() + o * weight.stride[0];
-  for (int64_t r = 0; r < x.size[0]; r += 4) {
-    const T* x_rows = x.ptr<T>() + r * x.stride[0];
-    T* to = y.ptr<T>() + r * y.stride[0] + o;
-    switch (x.size[0] - r) {
-      case 1:
-        gemv_row<1, T>(x_rows, x.stride[0], w, to, y.stride[0], K);
-        break;
-      case 2:
-        gemv_row<2, T>(x_rows, x.stride[0], w, to, y.stride[0], K);
-        break;
-      case 3:
-        gemv_row<3, T>(x_rows, x.stride[0], w, to, y.stride[0], K);
-        break;
-      default:
-        gemv_row<4, T>(x_rows, x.stride[0], w, to, y.stride[0], K);
-    }
-  }
+  const int64_t K = x.size[1], R = x.size[0];
+  const auto rows = [&](auto count, int64_t r) {
+    gemv_row<decltype(count)::value, T>(x.ptr<T>() + r * x.stride[0], x.stride[0],
+                                        weight.ptr<T>() + o * weight.stride[0], y.ptr<T>() + r * y.stride[0] + o,
+                                        y.stride[0], K);
+  };
+  int64_t r = 0;
+  for (; r + 4 <= R; r += 4) rows(std::integral_constant<int, 4>{}, r);
+  if (R - r == 3) rows(std::integral_constant<int, 3>{}, r);
+  if (R - r == 2) rows(std::integral_constant<int, 2>{}, r);
+  if (R - r == 1) rows(std::integral_constant<int, 1>{}, r);
 }
 
 // Outputs of all the products, one after the other, are the loop's items.
 void gemv_group(const Tensor& x, const Tensor* weights, const Tensor* ys, int count) {
-  if (x.size[0] < 1 || x.size[0] > kGemvRows) throw std::invalid_argument("x: gemv takes 1 to 4 rows");
+  if (x.size[0] < 1 || x.size[0] > kGemvRows) throw std::invalid_argument("x: gemv takes 1 to 8 rows");
   int64_t outputs = 0;
   for (int i = 0; i < count; ++i) outputs += weights[i].size[0];
   with_dtype(x.dtype, [&](auto tag) {

@@ -85,7 +85,7 @@ def decode_plan(
         return None
     try:
         return _native.cpu.DecodePlan(embed, cos, sin, list(layers), norm, eps, head)
-    except ValueError:  # another dtype, sizes that do not fit each other, more than four rows
+    except ValueError:  # another dtype, sizes that do not fit each other, too many rows
         return None
 
 
