@@ -50,7 +50,7 @@ def readable(x: Tensor) -> bool:
 
 def autocast_dtype(x: Any) -> torch.dtype | None:
     """The dtype of autocast where it is on for the device of the tensor `x`, else None."""
-    if not isinstance(x, Tensor) or not torch.amp.is_autocast_available(x.device.type):
+    if not isinstance(x, Tensor) or x.is_meta:  # autocast knows no meta device
         return None
     return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
 
