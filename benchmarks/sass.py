@@ -89,8 +89,8 @@ def _elementwise() -> Iterable[Specimen]:
 def _losses() -> Iterable[Specimen]:
     op = "linear_cross_entropy"
     tensors = (_meta(64, 256), _meta(128256, 256), _meta(64, dtype=torch.int64), _meta(64, dtype=F32))
-    yield Specimen(op, "V128256 bf16", f"{op}_fwd", (*tensors, -100, 0.0, 0.0), True)
-    yield Specimen(op, "V128256 bf16 smoothing", f"{op}_fwd", (*tensors, -100, 0.1, 0.0))
+    yield Specimen(op, "V128256 bf16", f"{op}_fwd", (*tensors, -100, 0.0, 0.0, True, True), True)
+    yield Specimen(op, "V128256 bf16 smoothing", f"{op}_fwd", (*tensors, -100, 0.1, 0.0, True, True))
 
 
 def _attentions() -> Iterable[Specimen]:
