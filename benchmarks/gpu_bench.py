@@ -439,12 +439,17 @@ def _fastest(rows: list[Row], op: str, direction: str, dtypes: list[str], right:
 
 
 def command_prove(args: argparse.Namespace) -> int:
-    test, bench = (json.loads(Path(f).read_text()) for f in args.files)
-    if test["device_class"] != bench["device_class"]:
-        raise SystemExit(f"results of two devices: {test['device_class']} and {bench['device_class']}")
+    test, *benches = (json.loads(Path(f).read_text()) for f in args.files)
+    classes = {r["device_class"] for r in (test, *benches)}
+    if not benches or len(classes) > 1:
+        raise SystemExit(f"expected results of test and then of bench, of one device; found those of {classes}")
+    rows: dict[str, list[Row]] = {}  # of an op those of the last file that has it
+    for bench in benches:
+        for op in {r["op"] for r in bench["rows"]}:
+            rows[op] = [r for r in bench["rows"] if r["op"] == op]
     file = Path(args.out or proven.FILE)
     listed = json.loads(file.read_text()) if file.exists() else {}
-    listed[test["device_class"]] = proof(test, bench)
+    listed[test["device_class"]] = proof(test, {"rows": [r for found in rows.values() for r in found]})
     file.write_text(json.dumps(listed, indent=2, sort_keys=True) + "\n")
     print(json.dumps(listed[test["device_class"]], indent=2))
     return 0

@@ -296,6 +296,25 @@ def test_prove_keeps_other_devices(tmp_path: Path) -> None:
     assert set(listed["sm_90"]) == {"triton"}
 
 
+def test_prove_of_several_bench_files(tmp_path: Path) -> None:
+    test, bench = (r | {"device_class": "sm_90"} for r in _results())
+    slow = [r | {"seconds": 1e3} if r.get("provider") == "llama_fast:triton" else r for r in bench["rows"]]
+    files = [tmp_path / name for name in ("test.json", "slow.json", "bench.json")]
+    for file, result in zip(files, (test, bench | {"rows": slow}, bench), strict=True):
+        file.write_text(json.dumps(result))
+
+    def listed(*order: Path) -> set[str]:
+        out = tmp_path / "proven.json"
+        assert gpu.main(["prove", *map(str, order), "--out", str(out)]) == 0
+        return set(json.loads(out.read_text())["sm_90"])
+
+    assert listed(files[0], files[1], files[2]) == listed(files[0], files[2])  # of an op the last file counts
+    assert "triton" in listed(files[0], files[2])
+    assert "triton" not in listed(files[0], files[2], files[1])
+    with pytest.raises(SystemExit, match="expected results of test and then of bench"):
+        gpu.main(["prove", str(files[0])])
+
+
 def test_every_op_has_cases_of_both_kinds() -> None:
     for op in OPS:
         assert len(gpu_cases.test_cases(op, False)) > 5
