@@ -3,7 +3,8 @@ repeats under other schedules, and bugs that must be seen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -69,6 +70,44 @@ def test_budget(op: str, dtype: torch.dtype) -> None:
     for case in CASES:
         if case.op == op:
             assert_within_budget(case, "cuda", dtype)
+
+
+@pytest.fixture
+def many_multiprocessors() -> Iterator[None]:
+    """The emulator's device has as many as an H200, for many parts of dweight."""
+    cuda._library.set_multiprocessors(132)
+    cuda._norm_elements.cache_clear()
+    yield
+    cuda._library.set_multiprocessors(4)
+    cuda._norm_elements.cache_clear()
+
+
+@pytest.mark.usefixtures("many_multiprocessors")
+@pytest.mark.parametrize(
+    ("case", "parts"),
+    [
+        (Case("rms_norm", {"...": (111,), "C": 512}), 111),
+        (Case("add_rms_norm", {"...": (3, 37), "C": 512}, strided=True), 111),
+        (Case("rms_norm", {"...": (2000,), "C": 1003}), 264),
+    ],
+    ids=str,
+)
+def test_dweight_of_many_parts(case: Case, parts: int) -> None:
+    assert_within_budget(case, "cuda", torch.float32)
+
+    # A term passes the additions of its part, of its warp's parts and of 32 sums pairwise, each off by half an ulp at
+    # most. In order, sums of that size or less would all be lost after the first row's 1.
+    R, C = math.prod(case.dims["..."]), case.dims["C"]
+    half_ulp, in_part = 2.0**-24, math.ceil(R / parts)
+    additions = in_part + math.ceil(parts / 32) + 5
+    ones = torch.ones(R, C + 3 * case.strided)[:, :C]
+    dy = torch.full_like(ones, half_ulp / (2 * in_part if in_part > 1 else 1))
+    dy[0] = 1.0
+    dsum = (ones,) if case.op == "add_rms_norm" else ()
+    dweight = getattr(cuda, f"{case.op}_bwd")(dy, *dsum, ones, torch.ones(C), torch.ones(R))[1]
+    truth = dy.double().sum(0)
+    error = (dweight.double() - truth).abs().max().item()
+    assert error <= additions * half_ulp * truth.max().item(), error / half_ulp
 
 
 @pytest.mark.parametrize("case", [Case("rms_norm", {"...": (20,), "C": 1032}), Case("rms_norm", {"...": (4,), "C": 9})])

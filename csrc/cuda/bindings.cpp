@@ -129,6 +129,7 @@ PYBIND11_MODULE(_native_cuda, module) {
       },
       py::arg("seed") = 0, py::arg("race_check") = true, py::arg("workers") = 2);
   module.def("set_architecture", &cuda::set_architecture, py::arg("value"));
+  module.def("set_multiprocessors", &cuda::set_multiprocessors, py::arg("value"));
   module.def("counters", [] {
     const llama_fast::emulator::Counters c = llama_fast::emulator::counters();
     py::dict counts;

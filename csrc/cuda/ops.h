@@ -17,6 +17,8 @@ void set_synchronous(bool value);
 
 // The architecture, 80 or 90, whose kernels the emulator runs: 80 unless set.
 void set_architecture(int value);
+// The multiprocessors of its device, by which kernels choose their blocks: 4 unless set.
+void set_multiprocessors(int value);
 
 // y[r,c] = x[r,c] rstd[r] weight[c];  x, y: [R, C] T; weight: [C] T; rstd: [R] f32
 void rms_norm_fwd(const Tensor& x, const Tensor& weight, double eps, const Tensor& y, const Tensor& rstd, Stream s);

@@ -3,8 +3,8 @@
 //
 // A short row is done by a few lanes of a warp, so that a block has many rows in flight; another one by a block. The
 // forward reads a row once and holds it in registers where it fits (kHeld), else reads it a second time. The backward's
-// blocks walk over rows and add dweight in registers: one float32 row of `scratch` a block, summed in order by a second
-// kernel. Rows too long for that, or off the 16-byte boundary, take one kernel for the rows' means, which it leaves in
+// blocks walk over rows and add dweight in registers: one float32 row of `scratch` a block, summed by a second kernel.
+// Rows too long for that, or off the 16-byte boundary, take one kernel for the rows' means, which it leaves in
 // `scratch`, and one that has columns to a thread for dx and dweight: x and dy are read twice. Derivation:
 // docs/ops/rms_norm.md.
 #include "rms_norm_bwd.cuh"
@@ -20,9 +20,6 @@ int64_t most_shared(int architecture) {
                                                                  : 99;
   return kib << 10;
 }
-
-// Of so few, 32 columns a block would leave most multiprocessors idle: blocks have 8, 32 bytes of each part.
-constexpr int64_t kFewColumns = 1024;
 
 // Calls f(Short, width, mine), the two as integral constants, and gives true; false where rows are not short.
 template <class T, int kMost, class F>
@@ -156,14 +153,8 @@ void norm_bwd(const char* op, const Tensor& dy, const Tensor& dsum, const Tensor
     } else {
       run_any(std::integral_constant<int, kLong>{});
     }
-    const auto sum = [&](auto kColumns) {
-      launch(launch_of(op, s, grid(ceil_div(C, kColumns)), kWarp * kSumWarps), norm_dweight_sum_kernel<T, kColumns>,
-             Global<const float>(scratch.ptr<const float>()), Global<T>(dweight.ptr<T>()), parts, C);
-    };
-    if (C <= kFewColumns)
-      sum(std::integral_constant<int, 8>{});
-    else
-      sum(std::integral_constant<int, kWarp>{});
+    launch(launch_of(op, s, grid(ceil_div(C, kWarp)), kSumThreads), norm_dweight_sum_kernel<T>,
+           Global<const float>(scratch.ptr<const float>()), Global<T>(dweight.ptr<T>()), parts, C);
   });
 }
 

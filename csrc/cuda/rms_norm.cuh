@@ -10,12 +10,12 @@
 namespace llama_fast::cuda {
 
 constexpr int kMaxThreads = 1024;
-constexpr int kPieces = 4;           // of a tensor that a thread has at once: 64 bytes in flight
-constexpr int kFwdThreads = 128;     // a block of short rows
-constexpr int kBwdThreads = 256;     // the same of the backward, which writes a part of dweight for each
-constexpr int kShortPieces = 2;      // that a thread of short rows has at once, of as many rows as it takes
-constexpr int kSumWarps = 32;        // share the parts of some columns of dweight
-constexpr int kColumnThreads = 256;  // norm_bwd_columns: a piece of columns a thread
+constexpr int kPieces = 4;                  // of a tensor that a thread has at once: 64 bytes in flight
+constexpr int kFwdThreads = 128;            // a block of short rows
+constexpr int kBwdThreads = 256;            // the same of the backward, which writes a part of dweight for each
+constexpr int kShortPieces = 2;             // that a thread of short rows has at once, of as many rows as it takes
+constexpr int kSumThreads = kWarp * kWarp;  // 32 warps share the parts of 32 columns of dweight
+constexpr int kColumnThreads = 256;         // norm_bwd_columns: a piece of columns a thread
 
 inline int threads_for(int64_t pieces) {
   return static_cast<int>(std::min<int64_t>(ceil_div(std::max<int64_t>(pieces, 1), kWarp) * kWarp, kMaxThreads));

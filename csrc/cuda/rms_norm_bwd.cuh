@@ -328,27 +328,24 @@ __global__ void __launch_bounds__(kColumnThreads, 2) norm_bwd_columns_kernel(Nor
   store_sums(p.partial, p.C, part, c, dweight);
 }
 
-// dweight[c] = sum of partial[:, c]. A block has kColumns columns; kSums of its threads share the parts of one, and
-// their sums are added in order.
-template <class T, int kColumns>
-__global__ void __launch_bounds__(kWarp* kSumWarps)
+// dweight[c] = sum of partial[:, c]. A block has 32 columns. Warp w takes parts w, w + 32, ... of them all, then column
+// w's 32 sums, which it adds pairwise: in order, the error would grow by 31 roundings instead of 5.
+template <class T>
+__global__ void __launch_bounds__(kSumThreads)
     norm_dweight_sum_kernel(Global<const float> partial, Global<T> dweight, int64_t parts, int64_t C) {
-  constexpr int kSums = kWarp * kSumWarps / kColumns;
-  LLAMA_FAST_SHARED(float, sums, kWarp* kSumWarps);
-  const int column = threadIdx.x % kColumns;
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * kColumns + column;
+  constexpr int kStride = kWarp + 1;  // of a warp's sums: no bank twice
+  LLAMA_FAST_SHARED(float, sums, kWarp* kStride);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kWarp;
   float total = 0.0F;
-  if (c < C) {
+  if (first + lane < C) {
 #pragma unroll 4
-    for (int64_t part = threadIdx.x / kColumns; part < parts; part += kSums) total += partial[part * C + c];
+    for (int64_t part = warp; part < parts; part += kWarp) total += partial[part * C + first + lane];
   }
-  sums[threadIdx.x] = total;
+  sums[warp * kStride + lane] = total;
   __syncthreads();
-  if (threadIdx.x >= kColumns || c >= C) return;
-  total = 0.0F;
-#pragma unroll 8
-  for (int i = 0; i < kSums; ++i) total += sums[i * kColumns + column];
-  dweight[c] = from_float<T>(total);
+  total = warp_reduce<Add>(sums[lane * kStride + warp]);
+  if (lane == 0 && first + warp < C) dweight[first + warp] = from_float<T>(total);
 }
 
 }  // namespace llama_fast::cuda

@@ -7,6 +7,7 @@ void set_synchronous(bool value) { synchronous() = value; }
 
 #ifdef LLAMA_FAST_EMULATE
 void set_architecture(int value) { emulated_architecture() = value; }
+void set_multiprocessors(int value) { emulated_multiprocessors() = value; }
 #endif
 
 }  // namespace llama_fast::cuda

@@ -36,8 +36,13 @@ class OnDevice {
 
 #ifdef LLAMA_FAST_EMULATE
 
-// Streaming multiprocessors of a device: so few that loops over them have more than one turn.
-inline int64_t multiprocessors(int) { return 4; }
+// Streaming multiprocessors of a device, what set_multiprocessors says: so few that loops over them have more than one
+// turn.
+inline int64_t& emulated_multiprocessors() {
+  static int64_t value = 4;
+  return value;
+}
+inline int64_t multiprocessors(int) { return emulated_multiprocessors(); }
 // 10 major + minor of a device's compute capability: what set_architecture says.
 inline int& emulated_architecture() {
   static int value = 80;
