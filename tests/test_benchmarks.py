@@ -548,3 +548,13 @@ def test_a_comparison_gives_lines_of_both_sides(monkeypatch: pytest.MonkeyPatch,
     text = console.export_text()
     assert "2.000x" in text
     assert "old: RuntimeError: wrong" in text
+
+
+def test_a_training_step_leaves_the_weights_to_the_next_provider() -> None:
+    scenario = model.Scenario("training_step", LlamaConfig.preset("tiny"), "", 1, 16, torch.float32)
+    maker = dict(model._training_step(scenario))["eager"]
+    assert not isinstance(maker, str)
+    side = maker()
+    before = side.values()
+    side.run()
+    assert all(torch.equal(a, b) for a, b in zip(side.values(), before, strict=True))
