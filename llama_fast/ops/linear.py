@@ -31,7 +31,7 @@ from llama_fast.ops.dispatch import once_differentiable, plain
 #   tn: dW = dy^T x    dy [K, M], x [K, N]    M = outputs,       N = inputs,               K = rows
 FORMS = ("nt", "nn", "tn")
 
-_SLICE_BYTES = 4 << 20  # of a product that cannot be written in place: stays in a core's share of the last cache
+_SLICE_BYTES = 8 << 20  # of a product that cannot be written in place: two of them fit the last cache
 # Terms that oneDNN may add to one float32 sum: in one chain of 2048 its error is 2.3 times MKL's; in parts of 192,
 # which are MKL's own, the same; of 384 1.37 times. The budget is 1.0 times eager's error forward, 1.5 times backward.
 _TERMS = {"nt": 192, "nn": 384, "tn": 384}
