@@ -9,7 +9,7 @@ import json
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from benchmarks.gpu_run import (
     worker_command,
     write,
 )
-from benchmarks.gpu_time import Clock, Time, forward_and_backward
+from benchmarks.gpu_time import Clock, Time, forward_and_backward, leaves_of
 from benchmarks.harness import Benchmark, first_line
 from benchmarks.providers import Provider
 from llama_fast.ops import proven
@@ -170,6 +170,13 @@ def check_warm(unit: Row, args: argparse.Namespace) -> Iterator[Row]:
     yield from ()
 
 
+def _kept(call: Callable[..., Any], inputs: Mapping[str, Tensor], options: Mapping[str, Any]) -> int:
+    """Bytes that a forward keeps for its backward, of inputs of its own: some libraries' kernels overwrite theirs."""
+    leaves = leaves_of(inputs)
+    outside = [x for name, x in leaves.items() if name in harness.PARAMETERS]
+    return harness.kept_bytes(lambda: call(**leaves, **options), outside)
+
+
 def bench_one(clock: Clock, item: Row, args: argparse.Namespace, seconds: float, tell: Callable[..., None]) -> None:
     """Tells the rows of one case: each provider's times, or why it has none."""
     benchmark = cases_of(item["op"], args.tiny)[item["case"]]
@@ -177,6 +184,7 @@ def bench_one(clock: Clock, item: Row, args: argparse.Namespace, seconds: float,
     base = {"op": case.op, "case": benchmark.label, "dtype": harness.dtype_name(benchmark.dtype)}
     place = {"op": item["op"], "case": item["case"], "tiny": args.tiny}
     calls: dict[str, dict[str, Any]] = {"fwd": {}, "bwd": {}, "both": {}}
+    memory: dict[tuple[str, str], Row] = {}
     expected: tuple[Tensor, ...] | None = None
     # what the others are compared with comes first: eager PyTorch, or the vendor's kernel
     order = sorted(providers(case.op, args), key=lambda p: {"eager": 0, "torch": 1}.get(p.name, 2))
@@ -197,12 +205,13 @@ def bench_one(clock: Clock, item: Row, args: argparse.Namespace, seconds: float,
             if wrong:
                 tell(row=row | {"problem": wrong})
                 continue
-            if case.op in gpu_results.TOGETHER:
-                peak = clock.peak_bytes(both)
-                calls["both"][p.name] = (clock.prepare(both, graph=False), peak)
-            else:
-                calls["fwd"][p.name] = (clock.prepare(fwd), 0)
-                calls["bwd"][p.name] = (clock.prepare(bwd), 0)
+            together = case.op in gpu_results.TOGETHER
+            kept = _kept(p.call, inputs, case.options)
+            timed = {"both": both} if together else {"fwd": fwd, "bwd": bwd}
+            for direction, call in timed.items():
+                memory[p.name, direction] = {"peak": clock.peak_bytes(call)}
+                memory[p.name, direction] |= {"kept": None if direction == "fwd" else kept}
+                calls[direction][p.name] = clock.prepare(call, graph=not together)
         except lf.NotSupported as error:
             tell(row=row | {"problem": str(error).splitlines()[-1].strip()[:200]})
         except Exception as error:
@@ -211,9 +220,8 @@ def bench_one(clock: Clock, item: Row, args: argparse.Namespace, seconds: float,
     tell(started=place | {"provider": "all"})
     for direction, prepared in calls.items():
         if prepared:
-            times = clock.compare({name: p for name, (p, _) in prepared.items()}, seconds / 6)
-            for name, t in times.items():
-                tell(row=base | {"provider": name, "direction": direction, "peak": prepared[name][1]} | _times(t))
+            for name, t in clock.compare(prepared, seconds / 6).items():
+                tell(row=base | {"provider": name, "direction": direction} | memory[name, direction] | _times(t))
 
 
 def _times(t: Time) -> Row:
@@ -284,12 +292,14 @@ def _rate(rows: list[Row], args: argparse.Namespace, rates: Row) -> None:
 def _print_bench(rows: list[Row], rates: Row, launches: Row, seconds: float) -> int:
     if rates:
         print(f"copy {rates['copy'] / 1e9:.0f} GB/s, bfloat16 product {rates['matrix'] / 1e12:.0f} TFLOP/s")
-    print("median ms, share of the copy rate (attention and linear_cross_entropy: TFLOP/s, peak memory); *: no graph")
+    print(
+        "median ms, share of the copy rate (attention and linear_cross_entropy: TFLOP/s; its peak memory); *: no graph"
+    )
     lines: dict[str, list[str]] = {}
     for r in (r for r in rows if "seconds" in r):
         dtype = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[r["dtype"]]
         rate = f"{r['tflops']:.0f}" if "tflops" in r else f"{r['share']:.0%}"
-        peak = f" {r['peak'] / 2**30:.2f}GiB" if r["peak"] else ""
+        peak = f" {r['peak'] / 2**30:.2f}GiB" if r["op"] in gpu_results.TOGETHER and r["peak"] else ""
         name = r["provider"].removeprefix(results.OURS + ":") + "*" * bool(r["no_graph"])
         text = f"{name} {r['seconds'] * 1e3:.4f} {rate}{peak}"
         lines.setdefault(f"{r['op']} {r['case']} {dtype} {r['direction']}", []).append(text)

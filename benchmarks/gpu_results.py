@@ -66,7 +66,7 @@ def _line(row: Row, benchmark: Benchmark, direction: str) -> Line:
         limit=None,
         share=None,
         peak_bytes=row.get("peak") or None,
-        kept_bytes=None,
+        kept_bytes=row.get("kept"),
         error=None,
         **fields,
     )

@@ -171,6 +171,14 @@ def history(error: BaseException) -> str:
     return " after ".join(found)
 
 
+def leaves_of(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of inputs that ask for a gradient where an activation or weight does."""
+    return {
+        name: x.clone().requires_grad_(x.is_floating_point() and name not in ("cos", "sin"))
+        for name, x in inputs.items()
+    }
+
+
 def forward_and_backward(
     function: Callable[..., Any], inputs: Mapping[str, Tensor], options: Mapping[str, Any]
 ) -> tuple[Call, Call, Call]:
@@ -179,10 +187,7 @@ def forward_and_backward(
     Each can be captured in a CUDA graph: inputs and incoming gradients are made here. They belong to these calls alone,
     because some libraries' kernels overwrite them (docs/gpu.md): only the first of `backward` and `both` is then right.
     """
-    leaves = {
-        name: x.clone().requires_grad_(x.is_floating_point() and name not in ("cos", "sin"))
-        for name, x in inputs.items()
-    }
+    leaves = leaves_of(inputs)
     wanted = [x for x in leaves.values() if x.requires_grad]
 
     def forward() -> Any:

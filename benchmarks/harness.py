@@ -175,7 +175,7 @@ def kept_bytes(forward: Callable[[], Any], outside: Sequence[Tensor]) -> int:
 
 
 # ---- is it right? ---------------------------------------------------------------------------------------------------
-_PARAMETERS = ("weight", "cos", "sin", "targets", "cu_seqlens")  # inputs that are no activations
+PARAMETERS = ("weight", "cos", "sin", "targets", "cu_seqlens")  # inputs that are no activations
 Call = Callable[[], tuple[Tensor, ...]]
 
 
@@ -348,12 +348,17 @@ def facts(benchmark: Benchmark, direction: str) -> dict[str, Any]:
 
 
 def _kept(work: Work, p: Provider) -> int:
-    return kept_bytes(work.recorded(p.call), [x for n, x in work.leaves.items() if n in _PARAMETERS])
+    return kept_bytes(work.recorded(p.call), [x for n, x in work.leaves.items() if n in PARAMETERS])
 
 
 def ours_of(lines: Iterable[Line]) -> Line | None:
     """The measured line of ours that stands first, of one case and direction."""
     return next((x for x in lines if results.is_ours(x.provider) and x.seconds is not None), None)
+
+
+def clocks(device: str = "cpu") -> dict[str, float]:
+    """The device's clocks in MHz now, as far as the machine states them."""
+    return results.gpu_state()[0] if device == "cuda" else results.cpu_clocks()
 
 
 def environment(allocator: str, device: str = "cpu", **changes: Any) -> results.Environment:
@@ -363,15 +368,14 @@ def environment(allocator: str, device: str = "cpu", **changes: Any) -> results.
         "kind": device,
         "device": results.cpu_name(),
         "memory": results.cpu_memory(),
-        "clocks": results.cpu_clocks(),
+        "clocks": clocks(device),
         "threads": torch.get_num_threads(),
         "allocator": allocator,
         "isa": native.isa() if native.unavailable() is None else "",
     }
     if device == "cuda":
-        clocks, driver = results.gpu_state()
         found = torch.cuda.get_device_properties(0)
-        arguments |= {"device": found.name, "memory": found.total_memory, "clocks": clocks, "driver": driver}
+        arguments |= {"device": found.name, "memory": found.total_memory, "driver": results.gpu_state()[1]}
         arguments["notes"] = {"host": results.cpu_name(), "CUDA": str(torch.version.cuda)}
     notes = {**arguments.pop("notes", {}), **changes.pop("notes", {})}
     return results.environment(**arguments | changes, notes=notes)

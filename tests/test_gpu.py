@@ -70,6 +70,10 @@ def test_bench_and_proof(tmp_path: Path) -> None:
     measured = {(x.provider, x.direction) for x in lines if x.seconds is not None}
     assert {(p, d) for p in ("llama_fast:triton", "eager") for d in ("forward", "backward")} <= measured
     assert any(x.provider == "liger" and x.status == "not run" and x.reason for x in lines)
+    kept = {(x.provider, x.direction): x.kept_bytes for x in lines if x.seconds is not None}
+    assert kept["llama_fast:triton", "forward"] is None
+    of_two = 2 * 2 * lines[0].case["R"] * lines[0].case["F"]  # gate and up in bfloat16
+    assert kept["llama_fast:triton", "backward"] == of_two < kept["eager", "backward"]
 
 
 def test_rows_become_lines() -> None:
@@ -81,7 +85,7 @@ def test_rows_become_lines() -> None:
     time = {"seconds": 1e-3, "low": 1.1e-3, "high": 1.2e-3, "runs": 9, "no_graph": ""}
     rows = [
         base | {"provider": "llama_fast:triton", "direction": "bwd", "peak": 0} | time,
-        base | {"provider": "sdpa:flash", "direction": "bwd", "peak": 5} | time,
+        base | {"provider": "sdpa:flash", "direction": "bwd", "peak": 5, "kept": 7} | time,
         base | {"provider": "liger", "problem": "not installed: pip install liger-kernel"},
         base | {"provider": "llama_fast:cuda", "problem": "gradient 0 is 0.3 of its size away"},
         base | {"op": loss.op, "provider": "torch.compile", "problem": "no time left"},
@@ -100,6 +104,7 @@ def test_rows_become_lines() -> None:
     ours = lines["llama_fast:triton", "backward"]
     assert (ours.flops, ours.limit) == (10 * 2 * 16 * 36, "copy")
     assert lines["sdpa:flash", "backward"].peak_bytes == 5
+    assert lines["sdpa:flash", "backward"].kept_bytes == 7
     assert lines["sdpa:flash", "forward"].status == "not run"
     assert lines["llama_fast:cuda", "forward"].status == "wrong"
     assert lines["torch.compile", "forward+backward"].reason == "no time left"
