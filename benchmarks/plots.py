@@ -30,6 +30,9 @@ class Plot:
     png: bytes
 
 
+Draft = tuple[str, str, float, Callable[[Any], None]]  # name, caption, height in inches without the axis, what draws it
+
+
 def group(lines: Iterable[Line]) -> list[list[Line]]:
     """The measured lines of each case, dtype and direction; ours first, the fastest of them before the others."""
     groups: dict[tuple[str, ...], list[Line]] = {}
@@ -70,18 +73,18 @@ def range_text(low: float, high: float) -> str:
     return f"{low * scale:.{max(0, 3 - len(str(int(low * scale))))}f}–{number} {unit}"
 
 
-def all_plots(lines: Sequence[Line], prefix: str) -> list[Plot]:
+def all_plots(lines: Sequence[Line], prefix: str, device: str) -> list[Plot]:
     """The plots of one op on one device; none where nothing was measured beside ours."""
-    found: list[Plot | None] = []
+    found: list[Draft | None] = []
     for direction in dict.fromkeys(x.direction for x in lines):
         rows = [g for g in group(lines) if g[0].direction == direction]
         name = f"{prefix}_{re.sub('[^a-z]+', '_', direction)}"
         found += [_speedup(rows, name, direction), _times(rows, name, direction), _shares(rows, name, direction)]
     found += [_against_length(lines, prefix, "time"), _against_length(lines, prefix, "memory")]
-    return [p for p in found if p is not None]
+    return [_plot(f"{lines[0].op} on {device}", *draft) for draft in found if draft is not None]
 
 
-def _speedup(groups: list[list[Line]], name: str, direction: str) -> Plot | None:
+def _speedup(groups: list[list[Line]], name: str, direction: str) -> Draft | None:
     """Bars: how many times faster ours is than eager PyTorch and than the fastest other provider."""
     rows: list[tuple[Line, list[tuple[float, str, str]]]] = []
     for lines in groups:
@@ -117,10 +120,10 @@ def _speedup(groups: list[list[Line]], name: str, direction: str) -> Plot | None
     caption = _caption(
         f"{direction}: how many times faster ours is than eager PyTorch and the fastest other one", common
     )
-    return _plot(f"{name}_speedup", caption, max(height, 0.5), draw)
+    return f"{name}_speedup", caption, max(height, 0.5), draw
 
 
-def _times(groups: list[list[Line]], name: str, direction: str) -> Plot | None:
+def _times(groups: list[list[Line]], name: str, direction: str) -> Draft | None:
     """Dots: median of every provider, with the 20th to 80th percentile."""
     rows = [g for g in groups if len(g) > 1]
     providers = list(dict.fromkeys(x.provider for g in rows for x in g))
@@ -144,10 +147,10 @@ def _times(groups: list[list[Line]], name: str, direction: str) -> Plot | None:
 
     height = max(len(rows) * ROW, 0.5) + 0.25 * math.ceil(len(providers) / 2)
     caption = _caption(f"{direction}: time of each provider; less is better", common)
-    return _plot(f"{name}_time", caption, height, draw)
+    return f"{name}_time", caption, height, draw
 
 
-def _shares(groups: list[list[Line]], name: str, direction: str) -> Plot | None:
+def _shares(groups: list[list[Line]], name: str, direction: str) -> Draft | None:
     """Bars: share of the machine's limit that ours and the fastest other provider reach."""
     others = [[x for x in g if not is_ours(x.provider)] for g in groups]
     rows = [(g[0], min(o, key=_median)) for g, o in zip(groups, others, strict=True) if o and is_ours(g[0].provider)]
@@ -172,10 +175,10 @@ def _shares(groups: list[list[Line]], name: str, direction: str) -> Plot | None:
     caption = _caption(
         f"{direction}: share of the limit measured in the same run, of ours (blue) and of the fastest other one", common
     )
-    return _plot(f"{name}_share", caption, max(len(rows) * ROW * 1.5, 0.5), draw)
+    return f"{name}_share", caption, max(len(rows) * ROW * 1.5, 0.5), draw
 
 
-def _against_length(lines: Sequence[Line], prefix: str, what: str) -> Plot | None:
+def _against_length(lines: Sequence[Line], prefix: str, what: str) -> Draft | None:
     """Lines: time, or bytes kept for the backward, against the sequence length, of cases that differ in it alone."""
     families: dict[tuple[Any, ...], dict[str, dict[int, float]]] = {}
     for x in lines:
@@ -207,7 +210,7 @@ def _against_length(lines: Sequence[Line], prefix: str, what: str) -> Plot | Non
 
     sizes = " ".join(f"{k}{v}" for k, v in rest)
     caption = f"{'memory' if what == 'memory' else 'time'} against sequence length, {sizes} {dtype}"
-    return _plot(f"{prefix}_{what}_by_length", caption, 2.6, draw)
+    return f"{prefix}_{what}_by_length", caption, 2.6, draw
 
 
 def _caption(text: str, common: str) -> str:
@@ -244,8 +247,8 @@ def _legend(axis: Any, entries: int) -> None:
     axis.figure.legend(loc="outside upper left", ncols=columns, frameon=False, fontsize=8.5, borderpad=0.1)
 
 
-def _plot(name: str, caption: str, height: float, draw: Callable[[Any], None]) -> Plot:
-    """`height` in inches, without the axis below."""
+def _plot(where: str, name: str, caption: str, height: float, draw: Callable[[Any], None]) -> Plot:
+    """A drawn `Draft`. The picture has `where` and the caption below it; on the page they stand beside it."""
     try:
         import matplotlib as mpl
     except ImportError:
@@ -280,6 +283,9 @@ def _plot(name: str, caption: str, height: float, draw: Callable[[Any], None]) -
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
         for line in axis.get_xgridlines() + axis.get_ygridlines():
             line.set_color("#dddddd")
+        below = textwrap.wrap(f"{where}. {caption}", 76)
+        figure.set_figheight(figure.get_figheight() + 0.15 * len(below) + 0.1)
+        figure.supxlabel("\n".join(below), x=0.01, ha="left", fontsize=8)
         figure.savefig(png, format="png", dpi=160, facecolor="white")
         plt.close(figure)
     return Plot(name, caption, _inline(svg.getvalue(), caption), png.getvalue())

@@ -54,7 +54,7 @@ def build(files: Sequence[tuple[str, Results]]) -> tuple[str, list[Plot]]:
         for name, r in files:
             lines = [x for x in r.lines if x.op == op]
             if lines:
-                made = plots.all_plots(lines, f"{_slug(name)}_{op}")
+                made = plots.all_plots(lines, f"{_slug(name)}_{op}", r.environment.device)
                 drawn += made
                 parts.append(_device_part(name, r, lines, made))
         sections.append(f'<section id="{op}"><h2>{escape(op)}</h2>{"".join(parts)}</section>')
@@ -106,10 +106,14 @@ def _overview(files: Sequence[tuple[str, Results]]) -> str:
             share = " to ".join(dict.fromkeys(f"{f(shares):.0%}" for f in (min, max))) if shares else "-"
             cells = "".join(f"<td>{escape(c)}</td>" for c in (*means, share))
             rows.append(f'<tr><th><a href="#{op}">{_breakable(op)}</a><small>{escape(name)}</small></th>{cells}</tr>')
+    notes = [text for _, r in files for text in paper(r)]
+    if any(x.tokens and x.op != "decode" for _, r in files for x in r.lines):
+        notes = [MFU, *notes]
     return (
         '<section id="overview"><h2>overview</h2><table class="overview"><thead><tr><th>op</th><th>over eager</th>'
         f"<th>over the fastest other</th><th>of the limit</th></tr></thead><tbody>{''.join(rows)}</tbody></table>"
-        "<p class='note'>Speed-ups are geometric means over all cases, forward and backward.</p></section>"
+        "<p class='note'>Speed-ups are of the fastest of our lines of a case: geometric means over all cases, forward "
+        f"and backward.</p>{''.join(f'<p class=note>{escape(text)}</p>' for text in notes)}</section>"
     )
 
 
@@ -140,8 +144,8 @@ def _card(rows: Sequence[Line], environment: Environment) -> str:
     """A case, dtype and direction: a row a provider, and the command that measures it again."""
     rows = sorted((x for x in rows if x.status != "not run"), key=lambda x: not is_ours(x.provider))
     first = rows[0]
-    ours = next((x.seconds.median for x in rows if is_ours(x.provider) and x.seconds), None)
-    with_tokens = any(x.tokens for x in rows)
+    ours = min((x.seconds.median for x in rows if is_ours(x.provider) and x.seconds), default=None)
+    with_tokens, remembered = any(x.tokens for x in rows), any(x.kept_bytes or x.peak_bytes for x in rows)
     body = []
     for x in rows:
         kind = ' class="ours"' if is_ours(x.provider) else ""
@@ -159,17 +163,22 @@ def _card(rows: Sequence[Line], environment: Environment) -> str:
             used = mfu(x, environment)
             share += "" if used is None else f"<small>{used:.1%} MFU</small>"
         memory = _bytes(x.kept_bytes)
+        if x.kept_bytes is not None and x.tokens:
+            memory += f"<small>{x.kept_bytes / x.tokens:,.0f} B/tok/layer</small>"
         if x.peak_bytes is not None:
             memory += f"<small>peak {_bytes(x.peak_bytes)}</small>"
         spread = plots.range_text(s.p20, s.p80)
         body.append(
             f"<tr{kind}><th>{_breakable(x.provider)}</th><td>{time_text(s.median)}<small>{spread}</small></td>"
-            f"<td>{share}</td><td>{memory}</td><td>{ratio}</td></tr>"
+            f"<td>{share}</td>{f'<td>{memory}</td>' if remembered else ''}<td>{ratio}</td></tr>"
         )
     limit = next((x.limit for x in rows if x.limit), None)
-    work = f"{first.flops / 1e9:,.1f} Gflop, " if first.flops else ""
-    about = f"{work}{first.bytes / 1e6:,.1f} MB at least; limit: {limit or 'none'}"
-    head = "".join(f"<th>{name}</th>" for name in ("provider", "time", "of limit", "kept", "speed-up"))
+    work = [f"{first.flops / 1e9:,.1f} Gflop"] * bool(first.flops) + [f"{first.bytes / 1e6:,.1f} MB"] * bool(
+        first.bytes
+    )
+    about = f"{', '.join(work)} at least; limit: {limit or 'none'}"
+    columns = ("provider", "time", "of limit", *(["kept"] if remembered else []), "speed-up")
+    head = "".join(f"<th>{name}</th>" for name in columns)
     title = f"{first.sizes} <b>{escape(plots.SHORT.get(first.dtype, first.dtype))}</b> {escape(first.direction)}"
     return (
         f'<article class="card"><h4>{title}</h4><p class="note">{escape(first.label)}{"; " if first.label else ""}'
@@ -193,6 +202,30 @@ def mfu(x: Line, environment: Environment) -> float | None:
     return x.flops / x.seconds.median / device.flops
 
 
+# how `mfu` and a model level's share of the matrix rate are counted; docs/measuring.md, LlamaConfig.flops_per_token
+MFU = (
+    "MFU: tokens/s x (6 N + 12 L H D T) / peak flop/s. N: parameters of the matrices that every token is multiplied "
+    "with, the head's among them (not of a block) and the embedding's not; 12 L H D T: attention over all T keys, the "
+    "masked half too. What a policy computes twice does not count."
+)
+
+
+def model_figures(x: Line, environment: Environment) -> list[str]:
+    """Of a measured line of the model level: tokens a second, share of the limits, bytes that a block keeps a token."""
+    assert x.seconds is not None
+    assert x.tokens is not None
+    found = [f"{x.tokens / x.seconds.median:,.0f} tokens/s"]
+    used = mfu(x, environment)
+    if used is not None:
+        found.append(f"{used:.1%} MFU of the published peak")
+    if x.share is not None:
+        kind = "" if x.op == "decode" else " MFU"
+        found.append(f"{x.share:.1%}{kind} of the {x.limit} rate measured here")
+    if x.kept_bytes is not None:
+        found.append(f"{x.kept_bytes / x.tokens:,.0f} bytes kept a token and layer")
+    return found
+
+
 def paper(r: Results) -> Iterable[str]:
     """Our training step on layers of the 65B shape in the paper's terms, where it was measured on a known GPU."""
     config, a100 = LlamaConfig.preset(plan.PAPER_PRESET), plan.device(plan.PAPER_DEVICE)
@@ -202,12 +235,13 @@ def paper(r: Results) -> Iterable[str]:
     if device is not None and shares:
         T, known = plan.PAPER_SEQ_LEN, plan.PAPER_TOKENS_PER_S
         rate = plan.tokens_per_second(config, device, T, max(shares))
+        alone = plan.mfu(config, device, T, rate, attention=False)
         with_attention = plan.mfu(config, a100, T, known)
         by_parameters = plan.mfu(config, a100, T, known, attention=False)
         yield (
             f"The paper's 65B ran {known:.0f} tokens a second and GPU on A100: {with_attention:.1%} MFU with attention "
             f"({by_parameters:.1%} by 6 N alone). Layers of that shape on one {r.environment.device}: "
-            f"{max(shares):.1%}, in the whole model {rate:,.0f} tokens a second before communication."
+            f"{max(shares):.1%} ({alone:.1%}), in the whole model {rate:,.0f} tokens a second before communication."
         )
 
 

@@ -95,7 +95,7 @@ def made_up() -> Results:
 def gpu() -> Results:
     """A training step on a GPU whose published figures are known."""
     case = {"B": 4, "T": 2048, "L": 4, "C": 8192}
-    work = {"flops": int(8192 * 2e10), "bytes": 0, "tokens": 8192}
+    work = {"flops": int(8192 * 2e10), "bytes": 0, "tokens": 8192, "label": "llama-65b"}
     lines = [
         _line("training_step", case, p, "step", ms, **work)
         for p, ms in (("llama_fast:recompute-cheap", 300.0), ("llama_fast:save", 290.0), ("transformers", 420.0))
@@ -137,6 +137,8 @@ def test_the_page_shows_what_the_files_say(page: tuple[Path, Path]) -> None:
     assert "<b>xformers</b>: runs on cuda only (8 lines)" in text
     assert "A Processor <9000>" not in text
     assert "limit: matmul bfloat16" in text
+    assert text.count("MFU: tokens/s x (6 N + 12 L H D T) / peak flop/s.") == 1
+    assert text.count("380 tokens a second and GPU on A100") == 1
     # 8192 tokens in 300 ms, 2e10 flop each, of 989.4e12 flop/s
     assert "<small>27,307 tok/s</small><small>55.2% MFU</small>" in text
 
@@ -147,9 +149,21 @@ def test_ours_is_compared_with_eager_and_with_the_fastest(page: tuple[Path, Path
     assert row is not None
     assert re.findall(r"<td>(.*?)</td>", row[0])[:2] == ["3.40x", "2.70x"]
     lines = [x for x in made_up().lines if x.op == "attention" and x.direction == "forward"]
-    speedup = next(p for p in plots.all_plots(lines, "a") if p.name == "a_forward_speedup")
+    speedup = next(p for p in plots.all_plots(lines, "a", "A Processor") if p.name == "a_forward_speedup")
     assert speedup.svg.count("3.40x eager") == 4
     assert speedup.svg.count("2.70x sdpa:flash") == 4
+
+
+def test_a_card_compares_with_the_fastest_of_ours_and_shows_what_there_is(page: tuple[Path, Path]) -> None:
+    text = page[0].read_text()
+    card = next(x for x in re.findall("<article.*?</article>", text) if "<b>bf16</b> step" in x)
+    assert "<td>1.45x</td>" in card, "420 ms over the 290 of the faster policy"
+    assert f"<small>{int(4e6 * 300) / 8192:,.0f} B/tok/layer</small>" in card
+    assert "163,840.0 Gflop at least; limit: matmul bfloat16" in card, "no bytes are said to move"
+    alone = [dataclasses.replace(x, kept_bytes=None, peak_bytes=None) for x in gpu().lines]
+    small = report.build([("a", Results(results.FORMAT, _environment(), LIMITS, tuple(alone)))])[0]
+    assert "<th>kept</th>" in card
+    assert "<th>kept</th>" not in small, "nobody's memory is known"
 
 
 def test_each_plot_is_on_the_page_and_a_picture(page: tuple[Path, Path]) -> None:
@@ -178,7 +192,7 @@ def test_ids_are_not_used_twice(page: tuple[Path, Path]) -> None:
 
 def test_the_same_lines_give_the_same_plots() -> None:
     lines = gpu().lines
-    assert plots.all_plots(lines, "a") == plots.all_plots(lines, "a")
+    assert plots.all_plots(lines, "a", "A Processor") == plots.all_plots(lines, "a", "A Processor")
 
 
 def test_a_range_has_one_unit() -> None:
