@@ -326,7 +326,10 @@ def train(
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints, 0 for the last alone.")] = 100,
     keep: Annotated[int, typer.Option(help="Checkpoints kept.")] = 3,
 ) -> None:
-    """Train a LLaMA with the paper's recipe. Ctrl-C finishes the step and saves; --resume goes on bit for bit."""
+    """Train a LLaMA with the paper's recipe. Ctrl-C finishes the step and saves; --resume goes on bit for bit.
+
+    Exit status 130 after Ctrl-C and 143 after SIGTERM, where steps are left to do.
+    """
     import llama_fast
     from llama_fast.train import run
     from llama_fast.train.recipe import Recipe
@@ -358,8 +361,9 @@ def train(
         f"step {report.step}: {loss}{valid}{report.tokens_per_s:,.0f} tokens/s, "
         f"peak memory {report.peak_memory_bytes / 1e6:,.0f} MB; {report.checkpoint}"
     )
-    if report.interrupted:
+    if report.signal is not None:
         print("interrupted and saved; the same command with --resume goes on")
+        raise typer.Exit(128 + report.signal)
 
 
 @app.command()

@@ -75,9 +75,13 @@ def main(out: Path, *, steps: int, data: Sequence[str], console: Console) -> Non
     found: dict[str, dict[str, Any]] = {}
     for kind, name in RUNS.items():
         console.print(name, highlight=False)
-        subprocess.run([sys.executable, "-m", "llama_fast.demo", kind, str(out), str(steps), *data], check=True)
+        command = [sys.executable, "-m", "llama_fast.demo", kind, str(out), str(steps), *data]
+        if subprocess.run(command, check=False).returncode:
+            console.print(f"failed: {', '.join([*failed, f'the training of {name}'])}", style="bold red")
+            raise SystemExit(1)
         found[kind] = json.loads((out / f"{kind}.json").read_text())
-    _print_curves(found, console)
+    if not _print_curves(found, console):
+        failed.append("the comparison of the curves")
     _print_costs(found, console)
     _draw(found, out / "loss.png")
     console.print(f"curves drawn in {out / 'loss.png'}", highlight=False)
@@ -174,7 +178,8 @@ def _train(kind: str, out: Path, steps: int, data: Sequence[str]) -> None:
     (out / f"{kind}.json").write_text(json.dumps(figures) + "\n")
 
 
-def _print_curves(found: dict[str, dict[str, Any]], console: Console) -> None:
+def _print_curves(found: dict[str, dict[str, Any]], console: Console) -> bool:
+    """Prints both training losses; whether they differ by no more than rounding leads to."""
     plain, ours = found["plain"]["losses"], found["ours"]["losses"]
     table = Table("step", title="training loss, nats a token")
     for header in (*NAMES.values(), "difference"):
@@ -194,8 +199,10 @@ def _print_curves(found: dict[str, dict[str, Any]], console: Console) -> None:
         f"{'the curves agree' if agree else 'THE CURVES DIFFER'}: within {early:.1e} nats over the first "
         f"{min(20, len(plain))} steps; root-mean-square difference over all {ours_gap:.1e}, where plain PyTorch has "
         f"{their_gap:.1e} to itself from weights changed by one part in {1 / NUDGE:.0e} (training amplifies rounding)",
+        style=None if agree else "bold red",
         highlight=False,
     )
+    return agree
 
 
 def _print_costs(found: dict[str, dict[str, Any]], console: Console) -> None:

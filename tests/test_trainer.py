@@ -230,7 +230,7 @@ def test_one_step_is_the_recipe(tmp_path: Path) -> None:
 
 def test_report_and_log(whole: tuple[Path, Report]) -> None:
     run_dir, report = whole
-    assert (report.step, report.interrupted) == (12, False)
+    assert (report.step, report.interrupted, report.signal) == (12, False, None)
     assert report.losses[-1] < report.losses[0] - 0.3
     rows = curve(run_dir)
     assert [row["loss"] for row in rows] == report.losses
@@ -269,7 +269,8 @@ def test_stop_signal_saves_and_resumes(tmp_path: Path, whole: tuple[Path, Report
 
     said = io.StringIO()
     report = train(tmp_path, data=Rows(noise=True, hook=stop_in_step_5), said=said)
-    assert (report.step, report.interrupted, report.checkpoint.name) == (5, True, "step_0000005")
+    assert (report.step, report.interrupted, report.signal) == (5, True, number)
+    assert report.checkpoint.name == "step_0000005"
     assert said.getvalue() == f"{number.name}: this step is finished and saved, then the run ends; Ctrl-C ends it now\n"
     assert signal.getsignal(number) is handler
     torch.manual_seed(1234)

@@ -124,7 +124,7 @@ class Report:
 
     Args:
         step: the last step done.
-        interrupted: stopped by a signal before the last step of the recipe.
+        signal: the one that stopped it before the last step of the recipe, else None.
         losses: training loss of every step of the run, those before a resume included.
         valid_losses: held-out loss by step, likewise.
         tokens_per_s: of this process's steps, without evaluation and checkpoints; 0 where it did none.
@@ -136,13 +136,18 @@ class Report:
     """
 
     step: int
-    interrupted: bool
+    signal: int | None
     losses: list[float]
     valid_losses: dict[int, float]
     tokens_per_s: float
     seconds: float
     peak_memory_bytes: int
     checkpoint: Path
+
+    @property
+    def interrupted(self) -> bool:
+        """Stopped by a signal before the last step of the recipe."""
+        return self.signal is not None
 
 
 class Trainer:
@@ -213,7 +218,7 @@ class Trainer:
         batches = self.data.batches(self.settings.batch_size, self.settings.seq_len)
         saved = self.step if first else -1
         with _open_log(self._log_path, self.step) as log, _stop_signals(self.progress.message) as stop, self.progress:
-            while self.step < steps and not stop.is_set():
+            while self.step < steps and not stop:
                 row = self._train_step(batches)
                 self.step += 1
                 if self._due(self.settings.eval_every):
@@ -226,7 +231,7 @@ class Trainer:
                     saved = self.step
             if saved != self.step:
                 self._save(log.fileno())
-        return self._report(first, self.seconds - started_at)
+        return self._report(first, self.seconds - started_at, stop[0] if stop and self.step < steps else None)
 
     def valid_loss(self) -> float:
         """Mean loss in nats over the targets of `eval_batches` held-out batches.
@@ -352,7 +357,7 @@ class Trainer:
         _set_generator_states(saved.state["generators"])
         self.step, self.seconds = saved.step, saved.state["seconds"]
 
-    def _report(self, first: int, seconds: float) -> Report:
+    def _report(self, first: int, seconds: float, stopped_by: int | None) -> Report:
         rows = [json.loads(line) for line in self._log_path.read_text(encoding="utf-8").splitlines()]
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
@@ -361,7 +366,7 @@ class Trainer:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         return Report(
             step=self.step,
-            interrupted=self.step < self.settings.recipe.steps,
+            signal=stopped_by,
             losses=[row["loss"] for row in rows],
             valid_losses={row["step"]: row["valid_loss"] for row in rows if "valid_loss" in row},
             tokens_per_s=(self.step - first) * self.settings.tokens_per_step / seconds if seconds else 0.0,
@@ -472,21 +477,21 @@ def _open_log(path: Path, step: int) -> Iterator[FileIO]:
 
 
 @contextmanager
-def _stop_signals(say: Callable[[str], None]) -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; the second SIGINT raises. Only the main thread can listen."""
-    stop = threading.Event()
+def _stop_signals(say: Callable[[str], None]) -> Iterator[list[int]]:
+    """The SIGINT and SIGTERM that came, by number; a SIGINT after the first raises. Only the main thread can listen."""
+    stop: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def on_signal(number: int, frame: Any) -> None:
-        if stop.is_set() and number == signal.SIGINT:
+        if stop and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not stop.is_set():
+        if not stop:
             say(
                 f"{signal.Signals(number).name}: this step is finished and saved, then the run ends; Ctrl-C ends it now"
             )
-        stop.set()
+        stop.append(number)
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
