@@ -37,7 +37,10 @@ class Worker:
 
     def __init__(self, folder: Path) -> None:
         command = [sys.executable, str(Path(__file__).with_name("worker.py")), str(folder)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder)
+        # a session of its own: Ctrl-C is for the program that asks, which then ends the worker's input
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder, start_new_session=True
+        )
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """The worker's answer to a request, see worker.py."""
@@ -91,7 +94,8 @@ def checkout(revision: str, root: Path = ROOT) -> tuple[Path, str]:
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
         if done.returncode:
-            raise ValueError(f"revision {revision!r}: {done.stderr.strip().splitlines()[-1]}")
+            said = done.stderr.strip().splitlines()[-1].removeprefix("fatal: ")
+            raise ValueError(f"revision {revision!r}: git says {said!r}; expected a commit, branch or tag of {root}")
         return done.stdout.strip()
 
     commit = git("rev-parse", "--verify", f"{revision}^{{commit}}")
@@ -139,7 +143,7 @@ def compare(
     dtypes: Sequence[str],
     console: Console,
     turns: int = TURNS,
-) -> tuple[list[Line], tuple[Limit, ...], str, str]:
+) -> tuple[list[Line], tuple[Limit, ...], str, bool]:
     """Measures cases, by name and direction, on both sides and prints their ratios.
 
     Args:
@@ -151,49 +155,56 @@ def compare(
         turns: as in `alternate`.
 
     Returns:
-        Lines of the providers "llama_fast" and "before:<commit>", the limits, the old commit, the allocator's state.
+        Lines of the providers "llama_fast" and "before:<commit>", the limits, the old commit, and whether Ctrl-C came
+        before the last case.
 
     Raises:
         ValueError: the revision is unknown or does not build.
     """
-    folder, commit = checkout(revision)
+    with console.status(f"building {revision}"):
+        folder, commit = checkout(revision)
+    console.print(f"old: {revision}, commit {commit[:12]}; new: this tree", highlight=False)
     lines: list[Line] = []
     table = Table("case", "direction")
     for header in ("old ms", "new ms", "new is", "20..80 % of turns", ""):
         table.add_column(header, justify="right")
+    interrupted = False
     with Worker(folder) as old, Worker(ROOT) as new, console.status("") as status:
         sides = {"old": old, "new": new}
         about = {n: w.ask(about=True) for n, w in sides.items()}
         limits = tuple(Limit(**x) for x in new.ask(limits=list(dtypes))["limits"])
-        for name, direction in names:
-            status.update(f"{name} {direction}")
-            failed: dict[str, str] = {}
-            first = {}
-            for n, w in sides.items():
-                try:
-                    first[n] = float(w.ask(prepare=name, direction=direction)["seconds"])
-                except RuntimeError as error:
-                    failed[n] = str(error)
-            times: dict[str, Seconds] = {}
-            if not failed:
-                run = {n: (lambda k, w=w: w.ask(run=k)["seconds"]) for n, w in sides.items()}  # type: ignore[misc]
-                times, ratio = alternate(run, first, turns)
-                ms = (f"{times[n].median * 1e3:.3f}" for n in sides)
-                spread = f"{ratio.p20:.3f}..{ratio.p80:.3f}"
-                table.add_row(name, direction, *ms, f"{ratio.median:.3f}x", spread, ratio.verdict)
-            for n, text in failed.items():
-                table.add_row(name, direction, "", "", f"{n}: {text}", "", "")
-            for n, provider in (("new", results.OURS), ("old", f"before:{commit[:12]}")):
-                reason = failed.get(n, "" if times else "the other side failed")
-                wrong = reason.startswith("RuntimeError: wrong")
-                fields = {**describe(name, direction), "provider": provider, "reason": reason, "error": None}
-                fields |= {"status": "wrong" if wrong else "not run" if reason else "measured"}
-                fields |= {"seconds": times.get(n)}
-                fields |= dict.fromkeys(("limit", "share", "peak_bytes", "kept_bytes"))
-                fields["command"] += f" --vs {commit[:12]}"
-                lines.append(Line(**fields))
-        limits = results.better(limits, (Limit(**x) for x in new.ask(limits=list(dtypes))["limits"]))
+        try:
+            for name, direction in names:
+                status.update(f"{name} {direction}")
+                failed: dict[str, str] = {}
+                first = {}
+                for n, w in sides.items():
+                    try:
+                        first[n] = float(w.ask(prepare=name, direction=direction)["seconds"])
+                    except RuntimeError as error:
+                        failed[n] = str(error)
+                times: dict[str, Seconds] = {}
+                if not failed:
+                    run = {n: (lambda k, w=w: w.ask(run=k)["seconds"]) for n, w in sides.items()}  # type: ignore[misc]
+                    times, ratio = alternate(run, first, turns)
+                    ms = (f"{times[n].median * 1e3:.3f}" for n in sides)
+                    spread = f"{ratio.p20:.3f}..{ratio.p80:.3f}"
+                    table.add_row(name, direction, *ms, f"{ratio.median:.3f}x", spread, ratio.verdict)
+                for n, text in failed.items():
+                    table.add_row(name, direction, "", "", f"{n}: {text}", "", "")
+                for n, provider in (("new", results.OURS), ("old", f"before:{commit[:12]}")):
+                    reason = failed.get(n, "" if times else "the other side failed")
+                    wrong = reason.startswith("RuntimeError: wrong")
+                    fields = {**describe(name, direction), "provider": provider, "reason": reason, "error": None}
+                    fields |= {"status": "wrong" if wrong else "not run" if reason else "measured"}
+                    fields |= {"seconds": times.get(n)}
+                    fields |= dict.fromkeys(("limit", "share", "peak_bytes", "kept_bytes"))
+                    fields["command"] += f" --vs {commit[:12]}"
+                    lines.append(Line(**fields))
+            limits = results.better(limits, (Limit(**x) for x in new.ask(limits=list(dtypes))["limits"]))
+        except KeyboardInterrupt:
+            interrupted = True
     console.print(table)
     assert Path(about["old"]["folder"]) == folder
     assert Path(about["new"]["folder"]) == ROOT
-    return [results.against(x, limits) for x in lines], limits, commit, about["new"]["allocator"]
+    return [results.against(x, limits) for x in lines], limits, commit, interrupted

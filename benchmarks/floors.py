@@ -170,7 +170,10 @@ def check(floors: list[Floor], console: Console) -> list[dict[str, Any]]:
                     rows.append({"case": case, "figure": f.figure, "memory": memory, "value": value, "floor": least})
                     rows[-1] |= {"aim": f.least.get("zen5"), "ok": ok}
     table = Table("case", "figure", "host memory")
-    for header in ("measured", f"floor ({kind})" if kind else "floor", "floor (zen5)", ""):
+    columns = {"measured": "value", f"floor ({kind})": "floor", "floor (zen5)": "aim"}  # of a Zen 5 the two are one
+    if kind is None:
+        columns.pop("floor (None)")
+    for header in (*columns, ""):
         table.add_column(header, justify="right")
 
     def number(x: float | None) -> str:
@@ -178,9 +181,7 @@ def check(floors: list[Floor], console: Console) -> list[dict[str, Any]]:
 
     for r in rows:
         verdict = "" if r["floor"] is None else "ok" if r["ok"] else "FELL"
-        table.add_row(
-            r["case"], r["figure"], r["memory"] or "kept", *(number(r[k]) for k in ("value", "floor", "aim")), verdict
-        )
+        table.add_row(r["case"], r["figure"], r["memory"] or "kept", *(number(r[k]) for k in columns.values()), verdict)
     console.print(table)
     return rows
 
@@ -209,6 +210,10 @@ def main() -> int:
         highlight=False,
     )
     wanted = [f for f in read() if not arguments.case or any(part in f.case for part in arguments.case)]
+    if not wanted:
+        parser.error(
+            f"--case {' '.join(arguments.case)}: expected part of the name of a case with a floor in {PATH.name}"
+        )
     rows = check(wanted, console)
     if arguments.json:
         arguments.json.write_text(json.dumps({"environment": asdict(facts), "floors": rows}, indent=1) + "\n")

@@ -131,6 +131,14 @@ class Scenario:
         }
 
 
+def providers(op: str) -> list[str]:
+    """Every provider of a scenario's op, by name."""
+    if op == "decode":
+        return [OURS, PATCHED, "eager", "transformers"]
+    ours = [f"{OURS}:{policy}" for policy in (DEFAULT, *(p for p in POLICIES if p != DEFAULT))]
+    return [*ours, *([PATCHED] if op == "training_step" else []), "eager", *_WAYS]
+
+
 def measure(
     scenario: Scenario,
     seconds: float = 4.0,

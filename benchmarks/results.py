@@ -54,7 +54,8 @@ class Environment:
         against: the commit of the older side of a comparison, else None.
         device: name of the processor or GPU.
         kind: "cpu" or "cuda".
-        clocks: name -> MHz, as the machine states them at the start: "now", "most", and a GPU's "memory".
+        clocks: name -> MHz, as the machine states them: "now", right after its limits were measured, "most", and a
+            GPU's "memory".
         memory: bytes of the device.
         system: operating system and architecture.
         driver: of the GPU, else "".
@@ -273,7 +274,10 @@ def read(path: Path) -> Results:
         OSError: the file cannot be read.
     """
     try:
-        values = json.loads(path.read_text())
+        try:
+            values = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"is no JSON ({error}), expected a result file, as `--json` writes it") from None
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             found = values.get("format") if isinstance(values, dict) else type(values).__name__
             raise ValueError(f"format is {found!r}, expected {FORMAT!r}")
@@ -496,7 +500,10 @@ def _package_version(root: Path) -> str | None:
 
 
 def main(paths: Sequence[str]) -> int:
-    """Checks files; says what is wrong and returns 1 if one is."""
+    """Checks files; says what is wrong and returns 1 if one is, 2 where none is named."""
+    if not paths:
+        print("usage: python -m benchmarks.results FILE...", file=sys.stderr)
+        return 2
     bad = 0
     for name in paths:
         try:
@@ -505,7 +512,7 @@ def main(paths: Sequence[str]) -> int:
         except (ValueError, OSError) as error:
             bad += 1
             print(error, file=sys.stderr)
-    return 1 if bad or not paths else 0
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from llama_fast.ops.table import OPS
 
 from . import compare, harness, model, report, results
 from .harness import Benchmark
-from .providers import Provider
+from .providers import Provider, of
 from .results import Environment, Limit, Line, Results, is_ours
 
 
@@ -44,10 +44,25 @@ def names(device: str = "cpu") -> list[str]:
     return [*(OPS if device == "cpu" else ()), *dict.fromkeys(s.op for s in model.scenarios(device))]
 
 
+def chosen(ops: Sequence[str], device: str) -> list[str]:
+    """These ops, each once and in the order of `names`; without any all ops, on a GPU the model level.
+
+    Raises:
+        ValueError: no such device or op.
+    """
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device = {device!r}: expected cpu or cuda")
+    known = names(device)
+    for name in ops:
+        if name not in known:
+            raise ValueError(f"op {name}: expected one of {', '.join(known)}")
+    return [name for name in known if name in ops or (not ops and (name in OPS or device == "cuda"))]
+
+
 def table_of(lines: Iterable[Line]) -> Table:
     """One row a line that was measured or is wrong."""
     table = Table("op", "case", "dtype", "direction", "provider")
-    for header in ("ms", "20..80 %", "of limit", "kept MB", "ours is"):
+    for header in ("ms", "20..80 %", "of limit", "peak MB", "kept MB", "ours is"):
         table.add_column(header, justify="right")
     for _, group in groupby(lines, key=lambda x: x.key):
         rows = [x for x in group if x.status != "not run"]
@@ -55,15 +70,16 @@ def table_of(lines: Iterable[Line]) -> Table:
         for x in rows:
             head = (x.op, x.sizes, x.dtype, x.direction) if x is rows[0] else ("", "", "", "")
             if x.seconds is None:
-                table.add_row(*head, x.provider, "WRONG", "", "", "", "")
+                table.add_row(*head, x.provider, "WRONG", "", "", "", "", "")
                 continue
             s = x.seconds
-            kept = "" if x.kept_bytes is None else f"{x.kept_bytes / 1e6:.1f}"
+            memory = ("" if b is None else f"{b / 1e6:.1f}" for b in (x.peak_bytes, x.kept_bytes))
             ratio = (
                 "" if ours is None or ours.seconds is None or ours is x else f"{s.median / ours.seconds.median:.2f}x"
             )
             spread = f"{s.p20 * 1e3:.2f}..{s.p80 * 1e3:.2f}"
-            table.add_row(*head, x.provider, f"{s.median * 1e3:.2f}", spread, f"{x.share:.0%}", kept, ratio)
+            limit = f"{x.share:.0%} {(x.limit or '').split()[0]}"
+            table.add_row(*head, x.provider, f"{s.median * 1e3:.2f}", spread, limit, *memory, ratio)
     return table
 
 
@@ -97,14 +113,32 @@ def print_lines(lines: Sequence[Line], console: Console) -> None:
 
 
 def print_models(found: Results, console: Console) -> None:
-    """Tokens a second and MFU of the model level, and the paper's."""
-    for x in found.lines:
-        if x.tokens and x.seconds is not None:
-            used = report.mfu(x, found.environment)
-            text = f"{x.op} {x.label or x.sizes} {x.provider}: {x.tokens / x.seconds.median:,.0f} tokens/s"
-            console.print(text + (f", {used:.1%} MFU" if used is not None else ""), highlight=False)
+    """Tokens a second, MFU and memory of the model level, how MFU is counted, and the paper's."""
+    lines = [x for x in found.lines if x.tokens and x.seconds is not None]
+    for x in lines:
+        head = f"{x.op} {x.dtype} {' '.join(filter(None, (x.label, x.sizes)))} {x.provider}"
+        console.print(
+            f"{head}: {', '.join(report.model_figures(x, found.environment))}", highlight=False, soft_wrap=True
+        )
+    if any(x.op != "decode" for x in lines):
+        console.print(report.MFU, highlight=False)
     for text in report.paper(found):
         console.print(text, highlight=False)
+
+
+def print_environment(facts: Environment, console: Console) -> None:
+    """What the figures below belong to, in two lines."""
+    clocks = ", ".join(f"{name} {mhz:,.0f} MHz" for name, mhz in facts.clocks.items()) or "not stated by the system"
+    packages = ", ".join(f"{name} {version}" for name, version in facts.packages.items() if version)
+    tree = "no version control" if facts.commit is None else f"commit {facts.commit[:12]}"
+    console.print(
+        f"{facts.device}, clock {clocks}; {facts.threads} threads (pinned: {facts.pinned}), "
+        f"{facts.isa or 'no native library'}; {facts.allocator}",
+        highlight=False,
+    )
+    console.print(
+        f"{tree}{', with changes' if facts.dirty else ''}; Python {facts.python}, {packages}", highlight=False
+    )
 
 
 def run(
@@ -139,32 +173,40 @@ def run(
         console: where to print.
 
     Raises:
-        ValueError: there is no such case or revision.
+        ValueError: there is no such case, provider, revision or device, or no time is given.
         OSError: `json_path` cannot be written; found out before anything is measured.
+        KeyboardInterrupt: what was measured before it has been printed and stands in `json_path`.
     """
     console = console or Console()
+    for name, value in (("seconds", seconds), ("limit", limit)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} = {value:g}: expected a number above 0")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device = 'cuda': torch sees no CUDA device; expected 'cpu' here")
     benchmarks = [b for b in collect([op for op in ops if op in OPS], quick) if _wanted(b.name, cases)]
     scenarios = [s for s in model.scenarios(device) if s.op in ops and _wanted(s.name, cases)]
     if not benchmarks and not scenarios:
         wanted = f" whose name contains {' or '.join(map(repr, cases))}" if cases else ""
-        raise ValueError(f"{', '.join(ops)}: no benchmark has a case of them{wanted}")
+        raise ValueError(f"{', '.join(ops)}: no benchmark has a case of them{wanted}; --list shows their names")
+    others = _others(benchmarks, scenarios)
+    for name in providers:
+        if name not in others and not is_ours(name):
+            raise ValueError(f"provider = {name!r}: expected one of {', '.join(others)}")
     if json_path is not None:
         json_path.touch()
     allocator = str(llama_fast.keep_host_memory())
     dtypes = dict.fromkeys(b.dtype for b in benchmarks if OPS[b.case.op].flops is not None)
     dtypes |= dict.fromkeys(s.dtype for s in scenarios)
     facts = harness.environment(allocator, device, commit=commit)
-    console.print(
-        f"{facts.device}, {facts.threads} threads (pinned: {facts.pinned}), {facts.isa or 'no native library'}, "
-        f"torch {facts.packages['torch']}; {allocator}",
-        highlight=False,
-    )
+    print_environment(facts, console)
+    interrupted = False
     if versus is not None:
-        facts, limits, lines = _compare(benchmarks, scenarios, versus, list(dtypes), facts, console)
+        facts, limits, lines, interrupted = _compare(benchmarks, scenarios, versus, list(dtypes), facts, console)
         found = Results(results.FORMAT, facts, limits, tuple(lines))
     else:
         begin = time.perf_counter()
         limits = harness.measure_limits(dtypes, device)
+        facts = dataclasses.replace(facts, clocks=harness.clocks(device))  # of a device that has just worked
         lines = []
 
         def keep(more: Sequence[Line]) -> Results:
@@ -173,25 +215,50 @@ def run(
                 results.write(found, json_path)
             return found
 
-        def chosen(name: str) -> bool:
+        def picked(name: str) -> bool:
             return not providers or is_ours(name) or name in providers
 
-        with console.status("") as status:
-            for b in benchmarks:
-                status.update(b.name)
-                lines += harness.measure(b, seconds or (0.3 if quick else 1.0), _chooser(providers, quick))
-            for i, s in enumerate(scenarios):
-                status.update(s.name)
-                until = math.inf if limit is None else begin + limit * (i + 1) / len(scenarios)
-                lines += model.measure(s, seconds or 4.0, chosen, until, keep)
-        limits = results.better(limits, harness.measure_limits(dtypes, device))  # others on the machine slow it down
+        try:
+            with console.status("") as status:
+                for b in benchmarks:
+                    status.update(b.name)
+                    lines += harness.measure(b, seconds or (0.3 if quick else 1.0), _chooser(providers, quick))
+                    keep(())
+                for i, s in enumerate(scenarios):
+                    status.update(s.name)
+                    until = math.inf if limit is None else begin + limit * (i + 1) / len(scenarios)
+                    lines += model.measure(s, seconds or 4.0, picked, until, keep)
+            limits = results.better(
+                limits, harness.measure_limits(dtypes, device)
+            )  # others on the machine slow it down
+        except KeyboardInterrupt:
+            interrupted = True
         found = keep(())
         print_lines(found.lines, console)
+        if quick and not providers and (slow := _slow(benchmarks)):
+            console.print(f"left out of a quick run: {', '.join(slow)}", highlight=False)
         print_models(found, console)
     print_limits(limits, console)
     if json_path is not None:
         results.write(found, json_path)
+    if interrupted:
+        kept = f", and stand in {json_path}" if json_path is not None else ""
+        console.print(f"interrupted: the {len(found.lines)} lines above were measured before{kept}", highlight=False)
+        raise KeyboardInterrupt
     return found
+
+
+def _others(benchmarks: Iterable[Benchmark], scenarios: Iterable[model.Scenario]) -> list[str]:
+    """Every provider of these cases that is not ours."""
+    names = [p.name for op in dict.fromkeys(b.case.op for b in benchmarks) for p in of(op, "cpu")]
+    names += [name for op in dict.fromkeys(s.op for s in scenarios) for name in model.providers(op)]
+    return [name for name in dict.fromkeys(names) if not is_ours(name)]
+
+
+def _slow(benchmarks: Iterable[Benchmark]) -> list[str]:
+    """The providers that a quick run leaves out."""
+    ops = dict.fromkeys(b.case.op for b in benchmarks)
+    return list(dict.fromkeys(p.name for op in ops for p in of(op, "cpu") if p.slow))
 
 
 def _wanted(name: str, cases: Sequence[str]) -> bool:
@@ -211,7 +278,7 @@ def _compare(
     dtypes: Sequence[torch.dtype],
     facts: Environment,
     console: Console,
-) -> tuple[Environment, tuple[Limit, ...], list[Line]]:
+) -> tuple[Environment, tuple[Limit, ...], list[Line], bool]:
     known = {b.name: b for b in benchmarks}
     others = {s.name: s for s in scenarios}
 
@@ -221,12 +288,12 @@ def _compare(
     pairs = [(n, d) for n in known for d in ("forward", "forward+backward")]
     pairs += [(n, s.facts()["direction"]) for n, s in others.items()]
     wanted = [harness.dtype_name(d) for d in dtypes]
-    lines, limits, commit, _ = compare.compare(pairs, revision, describe, wanted, console)
-    return dataclasses.replace(facts, against=commit), limits, lines
+    lines, limits, commit, interrupted = compare.compare(pairs, revision, describe, wanted, console)
+    return dataclasses.replace(facts, against=commit), limits, lines, interrupted
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command line of `python -m benchmarks`; 1 where a result is wrong, 2 after bad input."""
+    """The command line of `python -m benchmarks`; 1 where a result is wrong, 2 after bad input, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"among {', '.join(names())}; default: all ops")
     parser.add_argument(
@@ -242,11 +309,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--commit", help="of the tree, where it is under no version control")
     parser.add_argument("--list", action="store_true", help="the names of the cases")
     a = parser.parse_args(arguments)
-    known = names(a.device)
-    for name in a.ops:
-        if name not in known:
-            parser.error(f"OP {name}: expected one of {', '.join(known)}")
-    ops = [name for name in known if name in a.ops or (not a.ops and (name in OPS or a.device == "cuda"))]
+    try:
+        ops = chosen(a.ops, a.device)
+    except ValueError as error:
+        parser.error(str(error))
     if a.list:
         scenarios = [s.name for s in model.scenarios(a.device) if s.op in ops]
         print("\n".join([*(b.name for b in collect([op for op in ops if op in OPS])), *scenarios]))
@@ -269,4 +335,6 @@ def main(arguments: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 1 if any(x.status == "wrong" for x in found.lines) else 0

@@ -192,15 +192,32 @@ def bench(
     provider: Annotated[
         list[str] | None, typer.Option("--provider", help="Only this provider and ours; can be given again.")
     ] = None,
+    seconds: Annotated[float | None, typer.Option(help="For each provider and direction, about.")] = None,
+    device: Annotated[str, typer.Option(help="cpu; or cuda, for block, training_step and decode.")] = "cpu",
+    vs: Annotated[
+        str | None, typer.Option("--vs", metavar="REVISION", help="Take turns with this older revision, built for it.")
+    ] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Write a result file too.")] = None,
 ) -> None:
     """Time every op against what people would use instead, interleaved in one process, beside the machine's limits.
 
-    Exit status 1 if a result is wrong; it shows no time then.
+    --op block, training_step and decode are the model level. Exit status 1 if a result is wrong; it shows no time then.
+    130 after Ctrl-C, which prints and writes what was measured before.
     """
-    ops, suite = _ops(op), _benchmarks("suite")
+    suite = _benchmarks("suite")
+    ops = suite.chosen(op or (), device)
     _benchmarks("harness").pin_threads()
-    found = suite.run(ops, quick=quick, cases=case or (), providers=provider or (), json_path=json, console=_console())
+    found = suite.run(
+        ops,
+        device=device,
+        quick=quick,
+        cases=case or (),
+        providers=provider or (),
+        seconds=seconds,
+        versus=vs,
+        json_path=json,
+        console=_console(),
+    )
     if any(line.status == "wrong" for line in found.lines):
         raise typer.Exit(1)
 
@@ -230,7 +247,9 @@ def plan(
     seq_len: Annotated[int | None, typer.Option(help="Default: 2048, or the preset's longest if that is less.")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences in a forward pass.")] = 1,
     states: Annotated[str, typer.Option(help="float32, mixed or bfloat16.")] = "mixed",
-    mfu: Annotated[float, typer.Option(help="Assumed share of the device's peak; the paper's is 0.477.")] = 0.45,
+    mfu: Annotated[
+        float, typer.Option(help="Assumed share of the device's peak, attention counted; the paper's is 0.495.")
+    ] = 0.45,
     tokens: Annotated[float, typer.Option(help="Tokens of the whole training.")] = 1.4e12,
 ) -> None:
     """Memory by policy and parallel layout, flops and days of a training, before a device is rented."""
@@ -238,9 +257,11 @@ def plan(
     from llama_fast.config import LlamaConfig
 
     config = LlamaConfig.preset(preset)
-    chosen, T = planner.device(device), seq_len or min(2048, config.max_seq_len)
-    spread = [planner.Layout(world, tensor, sequence and tensor > 1, shard)] if tensor else None
-    spread = spread or [dataclasses.replace(x, shard=shard) for x in planner.layouts(config, world)]
+    chosen, T = planner.device(device), min(2048, config.max_seq_len) if seq_len is None else seq_len
+    if tensor is None:
+        spread = [dataclasses.replace(x, shard=shard) for x in planner.layouts(config, world)]
+    else:
+        spread = [planner.Layout(world, tensor, sequence and tensor > 1, shard)]
     policies = planner.POLICIES if policy is None else (policy,)
     plans = [
         planner.plan(config, chosen, x, p, seq_len=T, batch_size=batch_size, states=states)
@@ -266,6 +287,12 @@ def plan(
         sizes = (f"{getattr(p, name) * gb:.2f}" for name in columns)
         table.add_row(str(p.layout), p.policy, *sizes, "yes" if p.fits else "NO", f"{per_token:,.0f}")
     console.print(table)
+    console.print(
+        "gathered: weights that FSDP brings together at once, and a layer's gradients; activations: kept between "
+        "forward and backward; workspace: the backward of one layer at its peak; "
+        f"fits: in {planner.USABLE:.0%} of the memory",
+        highlight=False,
+    )
     for line in speed:
         console.print(line, highlight=False)
 
@@ -280,11 +307,11 @@ def _plan_speed(config: Any, device: Any, world: int, T: int, share: float, toke
     flops, attention = config.flops_per_token(T), 12 * config.n_layers * config.n_heads * config.head_dim * T
     rate = planner.tokens_per_second(config, device, T, share)
     yield (
-        f"flops a token: {flops:.4g} = 6 x {config.n_matmul_params / 1e9:.2f} G + {attention:.3g} of attention; "
-        f"recompute-all does another {planner.recomputed_flops_per_token(config, T):.3g}"
+        f"flops a token: {flops:.4g} = 6 N + 12 L H D T = 6 x {config.n_matmul_params / 1e9:.2f} G in matrices + "
+        f"{attention:.3g} of attention; recompute-all does {planner.recomputed_flops_per_token(config, T):.3g} more"
     )
     yield (
-        f"at {share:.1%} of {device.flops / 1e12:.0f} Tflop/s: {rate:,.0f} tokens/s a device, "
+        f"at {share:.1%} MFU of {device.flops / 1e12:.0f} Tflop/s: {rate:,.0f} tokens/s a device, "
         f"{tokens:.3g} tokens in {tokens / (rate * world) / 86400:,.1f} days on {world}"
     )
     paper, a100 = LlamaConfig.preset(planner.PAPER_PRESET), planner.DEVICES[planner.PAPER_DEVICE]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,8 @@ import llama_fast.verify
 from llama_fast import cli, demo
 from llama_fast.config import LlamaConfig
 from llama_fast.ops.table import OPS
+from llama_fast.train import run as training
+from llama_fast.train.trainer import Trainer
 from llama_fast.verify import Case
 
 ROOT = Path(__file__).parents[1]
@@ -141,6 +145,30 @@ def test_train_resume_and_generate(llama_fast_program: Any, text: Path, tmp_path
         assert found.out.startswith("the ")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_train_that_a_signal_ends_says_so_by_its_status(
+    llama_fast_program: Any, monkeypatch: pytest.MonkeyPatch, text: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    step = Trainer._train_step
+
+    def in_step_2(self: Trainer, batches: Any) -> dict[str, Any]:
+        if self.step == 1:
+            os.kill(os.getpid(), number)
+        return step(self, batches)
+
+    run = tmp_path / "run"
+    sizes = ["--config", "tiny", "--vocab-size", "320", "--batch-size", "2", "--seq-len", "32", "--eval-every", "0"]
+    common = ["train", "--out", str(run), "--data", str(text), *sizes, "--steps", "4"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", in_step_2)
+        found = llama_fast_program(*common)
+    assert found.status == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    assert "interrupted and saved; the same command with --resume goes on" in found.out
+    assert [p.name for p in run.glob("step_*")] == ["step_0000002"]
+    assert llama_fast_program(*common, "--resume").status == 0
+    assert len((run / "log.jsonl").read_text().splitlines()) == 4
+
+
 def test_plain_starts_from_the_same_loss(llama_fast_program: Any, text: Path, tmp_path: Path) -> None:
     first = []
     for name, flags in (("ours", []), ("plain", ["--plain"])):
@@ -156,7 +184,10 @@ def test_plain_starts_from_the_same_loss(llama_fast_program: Any, text: Path, tm
     ("args", "expected"),
     [
         (["verify", "--op", "norm"], "--op norm: expected one of rms_norm"),
-        (["bench", "--op", "norm"], "--op norm: expected one of rms_norm"),
+        (["bench", "--op", "norm"], "op norm: expected one of rms_norm"),
+        (["bench", "--device", "tpu"], "device = 'tpu': expected cpu or cuda"),
+        (["bench", "--seconds", "0"], "seconds = 0: expected a number above 0"),
+        (["bench", "--op", "rope", "--provider", "lieger"], "provider = 'lieger': expected one of eager"),
         (["bench", "--op", "rms_norm", "--json", "/no/such/folder/x.json"], "/no/such/folder/x.json"),
         (["bench", "--op", "rms_norm", "--case", "C1"], "no benchmark has a case of them whose name contains 'C1'"),
         (["train", "--out", "OUT", "--config", "llama-8b"], "preset 'llama-8b': no such name"),
@@ -169,6 +200,8 @@ def test_plain_starts_from_the_same_loss(llama_fast_program: Any, text: Path, tm
         (["generate", "--checkpoint", "OUT", "--system", "Be kind."], "--system 'Be kind.': expected --chat"),
         (["generate", "--checkpoint", "OUT", "--device", "gpu"], "device = 'gpu': Expected one of cpu, cuda"),
         (["convert", "OUT", "elsewhere"], "is no folder: expected a run"),
+        (["plan", "--preset", "tiny", "--seq-len", "0"], "seq_len = 0: expected 1 .. max_seq_len"),
+        (["plan", "--preset", "tiny", "--tensor", "0"], "tensor = 0: expected 1 or more"),
         (["plan", "--preset", "tiny", "--tokens", "-5"], "tokens = -5: expected a number above 0"),
         (["demo", "--out", "OUT", "--steps", "0"], "steps = 0: expected 1 or more"),
         (["demo", "--out", "OUT", "--data", "/no/such/file"], "'/no/such/file' does not exist"),
@@ -221,3 +254,39 @@ def test_saved_bytes_of_the_block_are_half() -> None:
     formula = 4 * (6 + 2 * config.ffn_dim / config.dim) * config.dim  # docs/block.md, and the row statistics
     assert formula < ours < 1.02 * formula + 64
     assert ours < 0.6 * plain
+
+
+@pytest.mark.parametrize("off", [0.0, 1e-3, float("nan")])
+def test_a_demo_whose_curves_differ_fails(
+    llama_fast_program: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, off: float
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(training, "prepare", lambda *_: None)
+    monkeypatch.setattr(demo, "_sample", lambda *_: None)
+
+    def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        if "llama_fast.demo" in command:  # a training: its losses, which rounding changes a little
+            kind, out = command[3], Path(command[4])
+            away = {"plain": 0.0, "ours": off + 1e-6, "nudged": 2e-6}[kind]
+            figures = {"losses": [5.0 - 0.1 * i + away for i in range(10)], "valid_loss": 4.0, "tokens_per_s": 1.0}
+            (out / f"{kind}.json").write_text(json.dumps(figures | {"peak_memory": 1e9, "saved_bytes": 8.0}))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    found = llama_fast_program("demo", "--out", str(tmp_path / "out"), "--steps", "10")
+    assert found.status == (1 if off else 0)
+    assert ("THE CURVES DIFFER" in found.out) == bool(off)
+    assert ("failed: the comparison of the curves" in found.out) == bool(off)
+    assert ("the curves agree" in found.out) == (not off)
+
+
+def test_a_demo_whose_training_fails_names_it(
+    llama_fast_program: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(training, "prepare", lambda *_: None)
+    fails = lambda command, check: subprocess.CompletedProcess(command, int("plain" in command))  # noqa: E731
+    monkeypatch.setattr(subprocess, "run", fails)
+    found = llama_fast_program("demo", "--out", str(tmp_path / "out"), "--steps", "10")
+    assert found.status == 1
+    assert "failed: the training of plain PyTorch" in found.out
