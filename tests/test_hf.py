@@ -108,6 +108,78 @@ def test_unpatch_restores_exactly() -> None:
         lf.hf.unpatch(model)
 
 
+def test_what_was_derived_from_a_patched_class_is_not_taken_back() -> None:
+    model = patched(make())
+    torch.nn.utils.parametrize.register_parametrization(model.model.layers[1].input_layernorm, "weight", nn.Identity())
+    before = _state(model)
+    with pytest.raises(
+        ValueError,
+        match=r"model.layers.1.input_layernorm is a ParametrizedLlamaRMSNorm, expected the class that patch gave it",
+    ):
+        lf.hf.unpatch(model)
+    assert _state(model) == before
+
+
+@pytest.mark.parametrize(
+    "kind", ["LlamaForCausalLM", "LlamaDecoderLayer", "LlamaAttention", "LlamaMLP", "LlamaRMSNorm"]
+)
+def test_a_wrapped_forward_outlives_the_patch(kind: str) -> None:
+    """As accelerate wraps the model's for mixed precision."""
+    model, calls = make(), []
+    want = model(tokens(), labels=tokens())
+    lf.hf.patch(model, fused_loss=True)
+
+    def wrapped(forward: Any) -> Any:
+        @functools.wraps(forward)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            calls.append(kind)
+            return forward(*args, **kwargs)
+
+        return counted
+
+    for module in model.modules():
+        if type(module).__name__ == kind:
+            module.forward = wrapped(module.forward)
+    torch.testing.assert_close(model(tokens(), labels=tokens()).loss, want.loss, rtol=1e-4, atol=1e-5)
+    once = len(calls)
+    assert once
+    got = lf.hf.unpatch(model)(tokens(), labels=tokens())
+    assert len(calls) == 2 * once
+    assert torch.equal(got.logits, want.logits)
+    assert "not patched" in lf.hf.report(model)
+
+
+def test_an_epsilon_may_change_after_the_patch() -> None:
+    stock = make()
+    ours = patched(stock)
+    ours(tokens())
+    for model in (stock, ours):
+        for layer in model.model.layers:
+            layer.input_layernorm.variance_epsilon = layer.post_attention_layernorm.variance_epsilon = 0.5
+    torch.testing.assert_close(ours(tokens()).logits, stock(tokens()).logits, rtol=1e-4, atol=1e-5)
+    assert ran(ours) == "block"
+
+
+def test_layers_with_another_norm_or_attention() -> None:
+    stock = make()
+    stock.model.layers[0].input_layernorm = nn.RMSNorm(64)
+    stock.model.layers[1].self_attn = _NoAttention()
+    ours = patched(stock)
+    call = {"use_cache": False}
+    torch.testing.assert_close(ours(tokens(), **call).logits, stock(tokens(), **call).logits, rtol=1e-4, atol=1e-5)
+    first, second = lf.hf.report(ours).splitlines()[1:3]
+    assert first.startswith("model.layers.0: ops, for input_layernorm is a torch RMSNorm: llama_fast: rms_norm, rope")
+    assert second.startswith("model.layers.1: ops, for self_attn is a test_hf _NoAttention: llama_fast: rms_norm, swi")
+    ours.model.layers[0].input_layernorm = ours.model.layers[1].input_layernorm
+    ours(tokens(), **call)
+    assert ours.model.layers[0]._llama_fast.last == "block"
+
+
+class _NoAttention(nn.Module):
+    def forward(self, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+        return 0.1 * hidden_states, None
+
+
 def test_patching_twice_changes_the_options_only() -> None:
     model = make()
     before = _state(model)

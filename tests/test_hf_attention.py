@@ -130,6 +130,21 @@ def test_attention_equals_sdpa_on_the_whole_mask(kind: str) -> None:
                 torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+def test_layers_that_are_not_causal(packed: bool) -> None:
+    """Without a mask such a layer sees all keys; what transformers makes of packed sequences is causal all the same."""
+    stock = make().double()
+    for layer in stock.model.layers:
+        layer.self_attn.is_causal = False
+    ours = patched(stock)
+    call = {"use_cache": False}
+    if packed:
+        call["position_ids"] = torch.cat([torch.arange(n) for n in (7, 12, 19, 3, 5, 11)]).view(B, T)
+    torch.testing.assert_close(ours(tokens(), **call).logits, stock(tokens(), **call).logits, rtol=1e-5, atol=1e-5)
+    assert ran(ours) == "self_attn is not causal"
+    assert "ops, for self_attn is not causal" in lf.hf.report(ours)
+
+
 def test_dropout_is_transformers_own() -> None:
     stock = make(attention_dropout=0.3).double()
     ours = patched(stock)

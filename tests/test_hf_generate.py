@@ -132,6 +132,31 @@ def test_a_layer_takes_the_cache_by_each_of_its_names(name: str, pair: tuple[Any
     assert cache.get_seq_length() == 5
 
 
+class _ReadsArguments(transformers.DynamicCache):
+    """As the paged cache of continuous batching: reads the arguments of the call and changes them."""
+
+    told: list[tuple[int, list[str]]]
+
+    def update(self, k: Tensor, v: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.told.append((len(args), sorted(kwargs)))
+        kwargs.get("kwargs", {})["is_causal"] = False
+        return super().update(k, v, layer, *args, **kwargs)
+
+
+def test_a_cache_is_told_what_transformers_tells_it(pair: tuple[Any, Any]) -> None:
+    found, told = [], []
+    for model in (patched(pair[0]), pair[0]):
+        model.config._attn_implementation = "sdpa"
+        cache = _ReadsArguments()
+        cache.told = []
+        with torch.no_grad():
+            found.append(model(tokens(), use_cache=True, **{CACHE: cache}).logits)
+        told.append(cache.told)
+    assert len(told[0]) == 2
+    assert told[0] == told[1]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+
+
 def test_gradients_flow_through_a_cache(pair: tuple[Any, Any]) -> None:
     """The keys of the first call get their gradient from the second."""
     ids, found = tokens(), []

@@ -79,6 +79,17 @@ def test_moved_to_another_dtype() -> None:
     assert found[0] == found[1]
 
 
+def test_on_the_meta_device() -> None:
+    """Shapes without numbers, as for an estimate of the memory."""
+    ids = tokens().to("meta")
+    for fused in (False, True):
+        ours = patched(make(), fused_loss=fused).to("meta")
+        out = ours(ids, labels=ids)
+        out.loss.backward()
+        assert fused or out.logits.shape == (*ids.shape, VOCABULARY)
+        assert all(p.grad.shape == p.shape for p in ours.parameters())
+
+
 _PLACES = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1", "model.norm", "lm_head")
 
 

@@ -168,6 +168,88 @@ def test_hooks_see_what_they_saw(names: list[str], runs: str, kind: str) -> None
     assert ran(ours) == "block"
 
 
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_on_all_modules_see_all(kind: str) -> None:
+    stock, seen = make(), []
+    ours = patched(stock)
+    register = getattr(torch.nn.modules.module, f"register_module_{kind}_hook")
+    handle = register(lambda module, *_: seen.append(type(module).__name__))
+    try:
+        for model in (stock, ours):
+            model(tokens()).logits.sum().backward()
+    finally:
+        handle.remove()
+    names = [sorted(seen[: len(seen) // 2]), sorted(seen[len(seen) // 2 :])]
+    assert names[0] == names[1]
+    assert "LlamaMLP" in names[0]
+    assert "last call: ops, for mlp has a hook, as all modules have" in lf.hf.report(ours)
+    ours(tokens())
+    assert ran(ours) == "block"
+
+
+def test_within_a_transform_of_torch_func() -> None:
+    """No kernel can read the tensors that it makes: transformers' own code runs."""
+    stock = make().double().eval()
+    found = []
+    for model in (patched(stock, fused_loss=True), stock):
+
+        def loss(parameters: Any, ids: Tensor, model: Any = model) -> Tensor:
+            call = {"labels": ids[None], "use_cache": False}
+            return torch.func.functional_call(model, parameters, (ids[None],), call).loss
+
+        parameters = {name: p.detach() for name, p in model.named_parameters()}
+        found.append(torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, tokens(length=7)))
+        if model is not stock:
+            assert ran(model) == "a transform of torch.func"
+            model(tokens())
+            assert ran(model) == "block"
+    for name, want in found[1].items():
+        torch.testing.assert_close(found[0][name], want, rtol=1e-4, atol=1e-5 * float(want.abs().max()), msg=name)
+
+
+def test_forward_mode() -> None:
+    stock = make(attn_implementation="eager").double().eval()
+    ours = patched(stock)
+    embeddings, found = torch.randn(2, 5, 64, dtype=torch.float64), []
+    for model in (ours, stock):
+        with torch.autograd.forward_ad.dual_level():
+            x = torch.autograd.forward_ad.make_dual(embeddings, torch.ones_like(embeddings))
+            out = model(inputs_embeds=x, use_cache=False).logits
+            found.append(torch.autograd.forward_ad.unpack_dual(out).tangent)
+    assert ran(ours) == "forward-mode differentiation"
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_traced_by_torch_jit() -> None:
+    """A trace sees no kernel: it would hold nothing but the memory that a kernel was to fill."""
+
+    class Logits(torch.nn.Module):
+        def __init__(self, model: Any) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.model(ids, use_cache=False).logits
+
+    ours = patched(make()).eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(Logits(ours), (tokens(),), check_trace=False)
+        assert ran(ours) == "torch.jit.trace"
+        other = tokens(seed=3)
+        torch.testing.assert_close(traced(other), ours(other).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_the_config_asks_for() -> None:
+    stock = make(attn_implementation="eager")
+    stock.config.output_attentions = True
+    ours = patched(stock)
+    want, got = stock(tokens()).attentions, ours(tokens()).attentions
+    assert ran(ours) == "the attention weights are asked for"
+    assert len(got) == len(want) == 2
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_hidden_states_and_weights_are_given() -> None:
     stock = make(attn_implementation="eager").double()
     ours = patched(stock)
@@ -249,12 +331,17 @@ def test_sharded_by_fsdp2() -> None:
     from torch.distributed.tensor import DTensor
 
     stock = make().double()
-    ours = patched(stock)
+    ours = patched(stock, fused_loss=True)
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
     for layer in ours.model.layers:
         fully_shard(layer, mesh=mesh)
     found = run(fully_shard(ours, mesh=mesh))
     assert {m._llama_fast.last for m in ours.model.layers} == {"block"}
+    assert "in shards, what runs depends on what a call finds; last call: block, rec" in lf.hf.report(ours)
+    assert lf.hf.patch(ours, policy="save", fused_loss=True)(tokens(), labels=tokens()).logits is None
+    assert "loss of labels: fused, without logits" in lf.hf.report(ours)
+    with pytest.raises(ValueError, match="is a FSDPLlamaForCausalLM, expected the class that patch gave it"):
+        lf.hf.unpatch(ours)
     whole = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in found.items()}
     assert_close(whole, run(stock), run(exact(stock)))
     theirs = make()
@@ -330,6 +417,32 @@ def test_lora(which: str, first: bool) -> None:
     merged = ours.merge_and_unload()
     torch.testing.assert_close(merged(tokens()).logits, found[0][0], rtol=1e-5, atol=1e-5)
     assert ran(merged) == "block"
+
+
+@needs_peft
+@pytest.mark.parametrize("which", ["norms", "attention"])
+def test_adapters_in_the_place_of_a_norm_or_the_attention(which: str) -> None:
+    import peft
+
+    config = {
+        "norms": lambda: peft.LNTuningConfig(target_modules=["input_layernorm"], task_type="CAUSAL_LM"),
+        "attention": lambda: peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM"),
+    }[which]
+    found = []
+    for patch in (True, False):
+        torch.manual_seed(5)
+        model = peft.get_peft_model(make().double(), config()).double()
+        if patch:
+            lf.hf.patch(model)
+            why = {"norms": "input_layernorm is a peft LNTuningLayer", "attention": "self_attn is a peft Adapted"}[
+                which
+            ]
+            assert f"ops, for {why}" in lf.hf.report(model)
+        out = model(tokens(), labels=tokens())
+        out.loss.backward()
+        found.append([out.logits, *(p.grad for p in model.parameters() if p.requires_grad)])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
 
 
 @needs_peft

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from llama_fast.block import POLICIES
 from llama_fast.hf import layout
 from llama_fast.hf.attention import NAME, attention_forward, mask
-from llama_fast.hf.layers import REPLACEMENTS, LlamaAttention, LlamaDecoderLayer, State, is_forward_of
+from llama_fast.hf.layers import REPLACEMENTS, LlamaAttention, LlamaDecoderLayer, State, is_forward_of, runs
 from llama_fast.hf.layout import stock
 from llama_fast.hf.loss import FUSED, LOSS_REPLACEMENTS, LlamaForCausalLM
 from llama_fast.hf.report import report
@@ -60,24 +60,25 @@ def patch(model: nn.Module, *, policy: str = "recompute-cheap", fused_loss: bool
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, stock.LlamaDecoderLayer)]
     for name, layer in layers:
         layout.check_layer(name, layer)
-    takable = [layer for _, layer in layers if type(layer) is LlamaDecoderLayer or _can_swap(layer)]
+    takable = [layer for _, layer in layers if runs(layer, LlamaDecoderLayer) or _can_swap(layer)]
     if not takable:
         raise ValueError(f"hf.patch: {_nothing_to_patch(model, layers)}")
     heads = [m for m in model.modules() if isinstance(m, stock.LlamaForCausalLM)]
-    if fused_loss and not any(type(m) is LlamaForCausalLM or _can_swap(m) for m in heads):
+    if fused_loss and not any(runs(m, LlamaForCausalLM) or _can_swap(m) for m in heads):
         found = "one whose class or forward was replaced" if heads else "none"
         raise ValueError(f"hf.patch: fused_loss is {fused_loss!r}, expected a LlamaForCausalLM for it, found {found}")
     _register_attention()
-    for module in model.modules():
+    modules: list[Any] = list(model.modules())
+    for module in modules:
         if type(module) in REPLACEMENTS and _can_swap(module):
             _swap(module, REPLACEMENTS[type(module)])
         if fused_loss and type(module) in LOSS_REPLACEMENTS and _can_swap(module):
             _swap(module, LlamaForCausalLM)
-        if type(module) is LlamaDecoderLayer:
+        if runs(module, LlamaDecoderLayer):
             module._llama_fast = State(module, policy)
-        if type(module) is LlamaForCausalLM:
+        if runs(module, LlamaForCausalLM):
             module._llama_fast_loss = fused_loss
-    _switch_attention([m for m in model.modules() if type(m) is LlamaAttention])
+    _switch_attention([m for m in modules if type(m) is LlamaAttention])
     return model
 
 
@@ -91,8 +92,15 @@ def unpatch(model: nn.Module) -> nn.Module:
         `model` itself.
 
     Raises:
-        ValueError: nothing in it is patched.
+        ValueError: nothing in it is patched, or a patched module has another class since: fully_shard and
+            parametrizations derive one.
     """
+    for name, m in model.named_modules():
+        if type(m) not in _STOCK and issubclass(type(m), tuple(_STOCK)):
+            raise ValueError(
+                f"hf.unpatch: {name or 'the model'} is a {type(m).__name__}, expected the class that patch gave it; a "
+                "model that was sharded or parametrized since cannot be taken back"
+            )
     ours: list[Any] = [m for m in model.modules() if type(m) in _STOCK]
     if not ours:
         raise ValueError(f"hf.unpatch: {type(model).__name__} has no patched module, expected a model after hf.patch")

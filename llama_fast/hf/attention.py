@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
@@ -136,8 +137,21 @@ def is_short(mask: Tensor) -> bool:
     )
 
 
+def kernel_objection() -> str | None:
+    """Why no kernel runs whatever the tensors are, or None: kernels are hidden from what looks into each operation."""
+    if torch.compiler.is_compiling():  # which knows the ops
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace"
+    return "forward-mode differentiation" if forward_ad._current_level >= 0 else None
+
+
 def objection(mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> str | None:
     """Why lf.attention does not take a call, or None."""
+    if against := kernel_objection():
+        return against
     if dropout:
         return f"attention dropout of {dropout:g}"
     if mask is not None and not is_short(mask):
@@ -206,8 +220,10 @@ def attention_forward(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     B, _, T, _ = query.shape
     config = getattr(module, "config", None)
-    if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
-        return _with_weights(module, query, key, value, attention_mask, dropout, scaling, causal)
+    wanted = kwargs.get("output_attentions", getattr(config, "output_attentions", False))
+    if wanted or forward_ad._current_level >= 0:  # which sdpa does not know
+        out, weights = _with_weights(module, query, key, value, attention_mask, dropout, scaling, causal)
+        return out, weights if wanted else None
     if objection(attention_mask, dropout, kwargs) is None:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         if attention_mask is None:
@@ -215,7 +231,7 @@ def attention_forward(
         if attention_mask.dtype == torch.int64:
             return _padded(q, k, v, attention_mask.flatten(1).tolist(), scaling), None
         rows = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
-        return attention(*rows, causal=causal, scale=scaling, cu_seqlens=attention_mask.flatten()).view(q.shape), None
+        return attention(*rows, scale=scaling, cu_seqlens=attention_mask.flatten()).view(q.shape), None
     if causal or attention_mask is not None:
         attention_mask = four_dimensional(attention_mask, B, T, key.shape[2], query.device)
     return sdpa_attention_forward(

@@ -3,6 +3,7 @@
 Each class has the name of the one that it derives from, adds no state that a checkpoint sees, and can be put on an
 existing module by assigning its `__class__`: parameters, names, hooks and everything else stay as they are. What runs
 is decided at each call: the whole block where nothing stands against it, else the ops one by one, each where it fits.
+A forward that someone has wrapped (accelerate does) outlives `unpatch` and is then that of the module's class.
 
 Legend: B batch, T tokens, C width, H query heads, G key/value heads, D head dim.
 """
@@ -14,14 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llama_fast.block import BlockOptions, Weights, transformer_block
 from llama_fast.hf import layout
-from llama_fast.hf.attention import NAME, attention_forward, objection
+from llama_fast.hf.attention import NAME, attention_forward, kernel_objection, objection
 from llama_fast.hf.layout import stock
+from llama_fast.ops.dispatch import autocast_dtype
 from llama_fast.ops.linear import linear
 from llama_fast.ops.rms_norm import add_rms_norm, rms_norm
 from llama_fast.ops.rope import rope
@@ -35,6 +38,12 @@ _Layer: Any = stock.LlamaDecoderLayer
 _apply_rotary = stock.apply_rotary_pos_emb
 _SILU = (nn.SiLU, type(ACT2FN["silu"]))
 _RECORDER = "transformers.utils.output_capturing"  # its hooks only note what a module gave
+_GLOBAL_HOOKS = (
+    nn_module._global_forward_hooks,
+    nn_module._global_forward_pre_hooks,
+    nn_module._global_backward_hooks,
+    nn_module._global_backward_pre_hooks,
+)
 
 
 # ---- what stands against an op or the block --------------------------------------------------------------------------
@@ -47,12 +56,18 @@ def watched(module: Any) -> str | None:
         return "a hook"
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "a hook"
-    return None
+    return "a hook, as all modules have" if any(_GLOBAL_HOOKS) else None
 
 
 def is_forward_of(function: Any, module: Any, kind: Any) -> bool:
     """Whether a function is `kind.forward`, bound to the module."""
     return getattr(function, "__func__", None) is kind.forward and function.__self__ is module
+
+
+def runs(module: Any, kind: Any) -> bool:
+    """Whether a module is of the class `kind`, or of the one that FSDP2 derives from it."""
+    found = type(module)
+    return found is kind or (kind in found.__bases__ and found.__module__.startswith("torch.distributed."))
 
 
 def _only_placed(module: Any) -> bool:
@@ -67,10 +82,15 @@ def _plain_tensors(*tensors: Tensor) -> bool:
     return all(type(t) in (nn.Parameter, Tensor) for t in tensors)
 
 
+def is_a(module: Any) -> str:
+    """What a module is, for a sentence."""
+    return f"is a {type(module).__module__.split('.')[0]} {type(module).__name__}"
+
+
 def linear_objection(module: Any) -> str | None:
     """Why a projection is called as a module, or None where its weight is used directly."""
     if type(module) is not nn.Linear:
-        return f"is a {type(module).__module__.split('.')[0]} {type(module).__name__}"
+        return is_a(module)
     if module.bias is not None:
         return "has a bias"
     if not _plain_tensors(module.weight):
@@ -87,16 +107,16 @@ def _project(module: Any, x: Tensor) -> Tensor:
 
 def _cast_once(x: Tensor, *projections: Any) -> Tensor:
     """The input of several projections in autocast's dtype, of which each would else make and keep a copy."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype == torch.float32 and not any(map(linear_objection, projections)):
-        return x.to(torch.get_autocast_dtype(kind))
+    dtype = autocast_dtype(x)
+    if dtype is not None and x.dtype == torch.float32 and not any(map(linear_objection, projections)):
+        return x.to(dtype)
     return x
 
 
 def norm_objection(norm: Any, x: Tensor | None = None) -> str | None:
     """Why a norm does not run on lf.rms_norm, or None; without `x`, what its structure says."""
     if type(norm) is not LlamaRMSNorm:
-        return f"is a {type(norm).__name__}"
+        return is_a(norm)
     if not _plain_tensors(norm.weight):
         return f"has a {type(norm.weight).__name__} for a weight"
     if x is not None and x.dtype != norm.weight.dtype:
@@ -107,7 +127,7 @@ def norm_objection(norm: Any, x: Tensor | None = None) -> str | None:
 def activation_objection(mlp: Any) -> str | None:
     """Why a feed-forward layer does not run on lf.swiglu, or None."""
     if type(mlp) is not LlamaMLP:
-        return f"is a {type(mlp).__name__}"
+        return is_a(mlp)
     if type(mlp.act_fn) not in _SILU:
         return f"has the activation {type(mlp.act_fn).__name__}"
     seen = watched(mlp.act_fn)
@@ -118,7 +138,7 @@ def structure_objection(layer: Any) -> str | None:
     """What in a layer, whatever the call, keeps it from running as one block; None if nothing."""
     attn, mlp = layer.self_attn, layer.mlp
     if type(attn) is not LlamaAttention:
-        return f"self_attn is a {type(attn).__name__}"
+        return f"self_attn {is_a(attn)}"
     for name, found in (
         ("mlp", activation_objection(mlp)),
         ("input_layernorm", norm_objection(layer.input_layernorm)),
@@ -142,12 +162,16 @@ def structure_objection(layer: Any) -> str | None:
             return f"{name} {found}"
     if layer.input_layernorm.variance_epsilon != layer.post_attention_layernorm.variance_epsilon:
         return "the two norms differ in epsilon"
+    if not getattr(attn, "is_causal", True):
+        return "self_attn is not causal"
     if attn.scaling != attn.head_dim**-0.5:
         return f"self_attn has a scaling of {attn.scaling:g}"
     if attn.attention_dropout and layer.training:
         return f"attention dropout of {attn.attention_dropout:g}"
     if attn.config._attn_implementation != NAME:
         return f"the attention implementation is {attn.config._attn_implementation}"
+    if not layer._llama_fast.fit(attn.head_dim, layer.input_layernorm.variance_epsilon):
+        return "a head dim or epsilon that was changed, which a compiled block cannot take in"
     return None
 
 
@@ -159,14 +183,15 @@ def call_objection(layer: Any, x: Tensor, arguments: dict[str, Any]) -> str | No
         return against
     if arguments.get("is_causal") is False:
         return "is_causal is False"
-    if arguments.get("output_attentions"):
+    if arguments.get("output_attentions", getattr(attn.config, "output_attentions", False)):
         return "the attention weights are asked for"
     if x.ndim != 3 or not _plain_tensors(x):
         return f"hidden states that are a {type(x).__name__} of shape {tuple(x.shape)}"
     if any(p.device != x.device or p.dtype != x.dtype for p in block_weights(layer)):
         return f"weights that are not all on {x.device} and {x.dtype}"
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        if x.dtype not in (torch.float32, torch.get_autocast_dtype(x.device.type)):
+    autocast = autocast_dtype(x)
+    if autocast is not None and x.dtype != torch.float64:
+        if x.dtype not in (torch.float32, autocast):
             return f"autocast beside hidden states of {x.dtype}"
         if x.dtype == torch.float32 and not records(x, layer):
             return "autocast without gradients: it keeps the weights that it has cast, the block would cast them again"
@@ -210,12 +235,14 @@ class _LayerCache:
     def __init__(self, cache: Any, layer: int, arguments: dict[str, Any]) -> None:
         self.cache, self.layer = cache, layer
         self.extra: tuple[Any, ...] = ()
+        self.named: dict[str, Any] = {"kwargs": arguments} if layout.ARGUMENTS_TO_CACHE else {}
         if layout.POSITIONS_TO_CACHE:
             cos, sin = arguments["position_embeddings"]
             self.extra = ({"sin": sin, "cos": cos, "cache_position": arguments.get("cache_position")},)
 
     def append(self, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = self.cache.update(k_BTGD.transpose(1, 2), v_BTGD.transpose(1, 2), self.layer, *self.extra)
+        k, v = (t.transpose(1, 2) for t in (k_BTGD, v_BTGD))
+        k, v = self.cache.update(k, v, self.layer, *self.extra, **self.named)
         return k.transpose(1, 2), v.transpose(1, 2)
 
 
@@ -239,10 +266,22 @@ class State:
     """
 
     def __init__(self, layer: Any, policy: str = "recompute-cheap") -> None:
-        # made here: torch.compile cannot trace how it is made
-        head_dim, eps = layer.self_attn.head_dim, layer.input_layernorm.variance_epsilon
-        self.options = BlockOptions(head_dim, eps, policy, keep_residual=True)
+        self.policy = policy
+        self.options: Any = None  # of the block: BlockOptions, once `fit` has made them
         self.last: str | None = None  # "block", or what stood against it in the last call
+        head_dim = getattr(layer.self_attn, "head_dim", None)
+        eps = getattr(layer.input_layernorm, "variance_epsilon", None)
+        if head_dim is not None and eps is not None:  # they are, unless an adapter stands in their place
+            self.fit(head_dim, eps)
+
+    def fit(self, head_dim: int, eps: float) -> bool:
+        """Makes the options of the block where they are not of these numbers; False where torch.compile, which cannot
+        trace that, keeps it from doing so."""
+        if self.options is None or (self.options.head_dim, self.options.eps) != (head_dim, eps):
+            if torch.compiler.is_compiling():
+                return False
+            self.options = BlockOptions(head_dim, eps, self.policy, keep_residual=True)
+        return True
 
 
 class _Recorded(type):
@@ -261,7 +300,9 @@ class LlamaRMSNorm(_Norm):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """x [..., C] -> [..., C]."""
-        if norm_objection(self, hidden_states):
+        if not issubclass(type(self), LlamaRMSNorm):
+            return type(self).forward(self, hidden_states)
+        if kernel_objection() or norm_objection(self, hidden_states):
             return super().forward(hidden_states)
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
@@ -271,7 +312,9 @@ class LlamaMLP(_MLP):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., C] -> [..., C]."""
-        if activation_objection(self):
+        if not issubclass(type(self), LlamaMLP):
+            return type(self).forward(self, x)
+        if kernel_objection() or activation_objection(self):
             return super().forward(x)
         x = _cast_once(x, self.gate_proj, self.up_proj)
         gate, up = _project(self.gate_proj, x), _project(self.up_proj, x)
@@ -288,6 +331,10 @@ class LlamaAttention(_Attention, metaclass=_Recorded):
     @functools.wraps(_Attention.forward)
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """x [B, T, C] -> [B, T, C] and the attention weights or None."""
+        if not issubclass(type(self), LlamaAttention):
+            return type(self).forward(self, *args, **kwargs)
+        if kernel_objection():
+            return super().forward(*args, **kwargs)
         kwargs = named(layout.ATTENTION_PARAMETERS, args, kwargs)
         x, mask = kwargs.pop("hidden_states"), kwargs.pop("attention_mask", None)
         cos, sin = kwargs["position_embeddings"]
@@ -332,6 +379,8 @@ class LlamaDecoderLayer(_Layer, metaclass=_Recorded):
     @functools.wraps(_Layer.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """x [B, T, C] -> [B, T, C]."""
+        if not issubclass(type(self), LlamaDecoderLayer):
+            return type(self).forward(self, *args, **kwargs)
         kwargs = named(layout.LAYER_PARAMETERS, args, kwargs)
         x = kwargs.pop("hidden_states")
         against = structure_objection(self) or call_objection(self, x, kwargs)
@@ -366,7 +415,7 @@ class LlamaDecoderLayer(_Layer, metaclass=_Recorded):
         """The layer by its modules; the addition before the second norm within it, where both allow that."""
         norm = self.post_attention_layernorm
         attended, *rest = self.self_attn(hidden_states=self.input_layernorm(x), **arguments)
-        if norm_objection(norm, x) or watched(norm) or attended.dtype != x.dtype:
+        if kernel_objection() or norm_objection(norm, x) or watched(norm) or attended.dtype != x.dtype:
             h = x + attended
             n2 = norm(h)
         else:

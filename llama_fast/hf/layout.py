@@ -68,6 +68,8 @@ MODEL_PARAMETERS = _parameters(stock.LlamaForCausalLM.forward)
 CACHE = next(name for name in CACHES if name in LAYER_PARAMETERS)
 GIVES_TUPLE = "output_attentions" in LAYER_PARAMETERS  # a layer: (hidden_states,) or (hidden_states, weights)
 POSITIONS_TO_CACHE = "cache_position" in ATTENTION_PARAMETERS  # a cache's update wants them
+# update(..., kwargs=kwargs): a paged cache reads and changes the arguments of the call
+ARGUMENTS_TO_CACHE = ("kwargs",) in inspect.unwrap(stock.LlamaAttention.forward).__code__.co_consts
 
 
 def check_layer(name: str, layer: Any) -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -14,8 +13,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from llama_fast.hf import layout
-from llama_fast.hf.layers import linear_objection, named
+from llama_fast.hf.attention import kernel_objection
+from llama_fast.hf.layers import linear_objection, named, runs
 from llama_fast.hf.layout import stock
+from llama_fast.ops.dispatch import autocast_dtype
 from llama_fast.ops.linear_cross_entropy import linear_cross_entropy
 
 _CausalLM: Any = stock.LlamaForCausalLM
@@ -25,7 +26,7 @@ FUSED = (False, True, "training")
 
 def loss_objection(model: Any) -> str | None:
     """Why a model with labels makes its logits, or None."""
-    if type(model) is not LlamaForCausalLM or not model._llama_fast_loss:
+    if not runs(model, LlamaForCausalLM) or not model._llama_fast_loss:
         return "fused_loss is False"
     if model._llama_fast_loss == "training" and not model.training:
         return 'fused_loss is "training" and the model is in evaluation mode'
@@ -46,10 +47,12 @@ class LlamaForCausalLM(_CausalLM):
     @functools.wraps(_CausalLM.forward)
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' own; with labels and the fused loss `logits` is None."""
+        if not issubclass(type(self), LlamaForCausalLM):
+            return type(self).forward(self, *args, **kwargs)
         kwargs = named(layout.MODEL_PARAMETERS, args, kwargs)
         keep = kwargs.get("logits_to_keep", 0)
         everywhere = isinstance(keep, int) and keep == 0
-        if kwargs.get("labels") is None or not everywhere or loss_objection(self):
+        if kwargs.get("labels") is None or not everywhere or kernel_objection() or loss_objection(self):
             return super().forward(**kwargs)
         kwargs.pop("logits_to_keep", None)
         return self._with_fused_loss(**kwargs)
@@ -79,7 +82,7 @@ def _loss(
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     targets = shift_labels.to(hidden.device).reshape(hidden.shape[:-1])
-    if weight.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+    if weight.dtype != hidden.dtype and autocast_dtype(hidden) is None:
         raise ValueError(f"hf: lm_head.weight has dtype {weight.dtype}, expected {hidden.dtype} as the hidden states")
     if num_items_in_batch is None:
         return linear_cross_entropy(hidden, weight, targets, ignore_index=ignore_index)

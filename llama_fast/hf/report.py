@@ -16,8 +16,10 @@ from llama_fast.hf.layers import (
     LlamaDecoderLayer,
     LlamaMLP,
     activation_objection,
+    is_a,
     linear_objection,
     norm_objection,
+    runs,
     structure_objection,
 )
 from llama_fast.hf.layout import stock
@@ -49,19 +51,30 @@ def report(model: nn.Module) -> str:
         if isinstance(m, stock.LlamaForCausalLM):
             against = loss_objection(m)
             what = "fused, without logits" if against is None else f"transformers', on the logits ({against})"
+            if against == "lm_head has a DTensor for a weight":
+                what = "fused, without logits, in a call that finds the weight of lm_head, now in shards, whole"
             lines.append(f"{name or type(m).__name__}, loss of labels: {what}")
     return "\n".join(lines)
 
 
 def _layer(layer: Any) -> str:
-    if type(layer) is not LlamaDecoderLayer:
+    if not runs(layer, LlamaDecoderLayer):
         return f"transformers' own ({type(layer).__name__}, not patched)"
     against = structure_objection(layer)
     state = layer._llama_fast
-    text = f"block, {state.options.policy}" if against is None else f"ops, for {against}: " + "; ".join(_parts(layer))
+    block = f"block, {state.policy}"
+    if against is not None and _in_shards(layer):
+        last = block if state.last == "block" else state.last and f"ops, for {state.last}"
+        return f"its weights are in shards, what runs depends on what a call finds; last call: {last or 'none yet'}"
+    text = block if against is None else f"ops, for {against}: " + "; ".join(_parts(layer))
     if against is None and state.last not in (None, "block"):
         text += f"; last call: ops, for {state.last}"
     return text
+
+
+def _in_shards(module: nn.Module) -> bool:
+    """Whether weights are DTensors: FSDP2 makes them whole for the time of a call."""
+    return any(type(p).__name__ == "DTensor" for p in module.parameters())
 
 
 def _parts(layer: Any) -> Iterator[str]:
@@ -73,7 +86,7 @@ def _parts(layer: Any) -> Iterator[str]:
         found = norm_objection(getattr(layer, name))
         (slow if found else fast).append(f"{name} {found}" if found else "rms_norm")
     if type(attn) is not LlamaAttention:
-        slow.append(f"self_attn is a {type(attn).__name__}")
+        slow.append(f"self_attn {is_a(attn)}")
     else:
         fast.append("rope")
         if attn.config._attn_implementation != NAME:
