@@ -163,6 +163,17 @@ def test_dropout_is_transformers_own() -> None:
     assert ran(ours) == "block"
 
 
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "sinks", "indices", "block_indices"])
+def test_another_attention_is_refused(name: str) -> None:
+    """sdpa passes over all of these but the first."""
+    x = torch.randn(1, 2, 5, 16)
+    with pytest.raises(
+        RuntimeError, match=f"_Layer calls its attention with {name}, which neither llama_fast nor sdpa"
+    ):
+        attention.attention_forward(_Layer(), x, x, x, None, **{name: torch.ones(2)})
+    attention.attention_forward(_Layer(), x, x, x, None, **{name: None})
+
+
 @pytest.mark.parametrize("kind", ["Mistral", "Qwen2"])
 def test_other_architectures_take_the_attention(kind: str) -> None:
     lf.hf.register()

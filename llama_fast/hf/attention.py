@@ -24,9 +24,12 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from llama_fast.hf.layout import stock
 from llama_fast.ops.attention import attention
+from llama_fast.ops.dispatch import NotSupported
 
 NAME = "llama_fast"
-_SDPA_ONLY = ("position_bias", "softcap", "s_aux", "head_mask")  # arguments that change what attention computes
+# arguments that change what attention computes: sdpa knows the first, and nothing here the others
+_SDPA_ONLY = ("position_bias", "head_mask")
+_UNKNOWN = ("softcap", "s_aux", "sinks", "indices", "block_indices")
 
 
 def _tracing() -> bool:
@@ -156,7 +159,7 @@ def objection(mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> st
         return f"attention dropout of {dropout:g}"
     if mask is not None and not is_short(mask):
         return "a mask that is not causal"
-    return next((f"{name} is given" for name in _SDPA_ONLY if kwargs.get(name) is not None), None)
+    return next((f"{name} is given" for name in (*_SDPA_ONLY, *_UNKNOWN) if kwargs.get(name) is not None), None)
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor, spans: list[list[int]], scale: float | None) -> Tensor:
@@ -216,7 +219,15 @@ def attention_forward(
 
     Returns:
         out: [B, T, H, D], and None in place of the weights [B, H, T, S] unless `output_attentions` asks for them.
+
+    Raises:
+        NotSupported: the call is of another attention: with sinks, a cap on the scores, keys chosen one by one.
     """
+    if unknown := next((name for name in _UNKNOWN if kwargs.get(name) is not None), None):
+        raise NotSupported(
+            f"hf: {type(module).__name__} calls its attention with {unknown}, which neither {NAME} nor sdpa knows: "
+            'expected attn_implementation="eager", or another that the model supports'
+        )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     B, _, T, _ = query.shape
     config = getattr(module, "config", None)
