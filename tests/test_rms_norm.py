@@ -71,6 +71,18 @@ def test_repeats_bitwise_for_any_number_of_threads(op: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+def test_gradients_of_both_inputs_of_add_rms_norm_are_tensors_of_their_own() -> None:
+    """Else the second backward, which adds into `.grad`, would add to both twice."""
+    for shape in ((6, 8), (2, 3, 8), (8,)):
+        leaves = [torch.randn(shape, requires_grad=True) for _ in range(2)]
+        for _ in range(2):
+            sum(y.square().sum() for y in lf.add_rms_norm(*leaves, torch.ones(8))).backward()
+        copies = [x.detach().double().requires_grad_() for x in leaves]
+        sum(y.square().sum() for y in lf.add_rms_norm(*copies, torch.ones(8, dtype=torch.float64))).backward()
+        for x, exact in zip(leaves, copies, strict=True):
+            torch.testing.assert_close(x.grad, 2 * exact.grad.float())
+
+
 def test_compiles_without_graph_break() -> None:
     x, w = torch.randn(4, 32, requires_grad=True), torch.randn(32, requires_grad=True)
     compiled = torch.compile(lambda x, w: lf.rms_norm(x, w).sin(), fullgraph=True, backend="aot_eager")

@@ -34,7 +34,8 @@ class _RMSNorm(torch.autograd.Function):
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        y, total, rstd = _add_rms_norm_fwd(x, residual, weight, eps)
+        y, total, rstd = _add_rms_norm_fwd(flat(x), flat(residual), weight, eps)
+        y, total = y.view(*x.shape), total.view(*x.shape)
         ctx.save_for_backward(total, weight, rstd)
         ctx.backend = forced()
         return y, total
@@ -43,7 +44,9 @@ class _AddRMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dtotal: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         total, weight, rstd = ctx.saved_tensors
-        dx, dweight = _add_rms_norm_bwd(dy, dtotal, total, weight, rstd, backend=ctx.backend)
+        dx, dweight = _add_rms_norm_bwd(flat(dy), flat(dtotal), flat(total), weight, rstd, backend=ctx.backend)
+        # one tensor for both, so that autograd sees it: two views of dx would become the memory of two .grad
+        dx = dx.view(*total.shape)
         return dx, dx, dweight, None
 
 
@@ -114,7 +117,4 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6)
     weight = _weight_like(x, weight)
     table.ADD_RMS_NORM.check(x=x, residual=residual, weight=weight)
     table.check_number("add_rms_norm", "eps", eps, "a number >= 0", low=0.0)
-    if x.ndim == 2:
-        return apply(_AddRMSNorm, x, residual, weight, eps)
-    y, total = apply(_AddRMSNorm, flat(x), flat(residual), weight, eps)
-    return y.view(*x.shape), total.view(*x.shape)
+    return apply(_AddRMSNorm, x, residual, weight, eps)
