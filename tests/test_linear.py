@@ -224,6 +224,18 @@ def test_linear_is_differentiable() -> None:
     assert torch.equal(only, ours[1])
 
 
+@pytest.mark.parametrize("path", [None, *linear.PATHS])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sizes_that_do_not_fit_are_an_error_on_every_path(dtype: torch.dtype, path: str | None) -> None:
+    """gemv would read beyond x or W, and give numbers."""
+    w = torch.randn(512, 512).to(dtype)
+    for R, K in ((1, 511), (1, 513), (3, 600), (9, 400)):
+        with linear.force(path), pytest.raises(RuntimeError, match=rf"{R}x{K} and 512x512"):
+            linear.nt(torch.randn(R, K).to(dtype), w)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="1x400 and 512x512"):
+        lf.nn.Linear(512, 512, dtype=dtype)(torch.randn(1, 400).to(dtype))
+
+
 @pytest.mark.skipif(linear._gemv is None, reason="the native library is not built")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ISAS)

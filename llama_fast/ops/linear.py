@@ -249,7 +249,8 @@ def tn(dy: Tensor, x: Tensor, *, out: Tensor | None = None, accumulate: bool = F
 def _product(form: str, a: Tensor, b: Tensor, out: Tensor | None, accumulate: bool = False) -> Tensor:
     """a [M, K] times b [K, N], into `out` if it is given."""
     (M, K), N = a.shape, b.shape[1]
-    path = "torch" if M * N * K == 0 or _plain(a, b) else _find(form, a.dtype, M, N, K)[0]
+    # torch's path says what is wrong where the sizes do not fit
+    path = "torch" if M * N * K == 0 or b.shape[0] != K or _plain(a, b) else _find(form, a.dtype, M, N, K)[0]
     if path == "torch" and (out is None or out.dtype == a.dtype):
         if out is None:
             return torch.mm(a, b)
