@@ -143,6 +143,17 @@ def test_huge_scores_stay_finite(target_name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("target_name", TARGETS)
+def test_windows_wider_than_any_sequence_hide_nothing(target_name: str) -> None:
+    """Sums of a window and a position would leave 32 or 64 bits."""
+    leaves = [x.requires_grad_() for x in _case(70, 70, H=2, G=1, D=16).inputs(torch.float32).values()]
+    with target(target_name):
+        found = [lf.attention(*leaves, window=w) for w in (2**31 - 1, 2**31, 2**63 - 1, None)]
+        gradients = [torch.autograd.grad(out.square().sum(), leaves) for out in found]
+    for out, grads in zip(found[:-1], gradients[:-1], strict=True):
+        torch.testing.assert_close([out, *grads], [found[-1], *gradients[-1]])
+
+
+@pytest.mark.parametrize("target_name", TARGETS)
 def test_equal_scores_average(target_name: str) -> None:
     q, k, v = torch.zeros(1, 200, 2, 32), torch.randn(1, 200, 2, 32), torch.randn(1, 200, 2, 32)
     with target(target_name):

@@ -167,7 +167,7 @@ def test_targets_outside_the_vocabulary(bad: int) -> None:
         ("rms_norm", "eps", [-1.0, math.nan, None, "small"]),
         ("add_rms_norm", "eps", [-1.0, math.nan, None, "small"]),
         ("rope", "interleaved", [None, "yes", 2]),
-        ("attention", "window", [-1, 0, 2.5, "3", 2**63]),
+        ("attention", "window", [-1, 0, 2.5, "3", 2**63, True]),
         ("attention", "scale", [math.nan, math.inf, -math.inf, "a"]),
         ("attention", "causal", [None, "no", 2]),
         ("linear_cross_entropy", "ignore_index", [None, 2.5, "a", 2**63]),

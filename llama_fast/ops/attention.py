@@ -13,7 +13,7 @@ from torch import Tensor
 from llama_fast.ops import table
 from llama_fast.ops.dispatch import apply, autocast_dtype, forced, once_differentiable, plain, primitives
 
-_MOST, _LONGEST = sys.float_info.max, 2**63 - 1  # what the kernels' arguments hold
+_MOST = sys.float_info.max
 _attention_fwd, _attention_bwd = primitives["attention_fwd"], primitives["attention_bwd"]
 
 
@@ -141,7 +141,8 @@ def attention(
         scale = 1.0 / math.sqrt(dims["D"]) if dims["D"] > 0 else 1.0
     table.check_number("attention", "scale", scale, "a finite number", low=-_MOST, high=_MOST)
     if window is not None:
-        table.check_number("attention", "window", window, "None or a number of keys >= 1", 1, _LONGEST, whole=True)
+        table.check_number("attention", "window", window, "None or a number of keys >= 1", 1, 2**63 - 1, whole=True)
+        window = min(window, table.WIDEST)
     table.check_flag("attention", "causal", causal)
     if cu_seqlens is None:
         return apply(_Attention, q, k, v, None, scale, causal, window or 0)

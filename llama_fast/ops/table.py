@@ -282,11 +282,14 @@ def check_number(
         ValueError: it is no number, NaN, or not in low .. high; says what was `expected`.
     """
     try:
-        ok = low <= value <= high and (not whole or hasattr(value, "__index__"))
+        ok = low <= value <= high and (not whole or (hasattr(value, "__index__") and not isinstance(value, bool)))
     except TypeError:
         ok = False
     if not ok:
         raise ValueError(f"{op}: {name} is {value!r}, expected {expected}")
+
+
+WIDEST = 1 << 30  # of a window: beyond any sequence, and a position may be added to it in 32 bits
 
 
 def check_flag(op: str, name: str, value: Any) -> None:
