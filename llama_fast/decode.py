@@ -174,7 +174,7 @@ class Plan:
     def step(self, tokens: Tensor, cache: KVCache) -> Tensor | None:
         """See the function of that name."""
         vocabulary, dtype = self._logits
-        logits = torch.empty(tokens.shape[0], vocabulary, dtype=dtype)
+        logits = tokens.new_empty(tokens.shape[0], vocabulary, dtype=dtype)
         if not self._native.step(tokens[:, 0], cache.used, cache.starts or (), logits):
             return None
         cache.used += 1

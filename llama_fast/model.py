@@ -6,7 +6,8 @@ Legend: B batch, T tokens, C width, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -103,7 +104,8 @@ class Llama(nn.Module):
             rows = self.config.max_seq_len  # where a compiler watches: bit_length would bind it to this length
             if not torch.compiler.is_compiling():
                 rows = min(rows, 1 << (end - 1).bit_length()) if end else 0
-            self._rope = rope_cos_sin(self.config, rows, device)
+            with torch.inference_mode(False):  # for later calls too, whose backward keeps them
+                self._rope = rope_cos_sin(self.config, rows, device)
         cos, sin = self._rope
         return cos[start:end], sin[start:end]
 
@@ -114,14 +116,19 @@ class Llama(nn.Module):
             ValueError: shape, dtype, length or (on the CPU) ids of `tokens`; more tokens than the cache has room for.
         """
         check_tokens(self.config, tokens)
+        weight = self.embed_tokens.weight
+        if tokens.device != weight.device:
+            raise ValueError(f"tokens is on {tokens.device}: expected {weight.device} as the model")
         start = 0 if cache is None else cache.used
         end = start + tokens.shape[1]
         if end > self.config.max_seq_len:
             raise ValueError(f"tokens end at position {end}: expected at most max_seq_len = {self.config.max_seq_len}")
+        if cache is not None and cache.k_LBSGD.shape[0] != len(self.layers):
+            raise ValueError(f"cache has {cache.k_LBSGD.shape[0]} layers: expected {len(self.layers)}, the model's")
         if cache is not None and tokens.shape[1] > cache.room:
             raise ValueError(f"tokens has T = {tokens.shape[1]}: expected at most the cache's room of {cache.room}")
         cos, sin = self.rope_tables(start, end, tokens.device)
-        x = F.embedding(tokens, self.embed_tokens.weight)
+        x = F.embedding(tokens, weight)
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, cache=None if cache is None else cache.layer(i))
         if cache is not None:
@@ -279,4 +286,7 @@ class Llama(nn.Module):
 def _ids(eos_id: int | Sequence[int] | None) -> Sequence[int]:
     if eos_id is None:
         return ()
-    return (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
+    try:
+        return tuple(map(operator.index, eos_id if isinstance(eos_id, Iterable) else (eos_id,)))
+    except TypeError:
+        raise ValueError(f"eos_id = {eos_id!r}: expected a token id or several") from None

@@ -56,6 +56,8 @@ def check_tokens(config: LlamaConfig, tokens: Tensor) -> None:
     Raises:
         ValueError: names what differs.
     """
+    if not isinstance(tokens, Tensor):
+        raise ValueError(f"tokens is a {type(tokens).__name__}: expected a torch.Tensor")
     if tokens.ndim != 2 or tokens.dtype != torch.int64:
         raise ValueError(f"tokens is {tuple(tokens.shape)} {tokens.dtype}: expected [B, T] torch.int64")
     if tokens.shape[1] > config.max_seq_len:
@@ -72,6 +74,9 @@ def check_targets(config: LlamaConfig, tokens: Tensor, targets: Tensor, ignore_i
     Raises:
         ValueError: names what differs.
     """
+    for name, x in (("tokens", tokens), ("targets", targets)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} is a {type(x).__name__}: expected a torch.Tensor")
     if targets.shape != tokens.shape or targets.dtype != torch.int64:
         expected = f"{tuple(tokens.shape)} torch.int64, as tokens"
         raise ValueError(f"targets is {tuple(targets.shape)} {targets.dtype}: expected {expected}")

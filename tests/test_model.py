@@ -117,6 +117,27 @@ def test_set_policy_reaches_every_block_and_names_a_wrong_one() -> None:
         model.set_policy("none")
 
 
+def test_a_model_that_inference_mode_has_seen_can_still_be_trained() -> None:
+    tokens, targets = _batch(TINY)
+    seen, fresh = Llama(TINY), Llama(TINY)
+    with torch.inference_mode():
+        seen(tokens)
+    losses = [model.loss(tokens, targets) for model in (seen, fresh)]
+    assert torch.equal(*losses)
+    losses[0].backward()
+
+
+def test_the_default_device_is_not_the_models() -> None:
+    """As where `torch.set_default_device("cuda")` stands beside a model on the CPU."""
+    model = Llama(TINY)
+    tokens, targets = _batch(TINY)
+    expected, loss = model.generate(tokens, max_new_tokens=5), model.loss(tokens, targets)
+    with torch.device("meta"):
+        assert torch.equal(model.generate(tokens, max_new_tokens=5), expected)
+        assert torch.equal(model.loss(tokens, targets), loss)
+        assert torch.equal(model.generate(tokens, max_new_tokens=5, eos_id=expected[0, -1].item()), expected)
+
+
 def test_bad_tokens_are_named() -> None:
     model = Llama(TINY)
     with pytest.raises(ValueError, match=r"tokens holds ids 0 .. 256: expected 0 .. 255"):
@@ -125,6 +146,12 @@ def test_bad_tokens_are_named() -> None:
         model(torch.zeros(1, 129, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"targets holds the id 300"):
         model.loss(torch.zeros(1, 2, dtype=torch.int64), torch.tensor([[1, 300]]))
+    with pytest.raises(ValueError, match=r"tokens is on meta: expected cpu as the model"):
+        model(torch.zeros(1, 2, dtype=torch.int64, device="meta"))
+    with pytest.raises(ValueError, match=r"tokens is a list: expected a torch.Tensor"):
+        model([[1, 2]])
+    with pytest.raises(ValueError, match=r"targets is a list: expected a torch.Tensor"):
+        model.loss(torch.zeros(1, 2, dtype=torch.int64), [[1, 2]])
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -49,6 +49,13 @@ def test_window_with_fewer_queries_than_keys_as_a_square(S: int, window: int, mo
     assert len(calls) >= len(DTYPES)
 
 
+def test_the_default_device_is_not_the_tensors() -> None:
+    q, k, v = Case("attention", {**SIZES, "S": 50}).inputs(torch.float32).values()
+    with torch.device("meta"), lf.backend("torch"):
+        found = lf.attention(q, k, v)
+    torch.testing.assert_close(found, lf.attention(q, k, v))
+
+
 def test_log_sum_exp_is_the_references() -> None:
     q, k, v = Case("attention", {**SIZES, "S": 20}).inputs(torch.float32).values()
     found, expected = (

@@ -93,6 +93,14 @@ def test_dtype_and_policy_of_the_caller(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "half" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
+def test_the_default_device_is_not_the_files(tmp_path: Path) -> None:
+    model = Llama(TINY)
+    model.save_pretrained(tmp_path / "a")
+    with torch.device("meta"):  # as where the default is a GPU
+        found = Llama.from_pretrained(tmp_path / "a", device="cpu", dtype=torch.bfloat16)
+    assert torch.equal(found.lm_head.weight, model.lm_head.weight.bfloat16())
+
+
 def test_progress_ends_with_all_bytes(tmp_path: Path) -> None:
     model = Llama(TINY)
     seen: list[tuple[str, int, int]] = []

@@ -93,7 +93,7 @@ def argmax(x: Tensor) -> Tensor:
     """The place of the largest number of each row of x [R, V], V >= 1, as float32: [R] int64, the first of equals."""
     if _native is None or not x.is_cpu or not plain(x) or x.dtype == torch.float64:
         return x.float().argmax(-1)
-    best = torch.empty(x.shape[0], dtype=torch.int64)
+    best = x.new_empty(x.shape[0], dtype=torch.int64)
     _native.cpu.argmax(rows(x), best)
     return best
 

@@ -77,7 +77,7 @@ def _cpu_mask(q: Tensor, k: Tensor, causal: bool, window: int) -> Tensor | None:
     if not window and (T == S or not causal):
         return None
     mask = attention_mask(T, S, causal=causal, window=window, cu_seqlens=None, device=q.device)
-    return torch.zeros(T, S, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+    return q.new_zeros(T, S).masked_fill_(~mask, -torch.inf)
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -177,7 +177,7 @@ def _scaling(fields: Mapping[str, Any], head_dim: int, theta: float, divisors: T
     kind = fields.get("llama.rope.scaling.type", "none")
     if divisors is not None:
         scaling = Llama3RopeScaling(_as_written(divisors.max().item()), *_LLAMA3_SCALING)
-        freqs = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        freqs = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
         expected = freqs / scaling.scale(freqs)
         if divisors.shape != expected.shape or not torch.allclose(divisors.double(), expected, rtol=1e-4):
             raise ValueError(f"{_ROPE} holds {divisors.tolist()}: expected those of Llama 3.1's scaling")

@@ -187,7 +187,7 @@ class HFSource(Source):
         pair = []
         for name in (HEAD, EMBEDDING):
             entry = self._entries[name][2]
-            pair.append(torch.empty(entry.shape, dtype=check_dtype(path, name, entry.dtype)))
+            pair.append(torch.empty(entry.shape, dtype=check_dtype(path, name, entry.dtype), device="cpu"))
             self.read_into(name, pair[-1])
         if not torch.equal(*pair):
             raise ValueError(f"{path}: tie_word_embeddings = True, and lm_head.weight differs from the embedding")

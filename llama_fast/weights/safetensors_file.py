@@ -79,7 +79,7 @@ def read_tensor(path: Path, name: str, entry: Entry, out: Tensor) -> None:
     """
     assert isinstance(entry.dtype, torch.dtype)
     direct = out.device.type == "cpu" and out.dtype == entry.dtype and out.is_contiguous() and sys.byteorder == "little"
-    target = out if direct else torch.empty(entry.shape, dtype=entry.dtype)
+    target = out if direct else torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
     with open(path, "rb", buffering=0) as file:
         file.seek(entry.begin)
         view = memoryview(as_bytes(target))

@@ -91,7 +91,7 @@ class Source(ABC):
 
     def read(self, name: str) -> Tensor:
         """The tensor `name` in the checkpoint's dtype, on the CPU unless it belongs to a model."""
-        out = torch.empty(tensor_shapes(self.config)[name], dtype=self.dtype)
+        out = torch.empty(tensor_shapes(self.config)[name], dtype=self.dtype, device="cpu")
         self.read_into(name, out)
         return out
 
