@@ -25,6 +25,7 @@ D head dim.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -32,7 +33,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from llama_fast.ops import linear
+from llama_fast.ops import linear, table
 from llama_fast.ops.attention import check_packed
 from llama_fast.ops.dispatch import (
     autocast_dtype,
@@ -92,6 +93,12 @@ class BlockOptions:
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise ValueError(f"policy is {self.policy!r}, expected one of {', '.join(POLICIES)}")
+        number = functools.partial(table.check_number, "block")
+        number("head_dim", self.head_dim, "an even number >= 2", 2, whole=True)
+        if self.head_dim % 2:
+            raise ValueError(f"block: head_dim is {self.head_dim}, expected an even number >= 2")
+        number("eps", self.eps, "a number >= 0", 0.0)
+        number("window", self.window, f"0 or a number of keys up to {table.WIDEST}", 0, table.WIDEST, whole=True)
 
 
 Spans = tuple[tuple[int, int], ...]  # of each row of the batch: its keys from the first number up to the second
@@ -380,12 +387,14 @@ def _check(
         if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32:
             found = f"shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}"
             raise ValueError(f"block: cu_seqlens has {found}, expected [N + 1] torch.int32")
+        if cu_seqlens.device != x.device:
+            raise ValueError(f"block: cu_seqlens is on {cu_seqlens.device}, expected {x.device} as x")
         if x.shape[0] != 1:
             raise ValueError(f"block: x has B = {x.shape[0]}, expected 1 with cu_seqlens: the sequences lie in one row")
         check_packed(cu_seqlens, x.shape[1])
     B, T, C = x.shape
     D = options.head_dim
-    for name, p in w._asdict().items():
+    for name, p in (*w._asdict().items(), ("cos", cos), ("sin", sin)):
         if p.device != x.device:
             raise ValueError(f"block: {name} is on {p.device}, expected {x.device} as x")
     HD, GD, F = w.wq_HDxC.shape[0], w.wk_GDxC.shape[0], w.wgate_FC.shape[0]
@@ -395,23 +404,25 @@ def _check(
             raise ValueError(f"block: {name} has shape {tuple(p.shape)}, expected {shape}")
     if D <= 0 or HD % D or GD % D or HD % GD:
         raise ValueError(f"block: head_dim is {D}, expected to divide {HD} and {GD}, and {GD} to divide {HD}")
-    for name, table in (("cos", cos), ("sin", sin)):
-        if table.ndim != 3 or table.shape[0] not in (1, B) or table.shape[1:] != (T, D // 2):
-            raise ValueError(f"block: {name} has shape {tuple(table.shape)}, expected [1 or B, T, D/2] = {(T, D // 2)}")
-        if table.dtype != torch.float32:
-            raise ValueError(f"block: {name} has dtype {table.dtype}, expected a float type")
+    for name, t in (("cos", cos), ("sin", sin)):
+        if t.ndim != 3 or t.shape[0] not in (1, B) or t.shape[1:] != (T, D // 2):
+            raise ValueError(f"block: {name} has shape {tuple(t.shape)}, expected [1 or B, T, D/2] = {(T, D // 2)}")
+        if t.dtype != torch.float32:
+            raise ValueError(f"block: {name} has dtype {t.dtype}, expected a float type")
     if spans is not None:
         _check_spans(spans, B, cu_seqlens, options)
 
 
-def _check_cache(cache: Cache, shape: tuple[int, ...], G: int, D: int, dtype: torch.dtype) -> None:
-    B, T, _ = shape
+def _check_cache(cache: Cache, x: Tensor, G: int, D: int, dtype: torch.dtype) -> None:
+    B, T, _ = x.shape
     for name, room in (("k_BSGD", cache.k_BSGD), ("v_BSGD", cache.v_BSGD)):
         if room.ndim != 4 or room.shape[0] != B or room.shape[2:] != (G, D) or cache.used + T > room.shape[1]:
             raise ValueError(
                 f"block: cache.{name} has shape {tuple(room.shape)}, expected {(B, cache.used + T, G, D)}, "
                 f"room for {cache.used} rows used and {T} new ones"
             )
+        if room.device != x.device:
+            raise ValueError(f"block: cache.{name} is on {room.device}, expected {x.device} as x")
         if room.dtype != dtype:
             raise ValueError(f"block: cache.{name} has dtype {room.dtype}, expected {dtype}")
     if cache.used < 0:
@@ -483,7 +494,7 @@ def transformer_block(
         if return_keys:
             raise ValueError("block: return_keys is True beside a cache, expected one of the two")
         if isinstance(cache, Cache):
-            _check_cache(cache, x.shape, weights.wk_GDxC.shape[0] // options.head_dim, options.head_dim, dtype)
+            _check_cache(cache, x, weights.wk_GDxC.shape[0] // options.head_dim, options.head_dim, dtype)
         w = _cast(weights, dtype, stream)
         with no_autocast(autocast, x):
             return _forward(x.to(stream), w, cos, sin, cu_seqlens, options, forced(), spans, cache)[0]

@@ -420,3 +420,30 @@ def test_bad_input_names_argument_value_and_expectation() -> None:
             transformer_block(x[:1], w, cos, sin, options, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"norm1_C has dtype torch.float64, expected torch.float32 as x"):
         transformer_block(x, w._replace(norm1_C=w.norm1_C.double()), cos, sin, options)
+    for wrong, message in (
+        ({"head_dim": 5}, "head_dim is 5, expected an even number >= 2"),
+        ({"head_dim": None}, "head_dim is None, expected an even number >= 2"),
+        ({"eps": -1.0}, "eps is -1.0, expected a number >= 0"),
+        ({"eps": float("nan")}, "eps is nan"),
+        ({"window": -3}, r"window is -3, expected 0 or a number of keys up to 1073741824"),
+        ({"window": 2.5}, "window is 2.5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            BlockOptions(**{"head_dim": 16, **wrong})
+
+
+def test_tensors_of_another_device_are_named() -> None:
+    """The kernels read what they are given the address of."""
+    layer = _plain_block(WIDE, torch.float32).layers[0].requires_grad_(False)
+    x, options = torch.randn(1, T, WIDE.dim), BlockOptions(WIDE.head_dim)
+    room = torch.empty(1, T, WIDE.n_kv_heads, WIDE.head_dim)
+    good = {"cos": rope_cos_sin(WIDE, T)[0], "sin": rope_cos_sin(WIDE, T)[1]}
+    for name, wrong in (
+        ("cos", {"cos": good["cos"].to("meta")}),
+        ("sin", {"sin": good["sin"].to("meta")}),
+        ("norm2_C", {"weights": _weights(layer)._replace(norm2_C=_weights(layer).norm2_C.to("meta"))}),
+        ("cu_seqlens", {"cu_seqlens": torch.tensor([0, T], dtype=torch.int32, device="meta")}),
+        ("cache.v_BSGD", {"cache": Cache(room, room.to("meta"), 0)}),
+    ):
+        with pytest.raises(ValueError, match=f"block: {name} is on meta, expected cpu as x"):
+            transformer_block(x, **{"weights": _weights(layer), **good, **wrong}, options=options)
