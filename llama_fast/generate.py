@@ -8,8 +8,9 @@ Legend: L layers, B batch, T tokens of a call, S tokens so far, G key/value head
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from llama_fast import decode
 from llama_fast.block import Cache
 from llama_fast.config import LlamaConfig
+from llama_fast.plain import check_tokens
 from llama_fast.sampling import Sampler
 
 if TYPE_CHECKING:
@@ -120,6 +122,7 @@ def stream(
     prompts, starts = _aligned(tokens, weight.device)
     B, T = prompts.shape
     _check(model.config, T, 0 if cache is None else cache.used, max_new_tokens, prefill_chunk)
+    check_tokens(model.config, prompts)
     if cache is None:
         cache = KVCache(model.config, B, T + max_new_tokens, weight.device, weight.dtype, starts)
     else:
@@ -180,19 +183,22 @@ def _aligned(tokens: Tensor | Sequence[Sequence[int]], device: torch.device) -> 
         if tokens.ndim != 2 or tokens.shape[1] < 1:
             raise ValueError(f"tokens is {tuple(tokens.shape)}: expected [B, T] with T of 1 or more")
         return tokens, None
-    lengths = [len(row) for row in tokens]
+    try:
+        rows = [[operator.index(i) for i in row] for row in tokens]
+    except TypeError:
+        raise ValueError(f"tokens is {tokens!r}: expected [B, T] int64, or lists of ids") from None
+    lengths = [len(row) for row in rows]
     if not lengths or min(lengths) < 1:
         raise ValueError(f"tokens has rows of {lengths} ids: expected one row or more, each of 1 id or more")
     T = max(lengths)
-    prompts = torch.tensor([[0] * (T - len(row)) + list(row) for row in tokens], dtype=torch.int64, device=device)
+    prompts = torch.tensor([[0] * (T - len(row)) + row for row in rows], dtype=torch.int64, device=device)
     return prompts, [T - n for n in lengths]
 
 
 def _check(config: LlamaConfig, T: int, used: int, max_new_tokens: int, prefill_chunk: int) -> None:
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens = {max_new_tokens}: expected 0 or more")
-    if prefill_chunk < 1:
-        raise ValueError(f"prefill_chunk = {prefill_chunk}: expected 1 or more")
+    for name, value, least in (("max_new_tokens", max_new_tokens, 0), ("prefill_chunk", prefill_chunk, 1)):
+        if not isinstance(value, SupportsIndex) or value < least:
+            raise ValueError(f"{name} = {value!r}: expected an integer of {least} or more")
     left = config.max_seq_len - used - T
     if max_new_tokens > left:
         raise ValueError(

@@ -10,6 +10,8 @@ Legend: B batch, V vocabulary.
 from __future__ import annotations
 
 import math
+from numbers import Real
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -44,16 +46,22 @@ class Sampler:
         seed: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
+        given = {"temperature": temperature, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty}
+        for name, value in given.items():
+            if not (isinstance(value, Real) or (value is None and name in ("top_p", "min_p"))):
+                raise ValueError(f"{name} = {value!r}: expected a number")
         if not 0.0 <= temperature < math.inf:
             raise ValueError(f"temperature = {temperature}: expected a finite number of 0 or more")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k = {top_k}: expected 1 or more")
+        if top_k is not None and not (isinstance(top_k, SupportsIndex) and top_k >= 1):
+            raise ValueError(f"top_k = {top_k!r}: expected an integer of 1 or more")
         if top_p is not None and not 0.0 < top_p <= 1.0:
             raise ValueError(f"top_p = {top_p}: expected a number above 0 and at most 1")
         if min_p is not None and not 0.0 <= min_p <= 1.0:
             raise ValueError(f"min_p = {min_p}: expected a number from 0 to 1")
         if not 0.0 < repetition_penalty < math.inf:
             raise ValueError(f"repetition_penalty = {repetition_penalty}: expected a finite number above 0")
+        if seed is not None and not (isinstance(seed, SupportsIndex) and -(2**63) <= seed < 2**64):
+            raise ValueError(f"seed = {seed!r}: expected an integer from -2**63 to 2**64 - 1")
         self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
         self.repetition_penalty = repetition_penalty
         self.generator = None if seed is None else torch.Generator(device).manual_seed(seed)

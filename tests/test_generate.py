@@ -177,6 +177,22 @@ def test_bad_arguments_are_named(model: Llama) -> None:
         model.generate([[1, 2], []], max_new_tokens=1)
     with pytest.raises(ValueError, match=r"holds ids 0 .. 300"):
         model.generate([[1, 2], [300]], max_new_tokens=1)
+    for arguments, message in (
+        ({"max_new_tokens": 2.0}, r"max_new_tokens = 2.0: expected an integer of 0 or more"),
+        ({"prefill_chunk": None}, r"prefill_chunk = None: expected an integer of 1 or more"),
+        ({"eos_id": 2.5}, r"eos_id = 2.5: expected a token id or several"),
+        ({"eos_id": [1, "a"]}, r"eos_id = \[1, 'a'\]: expected a token id or several"),
+        ({"temperature": "1"}, r"temperature = '1': expected a number"),
+        ({"tokens": [1, 2]}, r"tokens is \[1, 2\]: expected \[B, T\] int64, or lists of ids"),
+        ({"tokens": [[1.5, 2]]}, r"tokens is \[\[1.5, 2\]\]: expected"),
+        ({"tokens": prompt.to("meta")}, r"tokens is on meta: expected cpu"),
+        ({"tokens": [[300, 2], [1]], "repetition_penalty": 1.2}, r"holds ids 0 .. 300"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.generate(**{"tokens": prompt, "max_new_tokens": 1, **arguments})
+    deeper = KVCache(dataclasses.replace(TINY, n_layers=TINY.n_layers + 1), 1, 8, "cpu", torch.float32)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"cache has \d layers: expected \d, the model's"):
+        model(prompt[:, :4], deeper)
     cache = KVCache(TINY, 2, 8, "cpu", torch.float32)
     cache.starts = (1,)
     cos, sin = model.rope_tables(0, 1, torch.device("cpu"))

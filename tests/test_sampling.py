@@ -109,7 +109,12 @@ def test_transformers_draws_the_same_tokens() -> None:
     [
         ({"temperature": -1.0}, "temperature = -1.0: expected a finite number of 0 or more"),
         ({"temperature": float("nan")}, "temperature = nan"),
-        ({"top_k": 0}, "top_k = 0: expected 1 or more"),
+        ({"top_k": 0}, "top_k = 0: expected an integer of 1 or more"),
+        ({"top_k": 2.5}, "top_k = 2.5: expected an integer of 1 or more"),
+        ({"temperature": None}, "temperature = None: expected a number"),
+        ({"min_p": "a"}, "min_p = 'a': expected a number"),
+        ({"seed": 1.5}, "seed = 1.5: expected an integer"),
+        ({"seed": 2**70}, f"seed = {2**70}: expected an integer"),
         ({"top_p": 0.0}, "top_p = 0.0: expected a number above 0 and at most 1"),
         ({"top_p": 1.5}, "top_p = 1.5"),
         ({"min_p": -0.1}, "min_p = -0.1: expected a number from 0 to 1"),
