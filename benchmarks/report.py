@@ -104,7 +104,9 @@ def _overview(files: Sequence[tuple[str, Results]]) -> str:
                     ratios["best"].append(min(times.values()) / ours.seconds.median)
             means = [f"{results.geometric_mean(v):.2f}x" if v else "-" for v in ratios.values()]
             share = " to ".join(dict.fromkeys(f"{f(shares):.0%}" for f in (min, max))) if shares else "-"
+            wrong = sum(x.op == op and x.status == "wrong" for x in r.lines)
             cells = "".join(f"<td>{escape(c)}</td>" for c in (*means, share))
+            cells += f"<td class='wrong'>{wrong} wrong</td>" if wrong else ""
             rows.append(f'<tr><th><a href="#{op}">{_breakable(op)}</a><small>{escape(name)}</small></th>{cells}</tr>')
     notes = [text for _, r in files for text in paper(r)]
     if any(x.tokens and x.op != "decode" for _, r in files for x in r.lines):
@@ -115,6 +117,12 @@ def _overview(files: Sequence[tuple[str, Results]]) -> str:
         "<p class='note'>Speed-ups are of the fastest of our lines of a case: geometric means over all cases, forward "
         f"and backward.</p>{''.join(f'<p class=note>{escape(text)}</p>' for text in notes)}</section>"
     )
+
+
+_TURNS = (
+    "Two versions in turn. Speed-ups here are ratios of the medians; the command prints the median of the turns' "
+    "ratios, which a machine that slows down moves less. The other version is commit"
+)
 
 
 def _device_part(name: str, r: Results, lines: Sequence[Line], drawn: Iterable[Plot]) -> str:
@@ -134,8 +142,10 @@ def _device_part(name: str, r: Results, lines: Sequence[Line], drawn: Iterable[P
         for (provider, reason), count in absent.items()
     )
     missing = f"<details><summary>not run, and why: {len(absent)}</summary><ul>{items}</ul></details>" if items else ""
+    against = r.environment.against
+    turns = "" if against is None else f"<p class='note'>{_TURNS} {against[:12]}.</p>"
     return (
-        f"<h3>{escape(r.environment.device)} <small>{escape(name)}</small></h3>"
+        f"<h3>{escape(r.environment.device)} <small>{escape(name)}</small></h3>{turns}"
         f'<div class="plots">{pictures}</div><div class="cards">{cards}</div>{missing}'
     )
 
@@ -173,10 +183,8 @@ def _card(rows: Sequence[Line], environment: Environment) -> str:
             f"<td>{share}</td>{f'<td>{memory}</td>' if remembered else ''}<td>{ratio}</td></tr>"
         )
     limit = next((x.limit for x in rows if x.limit), None)
-    work = [f"{first.flops / 1e9:,.1f} Gflop"] * bool(first.flops) + [f"{first.bytes / 1e6:,.1f} MB"] * bool(
-        first.bytes
-    )
-    about = f"{', '.join(work)} at least; limit: {limit or 'none'}"
+    work = (f"{first.flops / 1e9:,.1f} Gflop" if first.flops else "", _bytes(first.bytes) if first.bytes else "")
+    about = f"{', '.join(filter(None, work))} at least; limit: {limit or 'none'}"
     columns = ("provider", "time", "of limit", *(["kept"] if remembered else []), "speed-up")
     head = "".join(f"<th>{name}</th>" for name in columns)
     title = f"{first.sizes} <b>{escape(plots.SHORT.get(first.dtype, first.dtype))}</b> {escape(first.direction)}"

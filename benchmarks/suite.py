@@ -73,14 +73,19 @@ def table_of(lines: Iterable[Line]) -> Table:
                 table.add_row(*head, x.provider, "WRONG", "", "", "", "", "")
                 continue
             s = x.seconds
-            memory = ("" if b is None else f"{b / 1e6:.1f}" for b in (x.peak_bytes, x.kept_bytes))
+            memory = ("" if b is None else _digits(b / 1e6) for b in (x.peak_bytes, x.kept_bytes))
             ratio = (
                 "" if ours is None or ours.seconds is None or ours is x else f"{s.median / ours.seconds.median:.2f}x"
             )
-            spread = f"{s.p20 * 1e3:.2f}..{s.p80 * 1e3:.2f}"
+            spread = f"{_digits(s.p20 * 1e3)}..{_digits(s.p80 * 1e3)}"
             limit = f"{x.share:.0%} {(x.limit or '').split()[0]}"
-            table.add_row(*head, x.provider, f"{s.median * 1e3:.2f}", spread, limit, *memory, ratio)
+            table.add_row(*head, x.provider, _digits(s.median * 1e3), spread, limit, *memory, ratio)
     return table
+
+
+def _digits(number: float) -> str:
+    """Three digits, or all that stand before the point: a token takes microseconds, a training step seconds."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def print_limits(limits: Iterable[Limit], console: Console) -> None:

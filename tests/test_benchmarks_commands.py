@@ -93,7 +93,8 @@ def test_a_run_says_what_its_figures_belong_to() -> None:
     assert ours.peak_bytes is not None
     row = next(line for line in text.splitlines() if "swiglu" in line and "forward" in line)
     assert f"{ours.share:.0%} copy" in row
-    assert f"{ours.peak_bytes / 1e6:.1f}" in row
+    assert f"{ours.seconds.median * 1e3:.3g} " in row, "microseconds are not rounded away"
+    assert f"{ours.peak_bytes / 1e6:.3g} " in row
 
 
 @pytest.mark.usefixtures("small")

@@ -166,6 +166,20 @@ def test_a_card_compares_with_the_fastest_of_ours_and_shows_what_there_is(page: 
     assert "<th>kept</th>" not in small, "nobody's memory is known"
 
 
+def test_wrong_lines_are_counted_in_the_overview(page: tuple[Path, Path]) -> None:
+    overview = page[0].read_text().partition("</section>")[0]
+    (row,) = (x for x in re.findall("<tr>.*?</tr>", overview) if " wrong</td>" in x)
+    assert 'href="#attention"' in row
+    assert row.endswith("<td class='wrong'>8 wrong</td></tr>")
+
+
+def test_a_comparison_says_whose_ratios_it_shows() -> None:
+    r = made_up()
+    versions = dataclasses.replace(r, environment=_environment(against="c0ffee" + "0" * 34))
+    assert "The other version is commit c0ffee000000." in report.build([("ab", versions)])[0]
+    assert "The other version" not in report.build([("a", r)])[0]
+
+
 def test_each_plot_is_on_the_page_and_a_picture(page: tuple[Path, Path]) -> None:
     text, pictures = page[0].read_text(), sorted(page[1].glob("*.png"))
     names = [p.stem for p in pictures]
