@@ -168,6 +168,8 @@ def _train(kind: str, out: Path, steps: int, data: Sequence[str]) -> None:
             for p in model.parameters():
                 p.mul_(1.0 + NUDGE * torch.randn(p.shape, generator=generator))
     report = Trainer(model, run.RunData(dataset, BATCH_SIZE, SEQ_LEN), _settings(steps), run_dir).run()
+    if report.signal is not None:
+        raise SystemExit(128 + report.signal)
     figures = {
         "losses": report.losses,
         "valid_loss": report.valid_losses[report.step],

@@ -19,7 +19,7 @@ from llama_fast import cli, demo
 from llama_fast.config import LlamaConfig
 from llama_fast.ops.table import OPS
 from llama_fast.train import run as training
-from llama_fast.train.trainer import Trainer
+from llama_fast.train.trainer import Report, Trainer
 from llama_fast.verify import Case
 
 ROOT = Path(__file__).parents[1]
@@ -290,3 +290,19 @@ def test_a_demo_whose_training_fails_names_it(
     found = llama_fast_program("demo", "--out", str(tmp_path / "out"), "--steps", "10")
     assert found.status == 1
     assert "failed: the training of plain PyTorch" in found.out
+
+
+def test_a_training_of_the_demo_that_a_signal_ends_has_no_figures(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stopped = Report(3, signal.SIGTERM, [5.0] * 3, {}, 1.0, 1.0, 1, tmp_path)
+    for name in ("prepare", "sources_of", "keep_tokenizer", "RunData"):
+        monkeypatch.setattr(training, name, lambda *_: (None, None))
+    monkeypatch.setattr(llama_fast, "keep_host_memory", lambda: None)
+    monkeypatch.setattr(demo, "_model", lambda *_: torch.nn.Linear(1, 1))
+    monkeypatch.setattr(Trainer, "__init__", lambda *_: None)
+    monkeypatch.setattr(Trainer, "run", lambda self: stopped)
+    with pytest.raises(SystemExit) as ended:
+        demo._train("plain", tmp_path, 5, [])
+    assert ended.value.code == 143
+    assert not (tmp_path / "plain.json").exists()
