@@ -39,6 +39,8 @@ def options(
     """What stands before the command."""
 
 
+WIDEST = 150  # columns of the widest table
+
 OpOption = Annotated[list[str] | None, typer.Option("--op", help="Only this op; can be given again.", metavar="NAME")]
 
 
@@ -57,9 +59,11 @@ def main() -> None:
         sys.exit(2)
 
 
-def _console() -> Console:
-    """A terminal's width, and for files one that breaks no row of the widest table."""
-    return Console() if sys.stdout.isatty() else Console(width=150)
+def _console(wide: bool = True) -> Console:
+    """A terminal's width; for files, and where `wide`, at least the widest table's: rich cuts off what does not fit."""
+    if not sys.stdout.isatty():
+        return Console(width=WIDEST)
+    return Console(width=max(WIDEST, Console().width) if wide else None)
 
 
 def _ops(names: list[str] | None) -> list[str]:
@@ -79,7 +83,7 @@ def info(brief: Annotated[bool, typer.Option("--brief", help="One line.")] = Fal
     if brief:
         print(info.brief())
         return
-    console = _console()
+    console = _console(wide=False)
     facts = Table(box=None, show_header=False)
     for name, value in info.machine():
         facts.add_row(name, value)
@@ -275,6 +279,7 @@ def plan(
         f"{batch_size} x {T} tokens a forward pass; states {states}: {', '.join(map(str, planner.STATES[states]))} "
         "bytes a parameter for weights, gradients, optimizer",
         highlight=False,
+        soft_wrap=True,
     )
     table = Table(title="GiB a device")
     table.add_column("layout", no_wrap=True)
@@ -294,7 +299,7 @@ def plan(
         highlight=False,
     )
     for line in speed:
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def _plan_speed(config: Any, device: Any, world: int, T: int, share: float, tokens: float) -> Iterator[str]:
@@ -475,7 +480,7 @@ def demo(
     """Check the ops, time them, then train a small LLaMA in plain PyTorch and with llama_fast, side by side."""
     from llama_fast import demo
 
-    demo.main(out, steps=steps, data=data or [], console=_console())
+    demo.main(out, steps=steps, data=data or [], console=_console(wide=False))
 
 
 def _benchmarks(module: str) -> Any:

@@ -27,6 +27,9 @@ def resolve(path: Path) -> Path:
         FileNotFoundError: nothing is there.
         ValueError: a training checkpoint is damaged.
     """
+    if not path.exists():
+        kinds = "a folder of Hugging Face or Meta, a .gguf file, or a run of `llama-fast train`"
+        raise FileNotFoundError(f"{path}: no such folder or file, expected {kinds}")
     if path.is_file() or any((path / name).is_file() for name in (weights.CONFIG, weights.PARAMS)):
         return find_checkpoint(path) if (path / "manifest.json").is_file() else path
     return find_checkpoint(path)

@@ -196,10 +196,10 @@ def test_plain_starts_from_the_same_loss(llama_fast_program: Any, text: Path, tm
         (["train", "--out", "OUT", "--steps", "0"], "steps = 0"),
         (["train", "--out", "OUT", "--dtype", "int8"], "dtype = 'int8': expected one of float32, bfloat16"),
         (["train", "--out", "OUT", "--policy", "most"], "policy"),
-        (["generate", "--checkpoint", "OUT"], "is no folder: expected a run"),
+        (["generate", "--checkpoint", "OUT"], "no such folder or file, expected a folder of Hugging Face or Meta"),
         (["generate", "--checkpoint", "OUT", "--system", "Be kind."], "--system 'Be kind.': expected --chat"),
         (["generate", "--checkpoint", "OUT", "--device", "gpu"], "device = 'gpu': Expected one of cpu, cuda"),
-        (["convert", "OUT", "elsewhere"], "is no folder: expected a run"),
+        (["convert", "OUT", "elsewhere"], "no such folder or file, expected a folder of Hugging Face or Meta"),
         (["plan", "--preset", "tiny", "--seq-len", "0"], "seq_len = 0: expected 1 .. max_seq_len"),
         (["plan", "--preset", "tiny", "--tensor", "0"], "tensor = 0: expected 1 or more"),
         (["plan", "--preset", "tiny", "--tokens", "-5"], "tokens = -5: expected a number above 0"),
@@ -218,6 +218,16 @@ def test_errors_are_one_line_and_status_2(
     assert found.err.startswith("llama-fast: ")
     assert len(found.err.splitlines()) == 1
     assert not out.exists(), "something was written before the error"
+
+
+def test_a_narrow_terminal_gets_whole_cells(llama_fast_program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    piped = llama_fast_program("plan", "--preset", "llama-7b").out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for found in (piped, llama_fast_program("plan", "--preset", "llama-7b").out):
+        assert "recompute-cheap" in found
+        assert "B/token/layer" in found
+        assert "\u2026" not in found
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

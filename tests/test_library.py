@@ -26,7 +26,7 @@ def test_a_library_that_is_built_carries_it(name: str) -> None:
     module, reason = library.load(name)
     if module is None:
         assert reason is not None
-        assert "is not built" in reason, reason
+        assert "is not built" in reason or "is not used" in reason, reason
         pytest.skip(reason)
     assert module.interface == library.INTERFACE
     assert reason is None
@@ -58,4 +58,30 @@ print(dict(info.machine())["native library" if "{name}" == "_native" else "CUDA 
     reported, described = done.stdout.splitlines()
     assert expected in reported
     assert expected in described
+    assert done.stderr.count(expected) == 1
+
+
+@pytest.mark.parametrize("name", ["_native", "_native_cuda"])
+def test_an_installed_one_that_the_source_tree_hides_is_reported(name: str, tmp_path: Path) -> None:
+    """`pip install .`, then Python in the clone: llama_fast is the source tree, where nothing is built."""
+    for folder in ("llama_fast", "llama_fast-0.1.0.dist-info"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "llama_fast" / f"{name}.so").touch()
+    (tmp_path / "llama_fast-0.1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: llama_fast\n")
+    code = f"""
+import sys
+sys.modules["llama_fast.{name}"] = None
+from llama_fast import info
+from llama_fast.ops import cuda, native
+print((native if "{name}" == "_native" else cuda).unavailable())
+print(dict(info.machine())["native library" if "{name}" == "_native" else "CUDA library"])
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    expected = f"in {tmp_path / 'llama_fast'} is not used: Python found the source tree {ROOT} before it"
+    assert all(expected in line for line in done.stdout.splitlines())
+    assert len(done.stdout.splitlines()) == 2
     assert done.stderr.count(expected) == 1

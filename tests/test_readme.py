@@ -1,4 +1,4 @@
-"""README.md says what is so: its examples run, its table is the op table, its targets and commands exist."""
+"""README.md says what is so: its examples and those of docs/ run, its tables are the code's, its commands exist."""
 
 from __future__ import annotations
 
@@ -34,6 +34,34 @@ def _row(op: Op) -> str:
 def test_op_table() -> None:
     found = [line for line in README.splitlines() if line.startswith("| [`")]
     assert found == [_row(op) for op in OPS.values()]
+
+
+def _gain(file: str, op: str, ours: str, what: str, bytes_of: str, *others: tuple[str, str]) -> str:
+    """A row of README's first table: time of transformers, of ours and of the others, and their memory if there is one."""
+    lines = json.loads((ROOT / file).read_text())["lines"]
+    found = {x["provider"]: x for x in lines if x["op"] == op and x["status"] == "measured"}
+
+    def text(provider: str) -> str:
+        x = found[provider]
+        memory = x[f"{bytes_of}_bytes"]
+        size = f", {memory / 1e9:.1f} GB" if (memory or 0) > 1e9 else f", {memory / 1e6:.0f} MB" if memory else ""
+        return f"{x['seconds']['median'] * 1e3:,.0f} ms{size}"
+
+    rest = "; ".join(f"{name} {text(provider)}" for name, provider in others)
+    return f"| [{what}]({file}) | {text('transformers')} | {text(f'llama_fast:{ours}')} | {rest} |"
+
+
+def test_gains_are_those_of_the_result_files() -> None:
+    zen5, h200 = "benchmarks/results/zen5-models.json", "results/models-nvidia-h200.json"
+    layer = "Zen 5, 2 threads: a layer of width 2048 (its block alone), 1,024 tokens, forward and backward; kept between them"
+    tokens = "the same, 64 tokens made one by one by 6 layers of width 768"
+    step = "H200: a training step of 3 layers of the 65B, 8,192 tokens; peak"
+    plain, own = ("plain PyTorch", "eager"), ("`lf.Llama`", "llama_fast")
+    assert [line for line in README.splitlines() if line.startswith("| [") and " ms" in line] == [
+        _gain(zen5, "block", "recompute-cheap", layer, "kept", plain),
+        _gain(zen5, "decode", "hf", tokens, "kept", own, plain),
+        _gain(h200, "training_step", "hf", step, "peak", ("with Liger-Kernel", "transformers+liger"), plain),
+    ]
 
 
 def _blocks(language: str) -> list[str]:
@@ -78,6 +106,9 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "my_texts").mkdir()
     (folder / "my_texts" / "a.txt").write_text("".join(texts))
     (folder / "more.txt").write_text("".join(texts[::-1]))
+    (folder / "book.txt").write_text("".join(texts[::3]))
+    (folder / "my_code").mkdir()
+    (folder / "my_code" / "a.py").write_text("".join(texts[1::3]))
     model = Llama(dataclasses.replace(LlamaConfig.preset("tiny"), n_heads=8, n_kv_heads=4, vocab_size=264))
     _checkpoint(model, folder / "my-llama")
     if importlib.util.find_spec("gguf"):
@@ -126,6 +157,31 @@ def test_examples_run(number: int, reader: Path, monkeypatch: pytest.MonkeyPatch
         shutil.rmtree("my-llama-meta", ignore_errors=True)
         if "register()" in code and importlib.util.find_spec("transformers.monkey_patching"):
             importlib.import_module("transformers.monkey_patching").clear_patch_mapping()
+
+
+DOCS = {
+    f"{page.stem}-{i}": code
+    for page in sorted((ROOT / "docs").glob("*.md"))
+    for i, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+}
+# What makes the examples of docs/ short: the sizes and the steps of a training.
+SMALLER = {
+    'lf.LlamaConfig.preset("demo")': "replace(lf.LlamaConfig.preset('tiny'), vocab_size=320)",
+    "steps=1000, lr=1e-3, warmup_steps=100": "steps=2, warmup_steps=1",
+    "vocab_size=8192": "vocab_size=320",
+    "max_new_tokens=64": "max_new_tokens=4",
+    "256": "32",
+}
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_examples_of_the_docs_run(name: str, reader: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = DOCS[name]
+    _skip_without(code, transformers="transformers", tokenizers="load_tokenizer", jinja2="chat_template")
+    for text, shorter in SMALLER.items():
+        code = code.replace(text, shorter)
+    monkeypatch.chdir(reader)
+    exec(compile(code, f"docs/{name}", "exec"), {"replace": dataclasses.replace})
 
 
 @pytest.mark.parametrize("line", _lines("llama-fast"))

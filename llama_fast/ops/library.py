@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch  # noqa: F401  before the libraries, whose OpenMP symbols resolve to the runtime that torch loads
 
 INTERFACE = 1  # `kInterface` of csrc/ops.h
+PACKAGE = Path(__file__).resolve().parents[1]
 _CALLED = {
     "_native": ("the native library", "install g++ and reinstall llama_fast"),
     "_native_cuda": ("the CUDA library", "install CUDA's nvcc, and llama_fast again"),
@@ -19,15 +22,31 @@ _CALLED = {
 
 @functools.cache
 def load(name: str) -> tuple[Any, str | None]:
-    """The module `llama_fast.<name>` and None, or None and why not; a library of another version is warned of too."""
+    """The module `llama_fast.<name>` and None, or None and why not.
+
+    Warned of too: a library of another version, and an installed one that a source tree without it hides.
+    """
     called, remedy = _CALLED[name]
     try:
         module = importlib.import_module(f"llama_fast.{name}")
     except ImportError as error:
-        return None, f"{called} is not built ({error}): {remedy}"
-    found = getattr(module, "interface", 0)  # 0: from before there was a number
-    if found != INTERFACE:
+        hidden = _installed(name)
+        if hidden is None:
+            return None, f"{called} is not built ({error}): {remedy}"
+        reason = (
+            f"{called} in {hidden} is not used: Python found the source tree {PACKAGE.parent} before it; start Python in "
+            "another folder, or run `pip install -e .` in this one"
+        )
+    else:
+        found = getattr(module, "interface", 0)  # 0: from before there was a number
+        if found == INTERFACE:
+            return module, None
         reason = f"{called} is of another version: run make build (its interface is {found}, expected {INTERFACE})"
-        warnings.warn(f"llama_fast: {reason}", RuntimeWarning, stacklevel=2)
-        return None, reason
-    return module, None
+    warnings.warn(f"llama_fast: {reason}", RuntimeWarning, stacklevel=2)
+    return None, reason
+
+
+def _installed(name: str) -> Path | None:
+    """The folder of another, installed llama_fast that has the library."""
+    folders = (Path(str(d.locate_file(PACKAGE.name))) for d in importlib.metadata.distributions(name=PACKAGE.name))
+    return next((f for f in folders if f.resolve() != PACKAGE and any(f.glob(f"{name}.*"))), None)

@@ -135,17 +135,16 @@ def find_checkpoint(path: Path) -> Path:
     A newer, damaged one is named on standard error.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no good checkpoint in it.
+        FileNotFoundError: there is no good checkpoint in it.
         ValueError: the checkpoint is damaged.
     """
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} is no folder: expected a run of `llama-fast train`, or a checkpoint")
     folder: Path | None = path
     if not (path / checkpoint.MANIFEST).is_file():
         problems: list[str] = []
         folder = checkpoint.latest(path, lambda p, reason: problems.append(f"{p.name}: {reason}"))
         if folder is None:
-            raise FileNotFoundError(f"{path} holds no good checkpoint" + "".join(f"; {p}" for p in problems))
+            expected = "" if problems else ": expected config.json, params.json, or step_N of `llama-fast train`"
+            raise FileNotFoundError(f"{path} holds no good checkpoint{expected}" + "".join(f"; {p}" for p in problems))
         for problem in problems:
             print(f"llama-fast: passed over a damaged checkpoint: {problem}; read {folder.name}", file=sys.stderr)
     assert folder is not None
