@@ -34,8 +34,8 @@ def load(name: str) -> tuple[Any, str | None]:
         if hidden is None:
             return None, f"{called} is not built ({error}): {remedy}"
         reason = (
-            f"{called} in {hidden} is not used: Python found the source tree {PACKAGE.parent} before it; start Python in "
-            "another folder, or run `pip install -e .` in this one"
+            f"{called} in {hidden} is not used: Python found the source tree {PACKAGE.parent} before it; start "
+            "Python in another folder, or run `pip install -e .` in this one"
         )
     else:
         found = getattr(module, "interface", 0)  # 0: from before there was a number
