@@ -297,6 +297,7 @@ def plan(
         "forward and backward; workspace: the backward of one layer at its peak; "
         f"fits: in {planner.USABLE:.0%} of the memory",
         highlight=False,
+        soft_wrap=True,
     )
     for line in speed:
         console.print(line, highlight=False, soft_wrap=True)

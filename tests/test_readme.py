@@ -53,7 +53,9 @@ def _gain(file: str, op: str, ours: str, what: str, bytes_of: str, *others: tupl
 
 def test_gains_are_those_of_the_result_files() -> None:
     zen5, h200 = "benchmarks/results/zen5-models.json", "results/models-nvidia-h200.json"
-    layer = "Zen 5, 2 threads: a layer of width 2048 (its block alone), 1,024 tokens, both ways; memory kept between them"
+    layer = (
+        "Zen 5, 2 threads: a layer of width 2048 (its block alone), 1,024 tokens, both ways; memory kept between them"
+    )
     tokens = "the same, 64 tokens made one by one by 6 layers of width 768"
     step = "H200: a training step of 3 layers of the 65B, 8,192 tokens; peak"
     plain, own = ("plain PyTorch", "eager"), ("`lf.Llama`", "llama_fast")
