@@ -252,13 +252,13 @@ void bwd(const AttentionSizes& sizes, const BwdTensors<T>& x, const Tensor& q, c
   }
   const Scratch<float> tiles(slots * tile_floats), dq(part_slots * dq_floats);
   const Scratch<float> blocks_scratch(max_threads() * KeyBlock<U>::floats(D));
-  const auto block_of = [&](int thread) {
+  const auto block_of = [&](int64_t thread) {
     return KeyBlock<U>(blocks_scratch.data() + thread * KeyBlock<U>::floats(D), D);
   };
 
   for (const Wave& wave : waves) {
     const std::vector<Task> each_tile = tasks_of(wave, tiles_of, [](const Head&, int64_t) { return 1; });
-    parallel_tasks(static_cast<int64_t>(each_tile.size()), [&](int64_t task, int thread) {
+    parallel_tasks(static_cast<int64_t>(each_tile.size()), [&](int64_t task, int64_t thread) {
       const Head& head = wave.heads[each_tile[task].head];
       const int64_t index = each_tile[task].index;
       pack_tile<T, U>(sizes, head, index, x, reinterpret_cast<U*>(block_of(thread).buffer),
@@ -269,7 +269,7 @@ void bwd(const AttentionSizes& sizes, const BwdTensors<T>& x, const Tensor& q, c
     const std::vector<Task> each_part = tasks_of(
         wave, [](const Head& head) { return head.parts; },
         [&](const Head& head, int64_t) { return cost_of(head) / head.parts; });
-    parallel_tasks(static_cast<int64_t>(each_part.size()), [&](int64_t task, int thread) {
+    parallel_tasks(static_cast<int64_t>(each_part.size()), [&](int64_t task, int64_t thread) {
       const Head& head = wave.heads[each_part[task].head];
       const int64_t part = each_part[task].index;
       float* dq_part = dq.data() + (head.part_slot + part * sizes.tiles(head)) * dq_floats;
@@ -278,7 +278,7 @@ void bwd(const AttentionSizes& sizes, const BwdTensors<T>& x, const Tensor& q, c
         bwd_block<T, U>(sizes, head, index, x, block_of(thread), tiles.data() + head.slot * tile_floats, dq_part);
     });
 
-    parallel_tasks(static_cast<int64_t>(each_tile.size()), [&](int64_t task, int thread) {
+    parallel_tasks(static_cast<int64_t>(each_tile.size()), [&](int64_t task, int64_t thread) {
       const Head& head = wave.heads[each_tile[task].head];
       const int64_t index = each_tile[task].index, first = index * kRows<U>;
       float* total = dq.data() + (head.part_slot + index) * dq_floats;

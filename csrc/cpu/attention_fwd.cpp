@@ -320,7 +320,7 @@ void fwd(const AttentionSizes& sizes, const Tensor& q, const Tensor& k, const Te
 
   for (const Wave& wave : waves) {
     const std::vector<Task> packs = tasks_of(wave, blocks, [](const Head&, int64_t) { return 1; });
-    parallel_tasks(static_cast<int64_t>(packs.size()), [&](int64_t task, int thread) {
+    parallel_tasks(static_cast<int64_t>(packs.size()), [&](int64_t task, int64_t thread) {
       const Head& head = wave.heads[packs[task].head];
       const int64_t key = packs[task].index * kKeys, keys = std::min(kKeys, head.S - key);
       const int64_t at = (head.slot + packs[task].index) * block_units;
@@ -338,7 +338,7 @@ void fwd(const AttentionSizes& sizes, const Tensor& q, const Tensor& k, const Te
           const Range seen = sizes.keys_of_tile(head, index, &common);
           return seen.end - seen.begin;
         });
-    parallel_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t task, int thread) {
+    parallel_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t task, int64_t thread) {
       const Head& head = wave.heads[tasks[task].head];
       const FwdTile<U> tile(tiles.data() + thread * FwdTile<U>::floats(D), D);
       if (few(head))

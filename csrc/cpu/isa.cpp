@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#if defined(__x86_64__)
+#if LF_X86
 #include <cpuid.h>
 #endif
 
@@ -15,15 +15,30 @@ namespace {
 
 constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512bf16"};
 
+#if LF_X86
+struct Registers {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+};
+
+// All zero for a leaf that the processor does not have.
+Registers cpuid(unsigned leaf, unsigned subleaf) {
+  Registers r;
+  __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx);
+  return r;
+}
+#endif
+
 Isa probe() {
 #if LF_X86
+  // clang 14 has no f16c and avx512bf16 in __builtin_cpu_supports. That the system saves the registers follows from the
+  // features that it does have.
   __builtin_cpu_init();
-  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")))
-    return Isa::portable;
+  const bool f16c = (cpuid(1, 0).ecx >> 29 & 1) != 0, avx512bf16 = (cpuid(7, 1).eax >> 5 & 1) != 0;
+  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c)) return Isa::portable;
   if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")))
     return Isa::avx2;
-  return __builtin_cpu_supports("avx512bf16") ? Isa::avx512bf16 : Isa::avx512;
+  return avx512bf16 ? Isa::avx512bf16 : Isa::avx512;
 #else
   return Isa::portable;
 #endif
@@ -31,10 +46,10 @@ Isa probe() {
 
 // Family of an AMD processor as its manuals number it (25: Zen 3 and 4, 26: Zen 5), 0 for any other.
 int probe_amd_family() {
-#if defined(__x86_64__)
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  if (__get_cpuid(0, &eax, &ebx, &ecx, &edx) == 0 || ebx != signature_AMD_ebx || ecx != signature_AMD_ecx) return 0;
-  if (__get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0) return 0;
+#if LF_X86
+  const Registers maker = cpuid(0, 0);
+  if (maker.ebx != signature_AMD_ebx || maker.ecx != signature_AMD_ecx) return 0;
+  const unsigned eax = cpuid(1, 0).eax;
   const unsigned base = eax >> 8 & 0xF, extended = eax >> 20 & 0xFF;
   return static_cast<int>(base == 0xF ? base + extended : base);
 #else

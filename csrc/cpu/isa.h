@@ -3,7 +3,7 @@
 
 #include "../ops.h"
 
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__x86_64__)
 #define LF_X86 1
 #else
 #define LF_X86 0

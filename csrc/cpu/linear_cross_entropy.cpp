@@ -132,7 +132,7 @@ void cross_entropy(const Tensor& logits, const Tensor& targets, const Tensor& ro
   const int64_t R = logits.size[0], V = logits.size[1];
   with_dtype(logits.dtype, [&](auto tag) {
     using T = decltype(tag);
-    parallel_tasks(R, [&](int64_t r, int) {
+    parallel_tasks(R, [&](int64_t r, int64_t) {
       T* x = logits.ptr<T>() + r * logits.stride[0];
       const int64_t target = targets.ptr<int64_t>()[r * targets.stride[0]];
       const float* scale = row_scale.data == nullptr ? nullptr : row_scale.ptr<float>() + r * row_scale.stride[0];

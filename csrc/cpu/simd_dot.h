@@ -67,16 +67,27 @@ LF_INLINE VecF exp2_flush(VecF x) {
   return p * VecF((Raw)((Bits)t.v << 23));
 }
 
+// Lanes I of a (0 to 3) and b (4 to 7). g++ 11 has no __builtin_shufflevector, clang has no __builtin_shuffle.
+template <int... I, class Quad>
+LF_INLINE Quad shuffle(Quad a, Quad b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, I...);
+#else
+  typedef int32_t Lanes __attribute__((vector_size(16)));
+  return __builtin_shuffle(a, b, Lanes{I...});
+#endif
+}
+
 // to[c * to_stride + r] = from[row[r] + c] for four rows and four columns of units.
 template <class U>
 LF_INLINE void transpose_4x4(const U* from, const int64_t (&row)[4], U* to, int64_t to_stride) {
   typedef U Quad __attribute__((vector_size(16)));
   Quad a[4];
   for (int i = 0; i < 4; ++i) std::memcpy(&a[i], from + row[i], 16);
-  const Quad b0 = __builtin_shufflevector(a[0], a[1], 0, 4, 1, 5), b1 = __builtin_shufflevector(a[2], a[3], 0, 4, 1, 5);
-  const Quad b2 = __builtin_shufflevector(a[0], a[1], 2, 6, 3, 7), b3 = __builtin_shufflevector(a[2], a[3], 2, 6, 3, 7);
-  const Quad c[4] = {__builtin_shufflevector(b0, b1, 0, 1, 4, 5), __builtin_shufflevector(b0, b1, 2, 3, 6, 7),
-                     __builtin_shufflevector(b2, b3, 0, 1, 4, 5), __builtin_shufflevector(b2, b3, 2, 3, 6, 7)};
+  const Quad b0 = shuffle<0, 4, 1, 5>(a[0], a[1]), b1 = shuffle<0, 4, 1, 5>(a[2], a[3]);
+  const Quad b2 = shuffle<2, 6, 3, 7>(a[0], a[1]), b3 = shuffle<2, 6, 3, 7>(a[2], a[3]);
+  const Quad c[4] = {shuffle<0, 1, 4, 5>(b0, b1), shuffle<2, 3, 6, 7>(b0, b1), shuffle<0, 1, 4, 5>(b2, b3),
+                     shuffle<2, 3, 6, 7>(b2, b3)};
   for (int i = 0; i < 4; ++i) std::memcpy(to + i * to_stride, &c[i], 16);
 }
 
