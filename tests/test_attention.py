@@ -88,6 +88,15 @@ def test_negative_and_zero_scale(target_name: str, scale: float) -> None:
 
 
 @pytest.mark.parametrize("target_name", TARGETS)
+def test_the_longest_window_hides_nothing(target_name: str) -> None:
+    inputs = _case(150, 200).inputs(torch.float32)
+    with target(target_name):
+        without, longest = (_all(inputs, {"window": window}, lf.attention) for window in (None, 2**63 - 1))
+    for a, b in zip(without, longest, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("target_name", TARGETS)
 def test_packed_without_rows(target_name: str) -> None:
     q, k = torch.empty(0, 4, 16, requires_grad=True), torch.empty(0, 2, 16, requires_grad=True)
     for bounds in ([0], [0, 0, 0]):
@@ -323,9 +332,12 @@ def test_bad_input_names_argument_value_and_expectation() -> None:
     ):
         with pytest.raises(ValueError, match=expected):
             call()
-    with pytest.raises(
-        ValueError, match=r"cu_seqlens\[0\] = 0 and the next, 900"
-    ):  # what stands between torch.compile and a crash
-        primitives["attention_fwd"](q, q, q, cu(0, 900, 8), 1.0, True, 0, backend="cpu")
+    for expected, bounds in (  # what stands between torch.compile and a crash, or rows that nobody has written
+        (r"cu_seqlens\[0\] = 0 and the next, 900", cu(0, 900, 8)),
+        (r"cu_seqlens runs from 0 to 7, expected 0 to 8", cu(0, 7)),
+        (r"cu_seqlens runs from 1 to 8, expected 0 to 8", cu(1, 8)),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            primitives["attention_fwd"](q[:1], q[:1], q[:1], bounds, 1.0, True, 0, backend="cpu")
     with pytest.raises(lf.NotSupported, match=r"D = 12 is not a multiple of 8"), lf.backend("cpu"):
         lf.attention(*(x[..., :12] for x in (q, k, v)))

@@ -87,15 +87,21 @@ struct AttentionSizes {
 inline AttentionSizes attention_sizes(const Tensor& q, const Tensor& k, double scale, bool causal, int64_t window,
                                       int64_t tile_rows) {
   const int64_t H = q.size[2], G = k.size[2];
-  return {H, G, q.size[3], G > 0 ? H / G : 1, tile_rows, {causal, std::max<int64_t>(window, 0)}, scale};
+  // a window of all keys hides no more than a longer one, with which the sums of Mask might pass 2^63
+  return {H, G, q.size[3], G > 0 ? H / G : 1, tile_rows, {causal, std::clamp<int64_t>(window, 0, k.size[1])}, scale};
 }
 
-// Checks the values of cu_seqlens, which under torch.compile nobody else has seen: they become addresses.
+// Checks the values of cu_seqlens, which under torch.compile nobody else has seen: they become addresses, and rows that
+// they leave out would stay as the memory was.
 inline std::vector<Head> heads_of(const AttentionSizes& sizes, const Tensor& q, const Tensor& k,
                                   const Tensor& cu_seqlens) {
   std::vector<Head> heads;
   const int32_t* cu = cu_seqlens.ptr<int32_t>();
   const int64_t sequences = cu != nullptr ? std::max<int64_t>(cu_seqlens.size[0] - 1, 0) : q.size[0];
+  if (cu != nullptr && (cu[0] != 0 || cu[sequences] != q.size[1]))
+    throw std::invalid_argument("attention: cu_seqlens runs from " + std::to_string(cu[0]) + " to " +
+                                std::to_string(cu[sequences]) + ", expected 0 to " + std::to_string(q.size[1]) +
+                                ", the rows of q");
   for (int64_t n = 0; cu != nullptr && n < sequences; ++n)
     if (cu[n] < 0 || cu[n + 1] < cu[n] || cu[n + 1] > q.size[1])
       throw std::invalid_argument("attention: cu_seqlens[" + std::to_string(n) + "] = " + std::to_string(cu[n]) +
