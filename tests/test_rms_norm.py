@@ -10,6 +10,7 @@ import torch
 from numerics import DTYPES, TARGETS, assert_bug_is_caught, assert_within_budget, target
 
 import llama_fast as lf
+from llama_fast.ops import reference
 from llama_fast.verify import Case
 
 SHAPES = [
@@ -53,6 +54,19 @@ def test_transposed_input_and_zero_row(target_name: str) -> None:
         y = lf.rms_norm(x, torch.ones(16))
     assert torch.equal(y[3], torch.zeros(16))
     torch.testing.assert_close(y, torch.nn.functional.rms_norm(x, (16,), None, 1e-6))
+
+
+@pytest.mark.parametrize("size", [1e-18, 1e18])
+@pytest.mark.parametrize("target_name", [name for name in TARGETS if name != "reference"])
+def test_gradient_of_rows_whose_squares_just_fit(target_name: str, size: float) -> None:
+    """Without a budget: of F.rms_norm's gradient nothing is left here."""
+    x, weight, dy = torch.randn(8, 100) * size, torch.randn(100), torch.randn(8, 100)
+    grads = []
+    with target(target_name):
+        for leaf in (x.clone().requires_grad_(), x.double().requires_grad_()):
+            y = (lf if leaf.dtype == torch.float32 else reference).rms_norm(leaf, weight.to(leaf.dtype), 0.0)
+            grads += torch.autograd.grad(y, leaf, dy.to(leaf.dtype))
+    torch.testing.assert_close(grads[0].double(), grads[1], rtol=0.0, atol=1e-6 * float(grads[1].abs().max()))
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm"])

@@ -151,7 +151,7 @@ void norm_bwd_rows(const Tensor& dy, const Tensor& dsum, const Tensor& x, const 
     });
     const float s = rstd[r + i];
     scale[i] = VecF(s);
-    k[i] = VecF(-s * s * s * (dot / static_cast<float>(C)));
+    k[i] = VecF(-s * (s * (s * (dot / static_cast<float>(C)))));  // s * dot first: s^3 has a third of the range
   }
   for_each_vector(kStream ? lanes_before_boundary(dx_row[0]) : 0, C, [&](int64_t c, auto n) {
     const VecF w = load_lanes(weight + c, n);
