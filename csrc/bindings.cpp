@@ -28,6 +28,14 @@ llama_fast::cpu::DecodeLayer decode_layer(const py::tuple& from) {
           from[13].cast<int64_t>()};
 }
 
+// torch.set_num_threads holds in another thread than its caller's once that thread has asked torch for the number.
+struct TorchThreads {
+  TorchThreads() {
+    thread_local const bool asked = (py::module_::import("torch").attr("get_num_threads")(), true);
+    static_cast<void>(asked);
+  }
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -35,7 +43,7 @@ PYBIND11_MODULE(_native, module) {
   module.doc() = "The native ops of llama_fast. Use llama_fast's public functions: these check nothing.";
   module.attr("interface") = llama_fast::kInterface;
   py::module_ m = module.def_submodule("cpu", "Kernels of csrc/cpu.");
-  using unlocked = py::call_guard<py::gil_scoped_release>;
+  using unlocked = py::call_guard<TorchThreads, py::gil_scoped_release>;
   using py::arg;
 
   m.def("isas", [] {

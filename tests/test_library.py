@@ -85,3 +85,44 @@ print(dict(info.machine())["native library" if "{name}" == "_native" else "CUDA 
     assert all(expected in line for line in done.stdout.splitlines())
     assert len(done.stdout.splitlines()) == 2
     assert done.stderr.count(expected) == 1
+
+
+@pytest.mark.parametrize("name", ["_native", "_native_cuda"])
+def test_one_that_cannot_be_loaded_is_reported_at_import(name: str) -> None:
+    code = f"""
+import sys
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name == "llama_fast.{name}":
+            raise ImportError("undefined symbol: planted")
+sys.meta_path.insert(0, Broken())
+import torch
+import llama_fast as lf
+from llama_fast.ops import cuda, native
+lf.rms_norm(torch.ones(3, 8), torch.ones(8))
+print((native if "{name}" == "_native" else cuda).unavailable())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "cannot be loaded (undefined symbol: planted)" in done.stdout
+    assert done.stderr.count("cannot be loaded (undefined symbol: planted)") == 1
+
+
+def test_torchs_number_of_threads_holds_in_another_thread() -> None:
+    code = """
+import ctypes, threading, torch
+import llama_fast as lf
+from llama_fast.ops import native
+torch.set_num_threads(2)
+def run():
+    lf.rms_norm(torch.ones(3, 8), torch.ones(8))
+    print(ctypes.CDLL(None).omp_get_max_threads() if native.isas() else 2)
+thread = threading.Thread(target=run)
+thread.start()
+thread.join()
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "3"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment, cwd=ROOT
+    )
+    assert done.stdout == "2\n", done.stdout + done.stderr

@@ -24,29 +24,35 @@ _CALLED = {
 def load(name: str) -> tuple[Any, str | None]:
     """The module `llama_fast.<name>` and None, or None and why not.
 
-    Warned of too: a library of another version, and an installed one that a source tree without it hides.
+    One that is there and not used is warned of too, and an installed one that a source tree without it hides.
     """
     called, remedy = _CALLED[name]
     try:
         module = importlib.import_module(f"llama_fast.{name}")
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         hidden = _installed(name)
         if hidden is None:
             return None, f"{called} is not built ({error}): {remedy}"
-        reason = (
+        return None, _refuse(
             f"{called} in {hidden} is not used: Python found the source tree {PACKAGE.parent} before it; start "
             "Python in another folder, or run `pip install -e .` in this one"
         )
-    else:
-        found = getattr(module, "interface", 0)  # 0: from before there was a number
-        if found == INTERFACE:
-            return module, None
-        reason = f"{called} is of another version: run make build (its interface is {found}, expected {INTERFACE})"
-    warnings.warn(f"llama_fast: {reason}", RuntimeWarning, stacklevel=2)
-    return None, reason
+    except ImportError as error:  # it lacks a library or a symbol that was there when it was built
+        return None, _refuse(f"{called} cannot be loaded ({error}): run make build, or reinstall llama_fast")
+    found = getattr(module, "interface", 0)  # 0: from before there was a number
+    if found != INTERFACE:
+        return None, _refuse(
+            f"{called} is of another version: run make build (its interface is {found}, expected {INTERFACE})"
+        )
+    return module, None
 
 
 def _installed(name: str) -> Path | None:
     """The folder of another, installed llama_fast that has the library."""
     folders = (Path(str(d.locate_file(PACKAGE.name))) for d in importlib.metadata.distributions(name=PACKAGE.name))
     return next((f for f in folders if f.resolve() != PACKAGE and any(f.glob(f"{name}.*"))), None)
+
+
+def _refuse(reason: str) -> str:
+    warnings.warn(f"llama_fast: {reason}", RuntimeWarning, stacklevel=3)
+    return reason
