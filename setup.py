@@ -24,7 +24,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
-FOLDER = ROOT / "build" / f"native-{sys.implementation.cache_tag}"  # CMake's
+FOLDER = ROOT / "build" / f"native-{sysconfig.get_config_var('SOABI')}"  # CMake's; a free-threaded Python has its own
 COMPILERS = ("c++", "g++", "clang++")  # in CMake's order
 # packages that stand beside llama_fast/ in the source tree
 FOLDERS = {"llama_fast.benchmarks": "benchmarks", "llama_fast.kernels": "kernels"}
@@ -32,7 +32,11 @@ FOLDERS = {"llama_fast.benchmarks": "benchmarks", "llama_fast.kernels": "kernels
 
 def obstacle() -> str | None:
     """What stands in the way of a native build, or None."""
+    if sys.platform == "win32":
+        return "it is for Linux and macOS: use WSL"
     chosen = os.environ.get("CXX", "").split()
+    if chosen == ["none"]:
+        return "CXX=none"
     if not any(shutil.which(c) for c in (chosen[:1] or COMPILERS)):
         return f"no C++ compiler ({chosen[0] if chosen else ', '.join(COMPILERS)}) was found: install g++"
     include = sysconfig.get_path("include")
@@ -76,8 +80,9 @@ class CMakeBuild(build_ext):
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        for old in target.parent.glob("_native_cuda*"):
-            old.unlink()  # perhaps not to be built this time
+        for folder in (target.parent, FOLDER):
+            for old in folder.glob("_native_cuda*.so"):
+                old.unlink()  # perhaps not to be built this time
         settings = [
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
@@ -96,13 +101,13 @@ class CMakeBuild(build_ext):
             done = run_quietly(configure)
         if done.returncode:
             raise CompileError(f"CMake could not configure the native library:\n{done.stdout}\n{HELP}")
-        jobs = ["--parallel", *filter(None, [os.environ.get("MAX_JOBS")])]
-        if subprocess.run([cmake, "--build", str(FOLDER), *jobs], check=False).returncode:
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())  # make, without a number, starts all files at once
+        if subprocess.run([cmake, "--build", str(FOLDER), "--parallel", jobs], check=False).returncode:
             raise CompileError(f"the native library did not compile; the compiler's messages stand above.\n{HELP}")
 
 
 HELP = (
-    "llama_fast needs a C++17 compiler with OpenMP (g++ 9 or newer). MAX_JOBS=1 uses least memory, CXX names another "
+    "llama_fast needs a C++17 compiler: g++ 11, clang++ 14, or newer. MAX_JOBS=1 uses least memory, CXX names another "
     "compiler,\nand CXX=none installs without the native library: every op then runs on plain PyTorch. CUDACXX=none "
     "leaves out the CUDA\nlibrary alone."
 )

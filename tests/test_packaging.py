@@ -122,6 +122,45 @@ def test_second_build_compiles_nothing(tree: Path, wheel: Path, quick_cxx: str) 
 
 @needs_tools
 @needs_compiler
+def test_a_library_that_is_no_longer_built_is_not_installed(tree: Path, wheel: Path, quick_cxx: str) -> None:
+    (folder,) = (tree / "build").glob("native-*")
+    for place in (folder, tree / "llama_fast"):
+        (place / "_native_cuda_emulated.of-yesterday.so").touch()
+    done = _run([sys.executable, "setup.py", "build_ext", "--inplace"], tree, CXX=quick_cxx)  # with CUDACXX=none
+    assert done.returncode == 0, done.stderr
+    assert not [*(tree / "llama_fast").glob("_native_cuda*")]
+
+
+@needs_tools
+@pytest.mark.parametrize("compiler", ["g++-11", "clang++"])
+def test_oldest_compiler_and_another_makers(compiler: str, tree: Path, tmp_path: Path, no_torch: str) -> None:
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler}")
+    script = tmp_path / "c++"
+    script.write_text(f'#!/bin/sh\nexec {shutil.which(compiler)} "$@" -O0 -Werror\n')
+    script.chmod(0o755)
+    spaced = tmp_path / "a path with spaces"
+    shutil.copytree(tree, spaced, ignore=shutil.ignore_patterns("build", "*.so", "*.egg-info"))
+    _install(_wheel(spaced, tmp_path / "wheel", PYTHONPATH=no_torch, CXX=str(script)), tmp_path / "site")
+    code = (
+        "import torch, llama_fast as lf\n"
+        "from llama_fast.ops import native\n"
+        "torch.set_num_threads(2)\n"
+        "x = torch.randn(64, 2048)\n"
+        "for isa in native.isas():\n"
+        "    native.set_isa(isa)\n"
+        "    with lf.backend('cpu'):\n"
+        "        y = lf.rms_norm(x, torch.ones(2048))\n"
+        "    torch.testing.assert_close(y, torch.nn.functional.rms_norm(x, (2048,), eps=1e-6))\n"
+        "print(lf.__path__)"
+    )
+    done = _run([sys.executable, "-c", code], tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path) in done.stdout
+
+
+@needs_tools
+@needs_compiler
 def test_compile_error_fails_and_says_what_to_do(tree: Path, wheel: Path, quick_cxx: str) -> None:
     broken = tree / "csrc" / "cpu" / "broken.cpp"
     broken.write_text("#error planted by the test\n")
