@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -90,6 +91,25 @@ def test_any_other_mask_is_transformers_own() -> None:
     assert torch.equal(found.expand(B, 1, T, T).squeeze(1), _causal(T, T) | (torch.arange(T) < 3))
     found = _mask(T, T, allow_is_causal_skip=False)  # the caller wants to see it
     assert torch.equal(found.expand(B, 1, T, T).squeeze(1), _causal(T, T))
+
+
+@pytest.mark.parametrize("hidden", ["fake", "in a CUDA graph"])
+@pytest.mark.parametrize("kind", ["padding", "packed"])
+def test_numbers_that_cannot_be_seen_are_not_looked_at(kind: str, hidden: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import masking_utils as m
+
+    mode = FakeTensorMode() if hidden == "fake" else contextlib.nullcontext()
+    if hidden != "fake":
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        for name in ("__bool__", "tolist", "nonzero"):  # each would wait for the device
+            monkeypatch.setattr(Tensor, name, None)
+    with mode:
+        rows = torch.ones(B, T, dtype=torch.long)
+        packed = m.and_masks(m.causal_mask_function, m.packed_sequence_mask_function(rows))
+        call = {"mask_function": packed} if kind == "packed" else {"attention_mask": rows.bool()}
+        assert _mask(T, T, **call).shape[-2:] == (T, T)
 
 
 class _Layer(torch.nn.Module):

@@ -309,6 +309,23 @@ def test_less_is_kept_for_the_backward(padded: bool, autocast: bool) -> None:
         assert _kept_bytes(patched(stock), **call) < 0.6 * _kept_bytes(stock, **call)
 
 
+def test_frequencies_that_are_learned() -> None:
+    found = []
+    stock = make().double()
+    for model in (patched(stock), stock):
+        rotary = model.model.rotary_emb
+        frequencies = torch.nn.Parameter(rotary.inv_freq.double())
+        angles = torch.arange(19)[None, :, None] * frequencies
+        tables = [t(torch.cat((angles, angles), dim=-1)) for t in (torch.cos, torch.sin)]
+        rotary.forward = lambda x, position_ids, tables=tables: tables
+        model(tokens()).logits.square().mean().backward()
+        found.append([frequencies.grad, *(p.grad for p in model.parameters())])
+        if model is not stock:
+            assert ran(model) == "rotary tables that need gradients"
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+
+
 def test_frozen_and_half_frozen_models() -> None:
     stock = make().double()
     for trainable in ("mlp", "layers.1", "embed_tokens"):
@@ -446,21 +463,23 @@ def test_adapters_in_the_place_of_a_norm_or_the_attention(which: str) -> None:
 
 
 @needs_peft
-def test_prefix_tuning_sends_gradients_through_the_cache() -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_prefix_tuning_sends_gradients_through_the_cache(dtype: torch.dtype) -> None:
+    """The keys in the cache are all that needs gradients."""
     import peft
 
     found = []
-    stock = make().double()
+    stock = make().to(dtype)
     for model in (patched(stock), stock):
         torch.manual_seed(5)
         config = peft.PrefixTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
-        tuned = peft.get_peft_model(model, config).double()
+        tuned = peft.get_peft_model(model, config).to(dtype)
         out = tuned(tokens(), attention_mask=torch.ones_like(tokens()))
         out.logits.square().mean().backward()
         found.append([out.logits, *(p.grad for p in tuned.parameters() if p.requires_grad)])
     assert len(found[0]) == len(found[1]) > 1
     for got, want in zip(*found, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
 
 
 # ---- Trainer ---------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
@@ -32,8 +33,14 @@ _SDPA_ONLY = ("position_bias", "head_mask")
 _UNKNOWN = ("softcap", "s_aux", "sinks", "indices", "block_indices")
 
 
-def _tracing() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+def _hidden(x: Tensor | None = None) -> bool:
+    """Whether the numbers of tensors, of `x` above all, cannot be read: in a trace, a CUDA graph, a fake tensor."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or isinstance(x, FakeTensor)
+        or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+    )
 
 
 def _free_variables(function: Any) -> dict[str, Any]:
@@ -77,19 +84,20 @@ def mask(
     """transformers' mask function of "llama_fast": arguments of `masking_utils.sdpa_mask`, results as above."""
     positions = kwargs.get("cache_position")
     length = kwargs["q_length"] if positions is None else positions.shape[0]
-    if attention_mask is None and kv_offset == 0 and kv_length == length and not _tracing():
+    if attention_mask is None and kv_offset == 0 and kv_length == length:
         sequences = _sequence_numbers(mask_function)
-        if sequences is not None:
+        if sequences is not None and not _hidden(sequences):
             if bool((sequences[:, -1] == sequences[:, 0]).all()):
                 return None
             return _row_numbers(sequences.expand(batch_size, -1))
     if mask_function is causal_mask_function and allow_is_causal_skip and kv_offset == 0:
         offset = kwargs.get("q_offset", 0) if positions is None else positions[0]
-        known = isinstance(offset, int) or not _tracing()
+        known = isinstance(offset, int) or not _hidden(offset)
         if kv_length == length or (known and int(offset) + length == kv_length):  # the last query at the last key
             if attention_mask is None:
                 return None
-            spans = None if _tracing() or attention_mask.shape[-1] != kv_length else _spans(attention_mask, length)
+            seen = not _hidden(attention_mask) and attention_mask.shape[-1] == kv_length
+            spans = _spans(attention_mask, length) if seen else None
             if spans is not None:
                 whole = spans == [[0, kv_length]] * batch_size
                 return None if whole else torch.tensor(spans)[:, None, None]

@@ -195,14 +195,18 @@ def call_objection(layer: Any, x: Tensor, arguments: dict[str, Any]) -> str | No
             return f"autocast beside hidden states of {x.dtype}"
         if x.dtype == torch.float32 and not records(x, layer):
             return "autocast without gradients: it keeps the weights that it has cast, the block would cast them again"
-    if arguments.get("position_embeddings") is None:
+    tables = arguments.get("position_embeddings")
+    if tables is None:
         return "no rotary tables are given"
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tables):
+        return "rotary tables that need gradients"
     if cache is not None and attention_mask is not None and attention_mask.dtype == torch.int32:
         return "packed sequences beside a cache"
-    if cache is not None and records(x, layer):
-        if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+    if cache is not None and torch.is_grad_enabled():
+        plain = type(cache) is DynamicCache and not getattr(cache, "offloading", False)
+        if not plain and records(x, layer):
             return f"a {type(cache).__name__} while gradients are recorded"
-        if cache.get_seq_length(attn.layer_idx) != 0:
+        if cache.get_seq_length(attn.layer_idx) != 0:  # keys that need gradients, it may be, if nothing else does
             return "a cache that holds keys while gradients are recorded"
     return None
 
@@ -341,7 +345,8 @@ class LlamaAttention(_Attention, metaclass=_Recorded):
         projections = (self.q_proj, self.k_proj, self.v_proj)
         x = _cast_once(x, *projections)
         q, k, v = (_project(p, x).unflatten(-1, (-1, self.head_dim)) for p in projections)
-        if cos.ndim == 3 and q.dtype == k.dtype:
+        learned = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
+        if cos.ndim == 3 and q.dtype == k.dtype and not learned:
             q, k = rope(q, k, cos, sin)
         else:
             q, k = _apply_rotary(q, k, cos, sin, unsqueeze_dim=2)
