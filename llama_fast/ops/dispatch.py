@@ -39,8 +39,10 @@ _PLAIN = NUMBERS | {Tensor, torch.nn.Parameter}
 
 
 def plain(*args: Any) -> bool:
-    """Whether the arguments are scalars and tensors whose memory a kernel may read, and no dispatch mode is active."""
-    return not torch._C._len_torch_dispatch_stack() and _PLAIN.issuperset(map(type, args))
+    """Whether the arguments are scalars and tensors whose memory a kernel may read, and nothing must see the call: no
+    dispatch mode, no torch.jit.trace."""
+    watched = torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None
+    return not watched and _PLAIN.issuperset(map(type, args))
 
 
 def readable(x: Tensor) -> bool:
