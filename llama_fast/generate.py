@@ -18,6 +18,7 @@ from torch import Tensor
 from llama_fast import decode
 from llama_fast.block import Cache
 from llama_fast.config import LlamaConfig
+from llama_fast.ops.dispatch import autocast_dtype
 from llama_fast.plain import check_tokens
 from llama_fast.sampling import Sampler
 
@@ -124,7 +125,8 @@ def stream(
     _check(model.config, T, 0 if cache is None else cache.used, max_new_tokens, prefill_chunk)
     check_tokens(model.config, prompts)
     if cache is None:
-        cache = KVCache(model.config, B, T + max_new_tokens, weight.device, weight.dtype, starts)
+        dtype = weight.dtype if weight.dtype == torch.float64 else autocast_dtype(weight) or weight.dtype
+        cache = KVCache(model.config, B, T + max_new_tokens, weight.device, dtype, starts)
     else:
         cache.grow(cache.used + T + max_new_tokens)
     if max_new_tokens == 0:

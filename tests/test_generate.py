@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -161,6 +162,18 @@ def test_end_of_sequence_fills_and_stops(model: Llama) -> None:
     assert both.shape[1] == 5 + max(first, second) + 1
     rows = model.generate(prompt.tolist(), max_new_tokens=8, eos_id=[eos, other])
     assert rows == [free[0, : 6 + first].tolist(), free[1, : 6 + second].tolist()]
+
+
+def test_autocast_generates_in_its_dtype(model: Llama) -> None:
+    prompt = torch.arange(10).view(2, 5)
+    for weights, dtype in ((torch.float32, torch.bfloat16), (torch.float64, torch.float64)):
+        of = copy.deepcopy(model).to(weights)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = of.generate(prompt, max_new_tokens=1)
+            with torch.no_grad():
+                logits = of(prompt)[:, -1]
+        assert logits.dtype == dtype
+        assert torch.equal(found[:, 5], logits.argmax(-1))
 
 
 def test_bad_arguments_are_named(model: Llama) -> None:
