@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
+import os
 import re
 import shutil
 import subprocess
@@ -52,14 +54,31 @@ def _compile(*arguments: str | Path) -> None:
 
 @functools.cache
 def _emulator() -> Path:
-    def compiled(source: Path) -> Path:
-        _compile("-O2", "-c", source, "-o", target := _folder() / f"{source.stem}.o")
-        return target
+    """Compiled by the first of the processes that share a run (pytest -n) and waited for by the others."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    folder = Path(tempfile.gettempdir(), f"llama_fast_emulator_{run}") if run else _folder()
+    folder.mkdir(exist_ok=True)
+    target = folder / "libemulator.so"
 
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, sorted((ROOT / "csrc" / "emulator").glob("*.cpp"))))
-    _compile("-shared", *objects, "-o", target := _folder() / "libemulator.so")
+    def compiled(source: Path) -> Path:
+        _compile("-O2", "-c", source, "-o", part := folder / f"{source.stem}.o")
+        return part
+
+    with (folder / "lock").open("w") as lock, ThreadPoolExecutor(2) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            objects = list(pool.map(compiled, sorted((ROOT / "csrc" / "emulator").glob("*.cpp"))))
+            _compile("-shared", *objects, "-o", target)
     return target
+
+
+@functools.cache
+def _headers() -> Path:
+    """What all kernels include, compiled once: parsing it takes longer than compiling a small kernel."""
+    header = _folder() / "headers.h"
+    header.write_text('#include "cuda/launch.cuh"\n#include "cuda/tensor_map.cuh"\n')
+    _compile("-O1", "-x", "c++-header", header, "-o", f"{header}.gch")
+    return header
 
 
 @functools.cache
@@ -76,7 +95,8 @@ def load(name: str, planted: tuple[str, str] | None = None, copy: str = "") -> c
     source = _folder() / f"{name}{copy}_{abs(hash(planted))}.cu"
     source.write_text(text)
     target = source.with_suffix(".so")
-    _compile("-O1", "-shared", "-x", "c++", source, "-x", "none", _emulator(), "-o", target)
+    headers = ("-Winvalid-pch", "-include", _headers())
+    _compile("-O1", "-shared", *headers, "-x", "c++", source, "-x", "none", _emulator(), "-o", target)
     return ctypes.CDLL(str(target))
 
 
