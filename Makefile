@@ -6,7 +6,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 ASAN   := build-asan
 NATIVE_SOURCES := CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
-OP_TESTS = tests/test_block.py $(filter-out tests/test_cuda.py,$(filter $(patsubst llama_fast/ops/%.py,tests/test_%.py,$(wildcard llama_fast/ops/*.py)),$(wildcard tests/*.py)))
+OP_TESTS = tests/test_block.py $(filter-out tests/test_cuda.py tests/test_library.py,$(filter $(patsubst llama_fast/ops/%.py,tests/test_%.py,$(wildcard llama_fast/ops/*.py)),$(wildcard tests/*.py)))
+# A process a core, four at most. The tests of a file stay in one, which makes its models and libraries once.
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -40,7 +42,7 @@ demo-smollm2: build  ## chat with a real model from PyPI, beside transformers; 9
 	@TQDM_DISABLE=1 $(BIN)/python -m llama_fast.demo_smollm2 demo/smollm2
 
 test: build  ## run the tests
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(PARALLEL)
 
 check: build  ## format, lint, types, layout; under a minute
 	@$(BIN)/ruff format --check .
@@ -77,8 +79,9 @@ sass: build  ## registers, spills, widths and products of the Triton kernels, co
 # A copy of the package with a library of its own, found before the installed one. torch's own code is not instrumented:
 # what is caught is a kernel that reads or writes outside the tensors that it is given. libstdc++ is loaded with libasan, or
 # the first C++ exception ends the process. Tests that run no kernel of ours, or
-# only call one many times over, are left out: `make test` has them. So is test_cuda.py: the emulated library is not
-# instrumented, and nvcc does not start under libasan.
+# only call one many times over, are left out: `make test` has them. So are test_library.py, whose processes import the
+# package of the source tree, and test_cuda.py: the emulated library is not instrumented, and nvcc does not start under
+# libasan.
 asan: build  ## the tests of the ops under AddressSanitizer and UndefinedBehaviorSanitizer
 	@rm -rf $(ASAN)/package && mkdir -p $(ASAN)/package
 	@cp -R llama_fast $(ASAN)/package/ && rm -f $(ASAN)/package/llama_fast/_native*
@@ -88,7 +91,7 @@ asan: build  ## the tests of the ops under AddressSanitizer and UndefinedBehavio
 	    || { cat $(ASAN)/configure.log; exit 1; }
 	@$(BIN)/cmake --build $(ASAN)/native
 	@LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	    PYTHONPATH=$(abspath $(ASAN)/package) $(BIN)/pytest -p no:cacheprovider --capture=sys \
+	    PYTHONPATH=$(abspath $(ASAN)/package) $(BIN)/pytest $(PARALLEL) -p no:cacheprovider --capture=sys \
 	    -k 'not reference and not compile and not gradcheck' $(OP_TESTS)
 
 clean:  ## remove everything that the other targets made

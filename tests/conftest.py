@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Before torch: threads that wait must not keep a core from the processes beside them (pytest -n, compilers, workers).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
