@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 import llama_fast
 from llama_fast.ops.table import OPS
@@ -61,7 +61,7 @@ def chosen(ops: Sequence[str], device: str) -> list[str]:
 
 def table_of(lines: Iterable[Line]) -> Table:
     """One row a line that was measured or is wrong."""
-    table = Table("op", "case", "dtype", "direction", "provider")
+    table = Table(Column("op", no_wrap=True), "case", "dtype", "direction", "provider")
     for header in ("ms", "20..80 %", "of limit", "peak MB", "kept MB", "ours is"):
         table.add_column(header, justify="right")
     for _, group in groupby(lines, key=lambda x: x.key):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,3 +38,22 @@ def one_process(tmp_path: Path) -> Iterator[None]:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def sides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Callable[..., dict[str, Any]]], None]:
+    """Puts `ask(folder, **request)` in the place of both workers of a comparison; the old revision is in tmp_path."""
+    from benchmarks import compare
+
+    def put(ask: Callable[..., dict[str, Any]]) -> None:
+        class Side(AbstractContextManager[Any]):
+            def __init__(self, folder: Path) -> None:
+                self.ask = functools.partial(ask, folder)
+
+            def __exit__(self, *_: object) -> None:
+                pass
+
+        monkeypatch.setattr(compare, "Worker", Side)
+        monkeypatch.setattr(compare, "checkout", lambda revision: (tmp_path, "c0ffee" + "0" * 34))
+
+    return put

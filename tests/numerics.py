@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -21,7 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TARGETS = (*(f"cpu/{isa}" for isa in native.isas()), "reference")
 
 
-class EveryResult(TorchDispatchMode):
+class EveryResult(TorchDispatchMode, ABC):
     """A mode whose `saw` is given the results of every operation, those within an op of ours included."""
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -35,9 +36,9 @@ class EveryResult(TorchDispatchMode):
                 self.saw(x)
         return results
 
+    @abstractmethod
     def saw(self, x: Tensor) -> None:
         """Called with each."""
-        raise NotImplementedError
 
 
 @contextmanager

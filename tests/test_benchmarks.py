@@ -501,28 +501,18 @@ def test_a_revision_is_checked_out_and_built_once(tmp_path: Path) -> None:
         compare.checkout("v9", tmp_path)
 
 
-def test_a_comparison_gives_lines_of_both_sides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    class Side:
-        def __init__(self, folder: Path) -> None:
-            self.folder, self.old = folder, folder == tmp_path
+def test_a_comparison_gives_lines_of_both_sides(sides: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def ask(folder: Path, **request: Any) -> dict[str, Any]:
+        if "limits" in request:
+            return {"limits": [dataclasses.asdict(x) for x in LIMITS]}
+        if "about" in request:
+            return {"folder": str(folder), "allocator": "kept"}
+        old = folder == tmp_path
+        if request.get("prepare", "").startswith("swiglu float32") and old:
+            raise RuntimeError("RuntimeError: wrong: out: largest error 1 exceeds 0")
+        return {"seconds": [0.2 if old else 0.1] * request["run"] if "run" in request else 0.1}
 
-        def ask(self, **request: Any) -> dict[str, Any]:
-            if "limits" in request:
-                return {"limits": [dataclasses.asdict(x) for x in LIMITS]}
-            if "about" in request:
-                return {"folder": str(self.folder), "allocator": "kept"}
-            if request.get("prepare", "").startswith("swiglu float32") and self.old:
-                raise RuntimeError("RuntimeError: wrong: out: largest error 1 exceeds 0")
-            return {"seconds": [0.2 if self.old else 0.1] * request["run"] if "run" in request else 0.1}
-
-        def __enter__(self) -> Any:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-    monkeypatch.setattr(compare, "Worker", Side)
-    monkeypatch.setattr(compare, "checkout", lambda revision: (tmp_path, "c0ffee" + "0" * 34))
+    sides(ask)
     monkeypatch.setattr(harness, "measure_limits", lambda *_: LIMITS)
     console, path = Console(record=True, width=200), tmp_path / "ab.json"
     suite.run(["swiglu"], cases=["F11008"], versus="main", json_path=path, console=console)

@@ -146,26 +146,15 @@ def test_ctrl_c_keeps_what_was_measured(
 
 
 @pytest.mark.usefixtures("small")
-def test_ctrl_c_ends_a_comparison_with_what_it_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    class Side:
-        def __init__(self, folder: Path) -> None:
-            self.folder = folder
+def test_ctrl_c_ends_a_comparison_with_what_it_has(sides: Any, tmp_path: Path) -> None:
+    def ask(folder: Path, **request: Any) -> dict[str, Any]:
+        if request.get("prepare") == CASES[1].name:
+            raise KeyboardInterrupt
+        if "limits" in request:
+            return {"limits": [dataclasses.asdict(x) for x in LIMITS]}
+        return {"seconds": [0.1] * request["run"] if "run" in request else 0.1, "folder": str(folder)}
 
-        def ask(self, **request: Any) -> dict[str, Any]:
-            if request.get("prepare") == CASES[1].name:
-                raise KeyboardInterrupt
-            if "limits" in request:
-                return {"limits": [dataclasses.asdict(x) for x in LIMITS]}
-            return {"seconds": [0.1] * request["run"] if "run" in request else 0.1, "folder": str(self.folder)}
-
-        def __enter__(self) -> Any:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
-    monkeypatch.setattr(compare, "Worker", Side)
-    monkeypatch.setattr(compare, "checkout", lambda revision: (tmp_path, "c0ffee" + "0" * 34))
+    sides(ask)
     path = tmp_path / "ab.json"
     assert suite.main(["swiglu", "--vs", "main", "--json", str(path)]) == 130
     assert [(x.case["R"], x.direction) for x in results.read(path).lines] == [

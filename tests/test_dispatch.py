@@ -128,6 +128,7 @@ def test_transforms_of_torch_func_are_refused_by_name(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, for a first tangent
 @pytest.mark.parametrize("name", [c for c in CALLS if c != "linear"])
 def test_a_tangent_of_forward_mode_is_not_lost(name: str) -> None:
+    """torch itself refuses it, as of any autograd.Function without a jvp: with NotImplementedError."""
     function, leaves = _call(name)
     with forward_ad.dual_level():
         duals = [forward_ad.make_dual(x.detach(), torch.ones_like(x)) for x in leaves]
