@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import weakref
@@ -141,6 +142,22 @@ def test_true_class_keeps_its_digits_when_its_probability_is_near_one(target_nam
     torch.testing.assert_close(loss.double(), F.softplus(gap), rtol=1e-6, atol=0)
     found = gradient.gather(1, t.unsqueeze(1)).squeeze(1).double()
     torch.testing.assert_close(found, -torch.sigmoid(gap), rtol=1e-6, atol=0)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the mode is that of x86 processors")
+@pytest.mark.parametrize("target_name", CPU)
+def test_subnormal_probabilities_are_zero_where_they_cost_time_and_the_mode_stays_inside(target_name: str) -> None:
+    x = torch.zeros(64, 100)
+    x[:, 1:] = -95.0
+    with target(target_name):
+        _, _, gradient = rows_of(x, torch.zeros(64, dtype=torch.int64))
+    found = gradient[:, 1:]
+    if native.amd_family() == 0:
+        assert not found.any()
+    else:
+        torch.testing.assert_close(found, torch.full_like(found, 5.52e-42), rtol=1e-2, atol=0.0)
+    small = torch.full((1 << 20,), 1e-40)  # for all threads
+    assert (small * 0.5 > 0.0).all()
 
 
 @pytest.mark.parametrize("target_name", CPU)

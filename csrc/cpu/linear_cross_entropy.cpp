@@ -133,6 +133,7 @@ void cross_entropy(const Tensor& logits, const Tensor& targets, const Tensor& ro
   with_dtype(logits.dtype, [&](auto tag) {
     using T = decltype(tag);
     parallel_tasks(R, [&](int64_t r, int64_t) {
+      const FlushSubnormals flush;  // of probabilities: where logits are far apart, most are that small
       T* x = logits.ptr<T>() + r * logits.stride[0];
       const int64_t target = targets.ptr<int64_t>()[r * targets.stride[0]];
       const float* scale = row_scale.data == nullptr ? nullptr : row_scale.ptr<float>() + r * row_scale.stride[0];
