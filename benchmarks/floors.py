@@ -27,7 +27,7 @@ else:
     import tomli as tomllib
 
 PATH = Path(__file__).with_name("floors.toml")
-PROCESSORS = {26: "zen5", 25: "zen4"}  # by AMD family, where the kernels run on AVX-512
+PROCESSORS = {26: "zen5", 25: "zen4"}  # by AMD family, where the kernels run on AVX-512; "amx" is Intel's
 MEMORY = ("", "default memory", "ours kept")  # what a figure ends in; "": kept on both sides
 ROUNDS = 3  # of processes, where each side has its own
 
@@ -75,9 +75,9 @@ def processor() -> str | None:
     """The class of this processor in floors.toml, or None where it has no floors."""
     from llama_fast.ops import native
 
-    if native.unavailable() is not None or not native.isa().startswith("avx512"):
+    if native.unavailable() is not None or native.isa() not in ("amx", "avx512bf16", "avx512"):
         return None
-    return PROCESSORS.get(native.amd_family())
+    return "amx" if native.isa() == "amx" else PROCESSORS.get(native.amd_family())
 
 
 def figures(case: str, memory: str, only: str | None = None) -> dict[str, float]:

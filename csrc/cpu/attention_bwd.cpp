@@ -21,6 +21,10 @@ namespace llama_fast::cpu {
 void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                    const Tensor& lse, const Tensor& cu_seqlens, double scale, bool causal, int64_t window,
                    const Tensor& dq, const Tensor& dk, const Tensor& dv) {
+#if LF_X86
+  if (current_isa() == Isa::amx && q.dtype == DType::bf16)
+    return amx::attention_bwd(dout, q, k, v, out, lse, cu_seqlens, scale, causal, window, dq, dk, dv);
+#endif
   LF_DISPATCH(attention_bwd, dout, q, k, v, out, lse, cu_seqlens, scale, causal, window, dq, dk, dv);
 }
 
@@ -32,10 +36,6 @@ void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const T
 
 namespace llama_fast::cpu::LF_ISA {
 namespace {
-
-// Packed rows that are worked on together, and at least that much a thread, so that a wave has tasks for all.
-constexpr int64_t kWaveBytes = 32 << 20, kWaveBytesPerThread = 8 << 20;
-constexpr int64_t kTasksPerThread = 4;  // a head with more than its share of the work is cut into parts
 
 // The packed rows of a tile, all read once for each key block that it sees.
 template <class U>
@@ -118,20 +118,13 @@ void pack_tile(const AttentionSizes& sizes, const Head& head, int64_t index, con
     tile.lse2_rest[r] = tile.delta[r] = 0.0F;
     if (r >= n) continue;
     const int64_t row = first + r;
-    const float lse = x.lse.template ptr<float>()[head.batch * x.lse.stride[0] +
-                                                  (head.group * sizes.rep + row % sizes.rep) * x.lse.stride[1] +
-                                                  (head.q_begin + row / sizes.rep) * x.lse.stride[2]];
+    const float lse = *lse_of(x.lse, sizes, head, row);
     if (lse != -std::numeric_limits<float>::infinity()) {
       const double exact = static_cast<double>(lse) * 1.4426950408889634;
       tile.lse2[r] = static_cast<float>(exact);
       tile.lse2_rest[r] = std::isfinite(lse) ? static_cast<float>(exact - static_cast<double>(tile.lse2[r])) : 0.0F;
     }
-    const T *dout = dout_row(r), *out = query_row(x.out, sizes, head, row);
-    VecF total(0.0F);
-    int64_t d = 0;
-    for (; d + kLanes <= D; d += kLanes) total = fma(load(dout + d), load(out + d), total);
-    if (d < D) total = fma(load_n(dout + d, D - d), load_n(out + d, D - d), total);
-    tile.delta[r] = sum(total);
+    tile.delta[r] = dot_rows(dout_row(r), query_row(x.out, sizes, head, row), D);
   }
 }
 
@@ -226,72 +219,28 @@ void bwd_block(const AttentionSizes& sizes, const Head& head, int64_t index, con
 }
 
 template <class T>
-void bwd(const AttentionSizes& sizes, const BwdTensors<T>& x, const Tensor& q, const Tensor& k,
-         const Tensor& cu_seqlens) {
+void bwd(const AttentionSizes& sizes, const BwdTensors<T>& x, const std::vector<Head>& heads) {
   using U = typename UnitOf<T>::type;
-  const int64_t D = sizes.D, tile_floats = RowTile<U>::floats(D), dq_floats = D * kRows<U>;
-  const auto tiles_of = [&](const Head& head) { return sizes.tiles(head); };
-  const auto blocks = [](const Head& head) { return blocks_of(head.S, kKeys); };
-
-  std::vector<Head> heads = heads_of(sizes, q, k, cu_seqlens);
-  const auto cost_of = [&](const Head& head) { return sizes.tiles(head) * blocks(head); };
-  int64_t cost = 0;
-  for (const Head& head : heads) cost += cost_of(head);
-  const int64_t share = std::max<int64_t>(1, cost / (kTasksPerThread * max_threads()));
-  for (Head& head : heads)
-    head.parts = std::clamp<int64_t>(cost_of(head) / share, 1, std::max<int64_t>(1, blocks(head)));
-
-  const std::vector<Wave> waves =
-      waves_of(heads, std::max(kWaveBytes, kWaveBytesPerThread * max_threads()), tiles_of, [&](const Head& head) {
-        return sizes.tiles(head) * (tile_floats + head.parts * dq_floats) * static_cast<int64_t>(sizeof(float));
-      });
-  int64_t slots = 0, part_slots = 0;
-  for (const Wave& wave : waves) {
-    slots = std::max(slots, wave.slots);
-    part_slots = std::max(part_slots, wave.part_slots);
-  }
-  const Scratch<float> tiles(slots * tile_floats), dq(part_slots * dq_floats);
+  const int64_t D = sizes.D;
   const Scratch<float> blocks_scratch(max_threads() * KeyBlock<U>::floats(D));
   const auto block_of = [&](int64_t thread) {
     return KeyBlock<U>(blocks_scratch.data() + thread * KeyBlock<U>::floats(D), D);
   };
-
-  for (const Wave& wave : waves) {
-    const std::vector<Task> each_tile = tasks_of(wave, tiles_of, [](const Head&, int64_t) { return 1; });
-    parallel_tasks(static_cast<int64_t>(each_tile.size()), [&](int64_t task, int64_t thread) {
-      const Head& head = wave.heads[each_tile[task].head];
-      const int64_t index = each_tile[task].index;
-      pack_tile<T, U>(sizes, head, index, x, reinterpret_cast<U*>(block_of(thread).buffer),
-                      RowTile<U>(tiles.data() + (head.slot + index) * tile_floats, D));
-    });
-
-    // part p of a head has the key blocks p, p + parts, ...
-    const std::vector<Task> each_part = tasks_of(
-        wave, [](const Head& head) { return head.parts; },
-        [&](const Head& head, int64_t) { return cost_of(head) / head.parts; });
-    parallel_tasks(static_cast<int64_t>(each_part.size()), [&](int64_t task, int64_t thread) {
-      const Head& head = wave.heads[each_part[task].head];
-      const int64_t part = each_part[task].index;
-      float* dq_part = dq.data() + (head.part_slot + part * sizes.tiles(head)) * dq_floats;
-      std::memset(dq_part, 0, static_cast<size_t>(sizes.tiles(head) * dq_floats) * sizeof(float));
-      for (int64_t index = part; index < blocks(head); index += head.parts)
-        bwd_block<T, U>(sizes, head, index, x, block_of(thread), tiles.data() + head.slot * tile_floats, dq_part);
-    });
-
-    parallel_tasks(static_cast<int64_t>(each_tile.size()), [&](int64_t task, int64_t thread) {
-      const Head& head = wave.heads[each_tile[task].head];
-      const int64_t index = each_tile[task].index, first = index * kRows<U>;
-      float* total = dq.data() + (head.part_slot + index) * dq_floats;
-      for (int64_t part = 1; part < head.parts; ++part) {
-        const float* more = total + part * sizes.tiles(head) * dq_floats;
-        for (int64_t i = 0; i < dq_floats; i += kLanes) store(total + i, load(total + i) + load(more + i));
-      }
-      float factor[kRows<U>];
-      std::fill(factor, factor + kRows<U>, static_cast<float>(sizes.scale));
-      unpack_transposed<T, U>(total, factor, std::min(kRows<U>, sizes.rows(head) - first), D, block_of(thread).buffer,
-                              [&](int64_t r) { return query_row(x.dq, sizes, head, first + r); });
-    });
-  }
+  run_bwd(
+      sizes, heads, kKeys, RowTile<U>::floats(D), D * kRows<U>,
+      [&](const Head& head, int64_t index, int64_t thread, float* rows) {
+        pack_tile<T, U>(sizes, head, index, x, reinterpret_cast<U*>(block_of(thread).buffer), RowTile<U>(rows, D));
+      },
+      [&](const Head& head, int64_t index, int64_t thread, float* rows, float* dq) {
+        bwd_block<T, U>(sizes, head, index, x, block_of(thread), rows, dq);
+      },
+      [&](const Head& head, int64_t index, int64_t thread, const float* dq) {
+        const int64_t first = index * kRows<U>;
+        float factor[kRows<U>];
+        std::fill(factor, factor + kRows<U>, static_cast<float>(sizes.scale));
+        unpack_transposed<T, U>(dq, factor, std::min(kRows<U>, sizes.rows(head) - first), D, block_of(thread).buffer,
+                                [&](int64_t r) { return query_row(x.dq, sizes, head, first + r); });
+      });
 }
 
 void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
@@ -302,7 +251,8 @@ void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const T
     const BwdTensors<T> x = {Rows<T>(dout), Rows<T>(q),  Rows<T>(k),  Rows<T>(v), Rows<T>(out),
                              Rows<T>(dq),   Rows<T>(dk), Rows<T>(dv), lse};
     constexpr int64_t kTileRows = kRows<typename UnitOf<T>::type>;
-    bwd<T>(attention_sizes(q, k, scale, causal, window, kTileRows), x, q, k, cu_seqlens);
+    const AttentionSizes sizes = attention_sizes(q, k, scale, causal, window, kTileRows);
+    bwd<T>(sizes, x, heads_of(sizes, q, k, cu_seqlens));
   });
 }
 

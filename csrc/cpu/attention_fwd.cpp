@@ -18,10 +18,14 @@ namespace llama_fast::cpu {
 
 void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, double scale,
                    bool causal, int64_t window, const Tensor& out, const Tensor& lse) {
+#if LF_X86
+  if (current_isa() == Isa::amx && q.dtype == DType::bf16)
+    return amx::attention_fwd(q, k, v, cu_seqlens, scale, causal, window, out, lse);
+#endif
   LF_DISPATCH(attention_fwd, q, k, v, cu_seqlens, scale, causal, window, out, lse);
 }
 
-int64_t attention_few_scratch(int64_t D) { return kMostRows * (2 * D + kKeys) + 4 * blocks_of(D, 16) * 16; }
+int64_t attention_few_scratch(int64_t D) { return 2 * kFewRows * blocks_of(D, 16) * 16 + kKeys; }
 
 void attention_few(const Tensor& q, const Tensor& k, const Tensor& v, double scale, int64_t window, const Tensor& out,
                    const Tensor& lse, float* scratch) {
@@ -33,6 +37,8 @@ void attention_few(const Tensor& q, const Tensor& k, const Tensor& v, double sca
 #else
 
 #include "attention_tile.h"
+
+#include "attention_few.h"
 
 namespace llama_fast::cpu::LF_ISA {
 namespace {
@@ -149,14 +155,6 @@ void add_block(const U* v_panels, const FwdTile<U>& tile, int64_t D, Range panel
     }
 }
 
-// lse of a row from the maximum, in base two, and the sum of its exponentials
-void write_lse(const AttentionSizes& sizes, const Head& head, int64_t row, float max, float sum, const Tensor& lse) {
-  float* to = lse.ptr<float>() + head.batch * lse.stride[0] +
-              (head.group * sizes.rep + row % sizes.rep) * lse.stride[1] +
-              (head.q_begin + row / sizes.rep) * lse.stride[2];
-  *to = static_cast<float>(static_cast<double>(max) * 0.6931471805599453 + std::log(sum));
-}
-
 template <class T, class U>
 void fwd_tile(const AttentionSizes& sizes, const Head& head, int64_t index, const U* k_pack, const U* v_pack,
               const FwdTile<U>& tile, const Rows<T>& q, const Rows<T>& out, const Tensor& lse) {
@@ -196,110 +194,10 @@ void fwd_tile(const AttentionSizes& sizes, const Head& head, int64_t index, cons
   for (int64_t r = 0; r < n; ++r) {
     // a row that saw no key has sum 0; a NaN stays
     state.alpha[r] = state.sum[r] == 0.0F ? 0.0F : 1.0F / state.sum[r];
-    write_lse(sizes, head, first + r, state.max[r], state.sum[r], lse);
+    *lse_of(lse, sizes, head, first + r) = lse_from(state.max[r], state.sum[r]);
   }
   unpack_transposed<T, U>(tile.out, state.alpha, n, D, tile.buffer,
                           [&](int64_t r) { return query_row(out, sizes, head, first + r); });
-}
-
-// A head of few rows, a decode: k and v are read once where they lie, lanes along D, for packing them would move more
-// bytes than the products. Weights stay float32.
-// sum_d a[d] b[d], `a` with zeros up to a multiple of kLanes.
-template <class T>
-LF_INLINE float dot_rows(const float* a, const T* b, int64_t D) {
-  VecF total[2] = {VecF(0.0F), VecF(0.0F)};
-  int64_t d = 0;
-  for (; d + 2 * kLanes <= D; d += 2 * kLanes) {
-    total[0] = fma(load(a + d), load(b + d), total[0]);
-    total[1] = fma(load(a + d + kLanes), load(b + d + kLanes), total[1]);
-  }
-  for (; d < D; d += kLanes)
-    total[0] = fma(load(a + d), d + kLanes <= D ? load(b + d) : load_n(b + d, D - d), total[0]);
-  return sum(total[0] + total[1]);
-}
-
-// out[0, D) = alpha out + sum_j weights[j] v[j], in chains of kChain keys.
-template <class T, class RowAt>
-LF_INLINE void add_rows(const float* weights, const RowAt& v_row, int64_t keys, int64_t D, float alpha, float* out) {
-  constexpr int64_t kChain = 16;
-  constexpr int kWide = 4;
-  const auto step = [&](int64_t d, auto vectors) {
-    constexpr int NV = decltype(vectors)::value;
-    VecF total[NV];
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) total[v] = load(out + d + v * kLanes) * VecF(alpha);
-    for (int64_t first = 0; first < keys; first += kChain) {
-      VecF acc[NV];
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[v] = VecF(0.0F);
-      for (int64_t j = first; j < std::min(keys, first + kChain); ++j) {
-        const T* row = v_row(j) + d;
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) {
-          const bool whole = NV > 1 || d + kLanes <= D;
-          acc[v] = fma(VecF(weights[j]), whole ? load(row + v * kLanes) : load_n(row, D - d), acc[v]);
-        }
-      }
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) total[v] = total[v] + acc[v];
-    }
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) store(out + d + v * kLanes, total[v]);
-  };
-  int64_t d = 0;
-  for (; d + kWide * kLanes <= D; d += kWide * kLanes) step(d, std::integral_constant<int, kWide>{});
-  for (; d < D; d += kLanes) step(d, std::integral_constant<int, 1>{});
-}
-
-template <class T, class U>
-void fwd_few(const AttentionSizes& sizes, const Head& head, const FwdTile<U>& tile, const Rows<T>& q, const Rows<T>& k,
-             const Rows<T>& v, const Rows<T>& out, const Tensor& lse) {
-  const int64_t D = sizes.D, Dp = round_up(D, kLanes), n = sizes.rows(head);
-  const float factor = exponent_factor(sizes.scale);
-  float* q_rows = reinterpret_cast<float*>(tile.q);
-  float max_of[kFewRows], sum_of[kFewRows];
-  Range seen = {head.S, 0};
-  for (int64_t r = 0; r < n; ++r) {
-    const T* row = query_row(q, sizes, head, r);
-    pack_across<T, float>(&row, D, q_rows + r * Dp);
-    std::memset(tile.out + r * Dp, 0, static_cast<size_t>(Dp) * sizeof(float));
-    max_of[r] = -std::numeric_limits<float>::infinity();
-    sum_of[r] = 0.0F;
-    const Range keys = sizes.mask.keys_of(r / sizes.rep, head.T, head.S);
-    seen = {std::min(seen.begin, keys.begin), std::max(seen.end, keys.end)};
-  }
-  for (int64_t key = seen.begin; key < seen.end; key += kKeys)
-    for (int64_t r = 0; r < n; ++r) {
-      const Range all = sizes.mask.keys_of(r / sizes.rep, head.T, head.S);
-      const Range keys = {std::max(all.begin, key), std::min(all.end, key + kKeys)};
-      if (keys.empty()) continue;
-      const int64_t count = keys.end - keys.begin;
-      const auto row_of = [&](const Rows<T>& x) {
-        return [&](int64_t j) -> const T* { return x.row(head.batch, head.k_begin + keys.begin + j, head.group); };
-      };
-      const auto k_row = row_of(k);
-      float* scores = tile.scores;
-      VecF top(-std::numeric_limits<float>::infinity()), total(0.0F);
-      for (int64_t j = 0; j < count; ++j) scores[j] = dot_rows(q_rows + r * Dp, k_row(j), D);
-      for (int64_t j = count; j < round_up(count, kLanes); ++j) scores[j] = factor < 0.0F ? HUGE_VALF : -HUGE_VALF;
-      for (int64_t j = 0; j < count; j += kLanes) top = max(top, load(scores + j) * VecF(factor));
-      const float new_max = std::max(max_of[r], max(top));
-      const float finite = std::max(new_max, -std::numeric_limits<float>::max());
-      const float alpha = max(exp2_flush(VecF(max_of[r] - finite)));
-      for (int64_t j = 0; j < count; j += kLanes) {
-        const VecF weight = exp2_flush(fma(load(scores + j), VecF(factor), VecF(-finite)));
-        store(scores + j, weight);
-        total = total + weight;
-      }
-      max_of[r] = new_max;
-      sum_of[r] = sum_of[r] * alpha + sum(total);
-      add_rows<T>(scores, row_of(v), count, D, alpha, tile.out + r * Dp);
-    }
-  for (int64_t r = 0; r < n; ++r) {
-    write_lse(sizes, head, r, max_of[r], sum_of[r], lse);
-    const VecF by(sum_of[r] == 0.0F ? 0.0F : 1.0F / sum_of[r]);
-    write_row(tile.out + r * Dp, by, D, query_row(out, sizes, head, r));
-  }
 }
 
 template <class T>
@@ -312,40 +210,32 @@ void fwd(const AttentionSizes& sizes, const Tensor& q, const Tensor& k, const Te
   const std::vector<Wave> waves =
       waves_of(heads_of(sizes, q, k, cu_seqlens), kWaveBytes, blocks,
                [&](const Head& head) { return 2 * blocks(head) * block_units * static_cast<int64_t>(sizeof(U)); });
-  int64_t slots = 0;
-  for (const Wave& wave : waves) slots = std::max(slots, wave.slots);
+  const int64_t slots = largest(waves).slots;
   const Scratch<U> k_pack(slots * block_units), v_pack(slots * block_units);
-  const Scratch<float> tiles(max_threads() * FwdTile<U>::floats(D));
+  const int64_t tile_floats = std::max(FwdTile<U>::floats(D), attention_few_scratch(D));
+  const Scratch<float> tiles(max_threads() * tile_floats);
   const Rows<T> q_rows(q), k_rows(k), v_rows(v), out_rows(out);
 
   for (const Wave& wave : waves) {
-    const std::vector<Task> packs = tasks_of(wave, blocks, [](const Head&, int64_t) { return 1; });
-    parallel_tasks(static_cast<int64_t>(packs.size()), [&](int64_t task, int64_t thread) {
-      const Head& head = wave.heads[packs[task].head];
-      const int64_t key = packs[task].index * kKeys, keys = std::min(kKeys, head.S - key);
-      const int64_t at = (head.slot + packs[task].index) * block_units;
-      const FwdTile<U> tile(tiles.data() + thread * FwdTile<U>::floats(D), D);
+    run_in_order(wave, blocks, [&](const Head& head, int64_t index, int64_t thread) {
+      const int64_t key = index * kKeys, keys = std::min(kKeys, head.S - key), at = (head.slot + index) * block_units;
+      const FwdTile<U> tile(tiles.data() + thread * tile_floats, D);
       const auto row_of = [&](const Rows<T>& x) {
         return [&, key](int64_t j) -> const T* { return x.row(head.batch, head.k_begin + key + j, head.group); };
       };
       pack_rows<T>(row_of(k_rows), keys, D, k_pack.data() + at);
       pack_panels<T>(row_of(v_rows), keys, D, reinterpret_cast<U*>(tile.buffer), v_pack.data() + at);
     });
-    const std::vector<Task> tasks = tasks_of(
+    run_in_order(
         wave, [&](const Head& head) { return sizes.tiles(head); },
-        [&](const Head& head, int64_t index) {
-          Range common;
-          const Range seen = sizes.keys_of_tile(head, index, &common);
-          return seen.end - seen.begin;
+        [&](const Head& head, int64_t index, int64_t thread) {
+          float* scratch = tiles.data() + thread * tile_floats;
+          if (few(head))
+            fwd_few<T>(sizes, head, scratch, q_rows, k_rows, v_rows, out_rows, lse);
+          else
+            fwd_tile<T, U>(sizes, head, index, k_pack.data(), v_pack.data(), FwdTile<U>(scratch, D), q_rows, out_rows,
+                           lse);
         });
-    parallel_tasks(static_cast<int64_t>(tasks.size()), [&](int64_t task, int64_t thread) {
-      const Head& head = wave.heads[tasks[task].head];
-      const FwdTile<U> tile(tiles.data() + thread * FwdTile<U>::floats(D), D);
-      if (few(head))
-        fwd_few<T, U>(sizes, head, tile, q_rows, k_rows, v_rows, out_rows, lse);
-      else
-        fwd_tile<T, U>(sizes, head, tasks[task].index, k_pack.data(), v_pack.data(), tile, q_rows, out_rows, lse);
-    });
   }
 }
 
@@ -362,10 +252,9 @@ void attention_few(const Tensor& q, const Tensor& k, const Tensor& v, double sca
                    const Tensor& lse, float* scratch) {
   with_dtype(q.dtype, [&](auto tag) {
     using T = decltype(tag);
-    using U = typename UnitOf<T>::type;
-    const AttentionSizes sizes = attention_sizes(q, k, scale, true, window, kRows<U>);
+    const AttentionSizes sizes = attention_sizes(q, k, scale, true, window, kMostRows);
     const Head head = {0, 0, 0, 1, 0, k.size[1]};
-    fwd_few<T, U>(sizes, head, FwdTile<U>(scratch, sizes.D), Rows<T>(q), Rows<T>(k), Rows<T>(v), Rows<T>(out), lse);
+    fwd_few<T>(sizes, head, scratch, Rows<T>(q), Rows<T>(k), Rows<T>(v), Rows<T>(out), lse);
   });
 }
 

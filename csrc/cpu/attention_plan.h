@@ -13,11 +13,12 @@
 #include <vector>
 
 #include "../ops.h"
+#include "parallel.h"
 
 namespace llama_fast::cpu {
 
-constexpr int64_t kMostRows = 64;  // of a tile
-constexpr int64_t kKeys = 128;     // keys of a block: long enough to hide loading and storing the accumulators of out
+constexpr int64_t kMostRows = 128;  // of a tile
+constexpr int64_t kKeys = 128;      // keys of a block: long enough to hide loading and storing the accumulators of out
 
 constexpr int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
@@ -144,15 +145,41 @@ std::vector<Wave> waves_of(const std::vector<Head>& heads, int64_t budget, const
   return waves;
 }
 
-// The tasks (head, index) with index below count_of(head), those of the greatest cost first.
-template <class Count, class Cost>
-std::vector<Task> tasks_of(const Wave& wave, const Count& count_of, const Cost& cost_of) {
+// The most slots, and the most slots of parts, that a wave has.
+inline Wave largest(const std::vector<Wave>& waves) {
+  Wave most;
+  for (const Wave& wave : waves) {
+    most.slots = std::max(most.slots, wave.slots);
+    most.part_slots = std::max(most.part_slots, wave.part_slots);
+  }
+  return most;
+}
+
+template <class Body>
+void run_tasks(const Wave& wave, const std::vector<Task>& tasks, const Body& body) {
+  parallel_tasks(static_cast<int64_t>(tasks.size()),
+                 [&](int64_t task, int64_t thread) { body(wave.heads[tasks[task].head], tasks[task].index, thread); });
+}
+
+// Calls body(head, index, thread) on all threads for the heads of a wave and index below count_of(head): head by head,
+// so that what its tasks share stays in the cache, the last index first, which under a causal mask has the most to do.
+template <class Count, class Body>
+void run_in_order(const Wave& wave, const Count& count_of, const Body& body) {
+  std::vector<Task> tasks;
+  for (size_t h = 0; h < wave.heads.size(); ++h)
+    for (int64_t i = count_of(wave.heads[h]); i-- > 0;) tasks.push_back({static_cast<int64_t>(h), i, 0});
+  run_tasks(wave, tasks, body);
+}
+
+// The same, the heads of the greatest cost_of(head) first: for few tasks that are large.
+template <class Count, class Cost, class Body>
+void run_by_cost(const Wave& wave, const Count& count_of, const Cost& cost_of, const Body& body) {
   std::vector<Task> tasks;
   for (size_t h = 0; h < wave.heads.size(); ++h)
     for (int64_t i = 0; i < count_of(wave.heads[h]); ++i)
-      tasks.push_back({static_cast<int64_t>(h), i, cost_of(wave.heads[h], i)});
+      tasks.push_back({static_cast<int64_t>(h), i, cost_of(wave.heads[h])});
   std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
-  return tasks;
+  run_tasks(wave, tasks, body);
 }
 
 // Uninitialised memory for `count` T, aligned to a cache line.
@@ -171,5 +198,66 @@ class Scratch {
  private:
   T* data_;
 };
+
+// The backward, wave by wave. pack(head, tile, thread, rows) packs a tile of rows into `row_floats` floats; then
+// block(head, block, thread, rows, dq), for each block of `keys` keys, does what the block takes part in, with the
+// packed rows of all tiles of the head, and adds its share of dq to `dq_floats` floats a tile; then finish(head, tile,
+// thread, dq) takes the whole sum. The blocks of a head are dealt to parts, which run at once and have a dq each; these
+// are added in order.
+template <class Pack, class Block, class Finish>
+void run_bwd(const AttentionSizes& sizes, std::vector<Head> heads, int64_t keys, int64_t row_floats, int64_t dq_floats,
+             const Pack& pack, const Block& block, const Finish& finish) {
+  constexpr int64_t kWaveBytes = 32 << 20, kWaveBytesPerThread = 8 << 20;
+  constexpr int64_t kTasksPerThread = 4;  // a head with more than its share of the work is cut into parts
+  const auto tiles_of = [&](const Head& head) { return sizes.tiles(head); };
+  const auto blocks = [&](const Head& head) { return blocks_of(head.S, keys); };
+  const auto cost_of = [&](const Head& head) { return sizes.tiles(head) * blocks(head); };
+  int64_t cost = 0;
+  for (const Head& head : heads) cost += cost_of(head);
+  const int64_t share = std::max<int64_t>(1, cost / (kTasksPerThread * max_threads()));
+  for (Head& head : heads)
+    head.parts = std::clamp<int64_t>(cost_of(head) / share, 1, std::max<int64_t>(1, blocks(head)));
+
+  const std::vector<Wave> waves =
+      waves_of(heads, std::max(kWaveBytes, kWaveBytesPerThread * max_threads()), tiles_of, [&](const Head& head) {
+        return sizes.tiles(head) * (row_floats + head.parts * dq_floats) * static_cast<int64_t>(sizeof(float));
+      });
+  const Wave most = largest(waves);
+  const Scratch<float> all_rows(most.slots * row_floats), all_dq(most.part_slots * dq_floats);
+  const auto rows = [&](const Head& head) { return all_rows.data() + head.slot * row_floats; };
+  const auto dq = [&](const Head& head, int64_t part) {
+    return all_dq.data() + (head.part_slot + part * sizes.tiles(head)) * dq_floats;
+  };
+
+  for (const Wave& wave : waves) {
+    run_in_order(wave, tiles_of, [&](const Head& head, int64_t tile, int64_t thread) {
+      pack(head, tile, thread, rows(head) + tile * row_floats);
+    });
+    // part p of a head has the key blocks p, p + parts, ...
+    run_by_cost(
+        wave, [](const Head& head) { return head.parts; }, [&](const Head& head) { return cost_of(head) / head.parts; },
+        [&](const Head& head, int64_t part, int64_t thread) {
+          std::fill_n(dq(head, part), sizes.tiles(head) * dq_floats, 0.0F);
+          for (int64_t b = part; b < blocks(head); b += head.parts) block(head, b, thread, rows(head), dq(head, part));
+        });
+    run_in_order(wave, tiles_of, [&](const Head& head, int64_t tile, int64_t thread) {
+      float* total = dq(head, 0) + tile * dq_floats;
+      for (int64_t part = 1; part < head.parts; ++part) {
+        const float* more = dq(head, part) + tile * dq_floats;
+        for (int64_t i = 0; i < dq_floats; ++i) total[i] += more[i];
+      }
+      finish(head, tile, thread, total);
+    });
+  }
+}
+
+// bfloat16 on matrix registers: attention_amx_fwd.cpp and attention_amx_bwd.cpp.
+namespace amx {
+void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, double scale,
+                   bool causal, int64_t window, const Tensor& out, const Tensor& lse);
+void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                   const Tensor& lse, const Tensor& cu_seqlens, double scale, bool causal, int64_t window,
+                   const Tensor& dq, const Tensor& dk, const Tensor& dv);
+}  // namespace amx
 
 }  // namespace llama_fast::cpu

@@ -111,6 +111,17 @@ LF_INLINE T* query_row(const Rows<T>& x, const AttentionSizes& sizes, const Head
   return x.row(head.batch, head.q_begin + r / sizes.rep, head.group * sizes.rep + r % sizes.rep);
 }
 
+// lse of row r of a head.
+LF_INLINE float* lse_of(const Tensor& lse, const AttentionSizes& sizes, const Head& head, int64_t r) {
+  return lse.ptr<float>() + head.batch * lse.stride[0] + (head.group * sizes.rep + r % sizes.rep) * lse.stride[1] +
+         (head.q_begin + r / sizes.rep) * lse.stride[2];
+}
+
+// lse from the maximum of a row, in base two, and the sum of its exponentials.
+LF_INLINE float lse_from(float max, float sum) {
+  return static_cast<float>(static_cast<double>(max) * 0.6931471805599453 + std::log(sum));
+}
+
 template <class A, class B>
 constexpr bool kSame = std::is_same<A, B>::value;
 
@@ -164,6 +175,16 @@ LF_INLINE void write_row(const float* from, VecF by, int64_t D, T* to) {
   int64_t d = 0;
   for (; d + kLanes <= D; d += kLanes) store(to + d, load(from + d) * by);
   if (d < D) store_n(to + d, load_n(from + d, D - d) * by, D - d);
+}
+
+// sum_d a[d] b[d]
+template <class T>
+LF_INLINE float dot_rows(const T* a, const T* b, int64_t D) {
+  VecF total(0.0F);
+  int64_t d = 0;
+  for (; d + kLanes <= D; d += kLanes) total = fma(load(a + d), load(b + d), total);
+  if (d < D) total = fma(load_n(a + d, D - d), load_n(b + d, D - d), total);
+  return sum(total);
 }
 
 // Row r of the output, r < n, is column r of from[D, kRows], times factor[r]. `buffer` holds four rows of D.

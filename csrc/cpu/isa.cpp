@@ -9,11 +9,15 @@
 #if LF_X86
 #include <cpuid.h>
 #endif
+#if LF_X86 && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace llama_fast::cpu {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512bf16"};
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512bf16", "amx"};
 
 #if LF_X86
 struct Registers {
@@ -25,6 +29,21 @@ Registers cpuid(unsigned leaf, unsigned subleaf) {
   Registers r;
   __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx);
   return r;
+}
+
+// Whether the system lets this process use the matrix registers (8 KB a thread): it must be asked, once.
+bool may_use_amx() {
+#if LF_SOFTWARE_TILES
+  return true;
+#elif defined(__linux__)
+  constexpr unsigned kBf16 = 1U << 22, kTiles = 1U << 24;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  const unsigned features = cpuid(7, 0).edx;
+  return (features & kBf16) != 0 && (features & kTiles) != 0 &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 #endif
 
@@ -38,7 +57,8 @@ Isa probe() {
   if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")))
     return Isa::avx2;
-  return avx512bf16 ? Isa::avx512bf16 : Isa::avx512;
+  if (!avx512bf16) return Isa::avx512;
+  return may_use_amx() ? Isa::amx : Isa::avx512bf16;
 #else
   return Isa::portable;
 #endif

@@ -1,8 +1,9 @@
 // The vector type of each instruction set: `VecF`, kLanes float32 lanes, with loads and stores of float32, bfloat16 and
 // float16. The simd*.h files are the only ones with intrinsics.
 //
-// Each of the namespaces portable, avx2, avx512 and avx512bf16 has the same names; a kernel file is compiled once in
-// each (each_isa.h). The functions carry no `target` attribute of their own but stand in a target region.
+// Each of the namespaces portable, avx2, avx512, avx512bf16 and amx has the same names; a kernel file is compiled once
+// in each of the first four (each_isa.h), and the files named *_amx_* in the last. The functions carry no `target`
+// attribute of their own but stand in a target region.
 #pragma once
 
 #include <cmath>
@@ -24,6 +25,13 @@
 #define LF_TARGET_AVX2 "avx2,fma,f16c"
 #define LF_TARGET_AVX512 "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"
 #define LF_TARGET_AVX512BF16 "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"
+
+// g++ knows the instructions of the matrix registers as assembly alone, and wants no feature for them
+#if defined(__clang__)
+#define LF_TARGET_AMX "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16"
+#else
+#define LF_TARGET_AMX LF_TARGET_AVX512BF16
+#endif
 
 #if defined(__clang__)
 #define LF_TARGET_BEGIN(features) \
@@ -150,6 +158,18 @@ LF_TARGET_BEGIN(LF_TARGET_AVX512BF16)
 #include "simd_math.h"
 #include "simd_rows.h"
 #include "simd_dot.h"
+#undef LF_NATIVE_BF16
+#undef LF_ISA
+LF_TARGET_END
+
+LF_TARGET_BEGIN(LF_TARGET_AMX)
+#define LF_ISA amx
+#define LF_NATIVE_BF16 1
+#include "simd_avx512.h"
+#include "simd_math.h"
+#include "simd_rows.h"
+#include "simd_dot.h"
+#include "simd_amx.h"
 #undef LF_NATIVE_BF16
 #undef LF_ISA
 LF_TARGET_END
