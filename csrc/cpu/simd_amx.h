@@ -108,7 +108,7 @@ LF_INLINE void multiply_blocks(const bf16* left, const bf16* right, int64_t coun
 #undef LF_TILE_CONFIGURE
 #undef LF_TILE_RELEASE
 
-// 2^x within 2.7e-6 of its value, NaN for NaN; 0 below 2^-126 while Tiles live, and slow there without. 2^(n + f) with
+// 2^x within 2.7e-6 of its value, NaN for NaN; 0 below 2^-126 while Tiles live. 2^(n + f) with
 // n = floor(x) and a polynomial in f of the least relative error: half the instructions of exp2_flush.
 LF_INLINE VecF exp2_for_half(VecF x) {
   const VecF f = _mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
