@@ -224,7 +224,7 @@ def test_intrinsics_stand_in_simd_headers_only() -> None:
 
 
 def test_asm_stands_in_ptx_headers_and_one_of_the_cpu_only() -> None:
-    """simd_amx.h: g++ 10 has no intrinsics for the matrix registers, and those of 11 and 12 do not say that they read."""
+    """simd_amx.h: g++ 10 has no intrinsics for matrix registers, and those of 11 and 12 do not say that they read."""
     for path in _files(".h", ".cpp", ".cu", ".cuh", under="csrc"):
         if not path.name.startswith("ptx") and path.name != "simd_amx.h":
             assert not (found := _matches(path, r"\b(__)?asm(__)?\b *(volatile)?\b *\(")), found
