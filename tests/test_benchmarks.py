@@ -89,7 +89,7 @@ def test_a_case_that_fails_falls_and_the_rest_goes_on(monkeypatch: pytest.Monkey
             return subprocess.CompletedProcess(command, 1, "", "Traceback\nRuntimeError: results differ\n")
         return subprocess.CompletedProcess(command, 0, "a warning\n" + json.dumps({"time vs transformers": 3.0}), "")
 
-    monkeypatch.setattr(subprocess, "run", broken)
+    monkeypatch.setattr(floors, "subprocess", types.SimpleNamespace(run=broken))
     monkeypatch.setattr(floors, "processor", lambda: "zen5")
     lines = [
         floors.Floor(RMS_NORM, "forward of limit", "", {"zen5": 0.1}),

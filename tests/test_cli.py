@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -282,7 +283,7 @@ def test_a_demo_whose_curves_differ_fails(
             (out / f"{kind}.json").write_text(json.dumps(figures | {"peak_memory": 1e9, "saved_bytes": 8.0}))
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(demo, "subprocess", SimpleNamespace(run=run))  # the demo's alone: matplotlib runs fc-list
     found = llama_fast_program("demo", "--out", str(tmp_path / "out"), "--steps", "10")
     assert found.status == (1 if off else 0)
     assert ("THE CURVES DIFFER" in found.out) == bool(off)
@@ -296,7 +297,7 @@ def test_a_demo_whose_training_fails_names_it(
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(training, "prepare", lambda *_: None)
     fails = lambda command, check: subprocess.CompletedProcess(command, int("plain" in command))  # noqa: E731
-    monkeypatch.setattr(subprocess, "run", fails)
+    monkeypatch.setattr(demo, "subprocess", SimpleNamespace(run=fails))
     found = llama_fast_program("demo", "--out", str(tmp_path / "out"), "--steps", "10")
     assert found.status == 1
     assert "failed: the training of plain PyTorch" in found.out
