@@ -259,7 +259,8 @@ def linear_cross_entropy_bwd(
     h, w, V = _up(hidden), _up(weight), weight.shape[0]
     logits, counts = h @ w.T, targets != ignore_index
     lse = torch.logsumexp(logits, dim=-1, keepdim=True)
-    dlogits = (logits - lse).exp() * (1.0 + 2.0 * z_loss * lse) - label_smoothing / max(V, 1)
+    # not exp(logits - lse): lse rounded to float32 makes a whole row's probabilities err alike, by up to |lse| 2^-24
+    dlogits = logits.softmax(dim=-1) * (1.0 + 2.0 * z_loss * lse) - label_smoothing / max(V, 1)
     true = targets.where(counts, 0).unsqueeze(1)
     dlogits = dlogits.scatter_add(1, true, dlogits.new_full(true.shape, label_smoothing - 1.0))
     dlogits = torch.where(counts.unsqueeze(1), dlogits * _up(dloss).unsqueeze(1), 0.0)
