@@ -104,6 +104,13 @@ def test_verify_passes_and_fails_with_its_status(llama_fast_program: Any, monkey
     found = llama_fast_program("verify", "--op", "swiglu")
     assert found.status == 1
     assert "NO: swiglu" in found.out
+    assert "draws" not in found.out
+    for name, value in (("ulp", lambda *_: 0.0), ("FORWARD_FACTOR", 0.1), ("BACKWARD_FACTOR", 0.1)):
+        monkeypatch.setattr(llama_fast.verify, name, value)
+    found = llama_fast_program("verify", "--op", "swiglu")
+    assert found.status == 1
+    assert ", means of 16 draws" in found.out
+    assert "judged by the means of 16 draws of the inputs" in found.out
 
 
 def test_bench_writes_its_table_and_json(

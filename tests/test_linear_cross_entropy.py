@@ -243,8 +243,11 @@ def test_peak_memory() -> None:
     assert peaks["ours"] <= peaks["eager"] / 8
 
 
+MANY_TERMS = Case(OP, {"...": (700,), "C": 256, "V": 1003}, scale=0.2)
+
+
 def run_once(dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
-    hidden, weight, targets = Case(OP, {"...": (700,), "C": 256, "V": 1003}, scale=0.2).inputs(dtype).values()
+    hidden, weight, targets = MANY_TERMS.inputs(dtype).values()
     leaves = (hidden.requires_grad_(), weight.requires_grad_())
     loss = lf.linear_cross_entropy(*leaves, targets)
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
@@ -252,16 +255,15 @@ def run_once(dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_repeats_bitwise_and_threads_change_only_rounding(dtype: torch.dtype) -> None:
-    threads, found = torch.get_num_threads(), []
+    """The vendor's products add in another order with another number of threads; no order errs more than eager's."""
+    threads = torch.get_num_threads()
     try:
-        for n in (2, 2, 1):
+        for n in (1, 2, 3):
             torch.set_num_threads(n)
-            found.append(run_once(dtype))
+            assert all(torch.equal(a, b) for a, b in zip(run_once(dtype), run_once(dtype), strict=True))
+            assert_within_budget(MANY_TERMS, TARGETS[0], dtype)
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))
-    for a, b in zip(found[0], found[2], strict=True):
-        assert (a - b).abs().max() <= 2 * torch.finfo(dtype).eps * b.abs().max()
 
 
 def test_repeats_bitwise_in_another_process() -> None:
