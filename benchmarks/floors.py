@@ -27,7 +27,8 @@ else:
     import tomli as tomllib
 
 PATH = Path(__file__).with_name("floors.toml")
-PROCESSORS = {26: "zen5", 25: "zen4"}  # by AMD family, where the kernels run on AVX-512; "amx" is Intel's
+AMX = "amx"  # Intel's processors with matrix registers
+PROCESSORS = {26: "zen5", 25: "zen4"}  # by AMD family, where the kernels run on AVX-512
 MEMORY = ("", "default memory", "ours kept")  # what a figure ends in; "": kept on both sides
 ROUNDS = 3  # of processes, where each side has its own
 
@@ -56,9 +57,9 @@ def read(path: Path = PATH) -> list[Floor]:
             figure, _, memory = key.partition("; ")
             if memory not in MEMORY:
                 raise ValueError(f"{path.name}: {case}: {key!r} ends in none of {', '.join(MEMORY)}")
-            if not least or set(least) - set(PROCESSORS.values()):
+            if not least or set(least) - {*PROCESSORS.values(), AMX}:
                 raise ValueError(
-                    f"{path.name}: {case}: {key!r} is for {set(least)}, expected {set(PROCESSORS.values())}"
+                    f"{path.name}: {case}: {key!r} is for {set(least)}, expected {{*PROCESSORS.values(), AMX}}"
                 )
             found.append(Floor(case, figure, memory, least))
     return found
@@ -77,7 +78,7 @@ def processor() -> str | None:
 
     if native.unavailable() is not None or native.isa() not in ("amx", "avx512bf16", "avx512"):
         return None
-    return "amx" if native.isa() == "amx" else PROCESSORS.get(native.amd_family())
+    return AMX if native.isa() == "amx" else PROCESSORS.get(native.amd_family())
 
 
 def figures(case: str, memory: str, only: str | None = None) -> dict[str, float]:
