@@ -29,6 +29,7 @@ else:
 PATH = Path(__file__).with_name("floors.toml")
 AMX = "amx"  # Intel's processors with matrix registers
 PROCESSORS = {26: "zen5", 25: "zen4"}  # by AMD family, where the kernels run on AVX-512
+CLASSES = {*PROCESSORS.values(), AMX}
 MEMORY = ("", "default memory", "ours kept")  # what a figure ends in; "": kept on both sides
 ROUNDS = 3  # of processes, where each side has its own
 
@@ -57,10 +58,8 @@ def read(path: Path = PATH) -> list[Floor]:
             figure, _, memory = key.partition("; ")
             if memory not in MEMORY:
                 raise ValueError(f"{path.name}: {case}: {key!r} ends in none of {', '.join(MEMORY)}")
-            if not least or set(least) - {*PROCESSORS.values(), AMX}:
-                raise ValueError(
-                    f"{path.name}: {case}: {key!r} is for {set(least)}, expected {{*PROCESSORS.values(), AMX}}"
-                )
+            if not least or set(least) - CLASSES:
+                raise ValueError(f"{path.name}: {case}: {key!r} is for {set(least)}, expected {CLASSES}")
             found.append(Floor(case, figure, memory, least))
     return found
 

@@ -46,7 +46,7 @@ def test_the_committed_floors_name_known_cases_and_cover_every_op() -> None:
     cases = {f.case.split()[0] for f in found}
     assert cases >= {"attention", "rms_norm", "add_rms_norm", "swiglu", "rope", "linear_cross_entropy"}
     assert cases >= {"block", "training_step", "decode"}
-    assert all(set(f.least) <= set(floors.PROCESSORS.values()) for f in found)
+    assert all(set(f.least) <= floors.CLASSES for f in found)
 
 
 @pytest.mark.parametrize(
