@@ -52,6 +52,35 @@ def _library_of(process: ctypes.CDLL, symbol: str) -> str:
     return (info.dli_fname or b"").decode(errors="replace") if found else ""
 
 
+class _MallInfo2(ctypes.Structure):
+    _fields_ = (
+        ("before", ctypes.c_size_t * 4),
+        ("hblkhd", ctypes.c_size_t),  # bytes in mappings of their own
+        ("between", ctypes.c_size_t * 2),
+        ("uordblks", ctypes.c_size_t),  # bytes in use elsewhere
+        ("after", ctypes.c_size_t * 2),
+    )
+
+
+def _glibc_serves(process: ctypes.CDLL) -> bool:
+    """Whether glibc's own counts see an allocation. In an executable at a fixed address, as Debian's python3 is, the
+    address of malloc is in the executable, whoever is behind it."""
+    if not hasattr(process, "mallinfo2"):
+        return False
+    process.mallinfo2.restype, process.malloc.restype = _MallInfo2, ctypes.c_void_p
+    size = 1 << 26
+
+    def used() -> int:
+        info = process.mallinfo2()
+        return int(info.hblkhd + info.uordblks)
+
+    before = used()
+    block = process.malloc(ctypes.c_size_t(size))
+    served = used() - before >= size
+    process.free(ctypes.c_void_p(block))
+    return served
+
+
 @functools.cache
 def keep_host_memory() -> HostMemory:
     """Keep freed host memory in the process, so that the next large tensor need not be faulted in page by page.
@@ -73,7 +102,7 @@ def keep_host_memory() -> HostMemory:
     if not hasattr(process, "gnu_get_libc_version") or not hasattr(process, "mallopt"):
         return HostMemory(False, {}, "the C library is not glibc")
     ours, theirs = _library_of(process, "mallopt"), _library_of(process, "malloc")
-    if ours != theirs:
+    if ours != theirs and not _glibc_serves(process):
         return HostMemory(False, {}, f"malloc is that of {theirs}")
     accepted = {name: value for name, (number, value) in _SETTINGS.items() if process.mallopt(number, value) == 1}
     refused = [name for name in _SETTINGS if name not in accepted]

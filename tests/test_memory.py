@@ -51,7 +51,10 @@ def test_report_and_second_call() -> None:
     [
         ("sys.platform = 'darwin'", "darwin has no mallopt"),
         ("ctypes.CDLL = lambda _: object()", "the C library is not glibc"),
-        ("memory._library_of = lambda _, symbol: f'lib{symbol}.so'", "malloc is that of libmalloc.so"),
+        (
+            "memory._library_of = lambda _, symbol: f'lib{symbol}.so'; memory._glibc_serves = lambda _: False",
+            "malloc is that of libmalloc.so",
+        ),
     ],
 )
 def test_says_why_it_does_nothing(pretend: str, reason: str) -> None:
@@ -59,6 +62,20 @@ def test_says_why_it_does_nothing(pretend: str, reason: str) -> None:
     if sys.platform != "linux" and "darwin" not in pretend:
         pytest.skip("asks glibc, which stands on Linux only")
     assert _run(code) == f"host memory: as the system's default: {reason}"
+
+
+@pytest.mark.skipif(not GLIBC, reason="the C library is not glibc")
+@pytest.mark.parametrize(("malloc", "serves"), [("process.malloc", True), ("lambda _: None", False)])
+def test_whether_glibc_serves_is_asked_of_its_counts(malloc: str, serves: bool) -> None:
+    """Where malloc's address says nothing: an executable at a fixed address, such as Debian's python3."""
+    code = (
+        "import ctypes, types; from llama_fast import memory; process = ctypes.CDLL(None)\n"
+        f"class Pretend:\n    mallinfo2, free = process.mallinfo2, process.free\n"
+        f"class Malloc:\n    restype = None\n    def __call__(self, size):\n"
+        f"        process.malloc.restype = ctypes.c_void_p\n        return ({malloc})(size)\n"
+        "Pretend.malloc = Malloc(); print(memory._glibc_serves(Pretend))"
+    )
+    assert _run(code) == str(serves)
 
 
 def test_import_leaves_the_allocator_alone() -> None:
