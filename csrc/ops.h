@@ -12,7 +12,7 @@
 namespace llama_fast {
 
 // Raised, with INTERFACE of llama_fast/ops/library.py, by every change of a name or a signature that Python calls.
-constexpr int kInterface = 1;
+constexpr int kInterface = 2;
 
 enum class DType : int8_t { f32, bf16, f16, i32, i64 };
 
@@ -85,6 +85,13 @@ constexpr int64_t kGemvRows = 8;
 void gemv(const Tensor& x, const Tensor& weight, const Tensor& y);
 // ys[i] = x weights[i]^T for i in [0, count), in one loop over threads
 void gemv_group(const Tensor& x, const Tensor* weights, const Tensor* ys, int count);
+
+// Asks for huge pages under an output of 4 MB or more: one that the allocator has just taken from the system is then
+// faulted in by 2 MB instead of 4 kB. Advice only (madvise on Linux, nothing elsewhere); contents are not touched.
+void use_huge_pages(const Tensor& out);
+
+// y = x^T;  x: [R, C], y: [C, R] bfloat16 or float16
+void transpose(const Tensor& x, const Tensor& y);
 
 // best[r] = the place of the largest number of row r;  x: [R, V] T, V >= 1; best: [R] i64
 void argmax(const Tensor& x, const Tensor& best);

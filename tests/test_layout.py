@@ -40,6 +40,7 @@ SHARED = {
         "memory": "the host allocator",
         "linear": "the matrix-vector product",
         "decode": "a whole step of a decode",
+        "transpose": "first operands the other way round",
         "argmax": "its greedy choice",
     },
     "llama_fast/ops": {

@@ -102,7 +102,7 @@ def test_accumulate(path: str | None, dtype: torch.dtype, monkeypatch: pytest.Mo
         for M, N, K in SIZES:
             a, b = operands(form, M, N, K, dtype)
             for kind in {dtype, torch.float32}:
-                start = torch.randn(M, N).to(kind)
+                start = torch.randn(M, N, generator=torch.Generator().manual_seed(K)).to(kind)
                 truth = start.double() + TRUTH[form](a.double(), b.double())
                 out = start.clone()
                 with linear.force(path):
@@ -163,6 +163,7 @@ def test_long_float32_sums_are_cut(form: str, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.skipif(linear._onednn is None, reason="this torch has no mkldnn._linear_pointwise")
 def test_the_frozen_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_amx", False)
     monkeypatch.setattr(linear, "_amd_family", 25)
     for form in linear.FORMS:
         assert linear.choose(form, torch.float32, 2048, 2048, 2048) == "torch"
@@ -180,6 +181,65 @@ def test_the_frozen_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert linear.choose("nn", bf16, 512, 2048, 32000) == "transposed"
     assert linear.choose("tn", f32, 2048, 2048, 1) == "torch"
     assert linear.explain("nn", bf16, 512, 2048, 32000).startswith("nn bfloat16 [512, 2048] over 32000: transposed (")
+
+
+@pytest.mark.skipif(linear._transpose is None, reason="the native library is not built")
+def test_the_frozen_choice_with_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_amx", True)
+    monkeypatch.setattr(linear, "_amd_family", 0)
+    f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+    for form in linear.FORMS:
+        for dtype in (f32, f16):
+            assert linear.choose(form, dtype, 2048, 2048, 2048) == "torch"
+        assert linear.choose(form, bf16, 64, 64, 64) == "torch"
+    for M, N in ((2048, 768), (768, 2048), (2048, 2048), (32000, 4096)):
+        assert linear.choose("tn", bf16, M, N, 1024) == "copied"
+    for M, N in ((768, 768), (256, 2048), (2048, 256)):
+        assert linear.choose("tn", bf16, M, N, 1024) == "torch"
+    for M, N, K in ((1, 32000, 4096), (4, 768, 768)):
+        assert linear.choose("nt", bf16, M, N, K) == "gemv"
+    for M, N, K in ((2, 2048, 2048), (64, 2048, 768), (256, 2048, 2048), (512, 32000, 768)):
+        assert linear.choose("nt", bf16, M, N, K) == "transposed"
+    for M, N, K in ((64, 768, 768), (257, 2048, 2048), (513, 32000, 768)):
+        assert linear.choose("nt", bf16, M, N, K) == "torch"
+    assert linear.choose("nn", bf16, 512, 2048, 32000) == "torch"
+
+
+@pytest.mark.skipif(linear._transpose is None, reason="the native library is not built")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+def test_transpose(isa: str, dtype: torch.dtype) -> None:
+    for R, C in ((1, 1), (8, 8), (63, 65), (64, 64), (200, 333), (700, 1000)):
+        x = torch.randn(R, C + 3).to(dtype)[:, :C]
+        for gap in (0, 5, 32):
+            whole = torch.full((C, R + gap), torch.nan, dtype=dtype)
+            y = whole[:, :R]
+            with target(isa):
+                linear._transpose(x, y)
+            assert torch.equal(y, x.t())
+            assert whole[:, R:].isnan().all()
+
+
+@pytest.mark.skipif(linear._transpose is None, reason="the native library is not built")
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32], ids=str)
+def test_copied_by_slices(kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_SLICE_BYTES", 1024)
+    M, N, K = 2100, 40, 33  # slices of 1024 rows
+    a, b = operands("tn", M, N, K, torch.bfloat16)
+    start = torch.ones(M, N, dtype=kind)
+    with linear.force("copied"):
+        found = linear.tn(a, b, out=start.clone(), accumulate=True)
+    plain = start.bfloat16() + TRUTH["tn"](a, b)
+    assert problem(found.bfloat16(), start.double() + TRUTH["tn"](a.double(), b.double()), plain, K) == ""
+
+
+@pytest.mark.skipif(linear._transpose is None, reason="the native library is not built")
+def test_copied_keeps_a_nan_in_its_row() -> None:
+    """oneDNN reads on behind a row whose length is no multiple of a register's."""
+    a, b = operands("tn", 96, 64, 70, torch.bfloat16)
+    a[:, 5] = torch.nan
+    with linear.force("copied"):
+        assert linear.tn(a, b).isnan().all(1).nonzero().flatten().tolist() == [5]
 
 
 @pytest.mark.skipif(linear._gemv is None, reason="the native library is not built")

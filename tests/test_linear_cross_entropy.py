@@ -308,6 +308,18 @@ def test_autocast_casts_as_linear_does() -> None:
         torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-3)
 
 
+@pytest.mark.skipif(native._native is None, reason="the native library is not built")
+def test_large_new_tensors_are_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before their first write, for huge pages: the logits of a chunk and what sums dweight up, a float32 copy too."""
+    found: list[tuple[torch.Size, torch.dtype]] = []
+    fwd, _ = chunks.primitives(native._row_kernel, lambda new: found.append((new.shape, new.dtype)))
+    for R, rows, total in ((300, 256, torch.bfloat16), (6000, 1024, torch.float32)):
+        found.clear()
+        inputs = Case(OP, {"...": (R,), "C": 8, "V": 24}).inputs(torch.bfloat16).values()
+        fwd(*inputs, torch.ones(R), -100, 0.0, 0.0, True, True)
+        assert found == [((rows, 24), torch.bfloat16), ((24, 8), total)]
+
+
 def test_no_gradient_no_gradient_work() -> None:
     hidden, weight, targets = Case(OP, {"...": (9,), "C": 8, "V": 33}).inputs(torch.float32).values()
     with LiveBytes() as memory:

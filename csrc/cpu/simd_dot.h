@@ -67,13 +67,13 @@ LF_INLINE VecF exp2_flush(VecF x) {
   return p * VecF((Raw)((Bits)t.v << 23));
 }
 
-// Lanes I of a (0 to 3) and b (4 to 7). g++ 11 has no __builtin_shufflevector, clang has no __builtin_shuffle.
-template <int... I, class Quad>
-LF_INLINE Quad shuffle(Quad a, Quad b) {
+// Lanes I of a and, counted on, of b. g++ 11 has no __builtin_shufflevector, clang has no __builtin_shuffle.
+template <int... I, class V>
+LF_INLINE V shuffle(V a, V b) {
 #if defined(__clang__)
   return __builtin_shufflevector(a, b, I...);
 #else
-  typedef int32_t Lanes __attribute__((vector_size(16)));
+  using Lanes = decltype(a == b);  // integers of the same size
   return __builtin_shuffle(a, b, Lanes{I...});
 #endif
 }

@@ -39,8 +39,13 @@ def _part(x: Tensor, chunk: slice | None) -> Tensor:
     return x if chunk is None else x[chunk]
 
 
-def primitives(row_kernel: RowKernel) -> tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]:
-    """The launchers `linear_cross_entropy_fwd` and `linear_cross_entropy_bwd` made of a row kernel."""
+def primitives(
+    row_kernel: RowKernel, on_new: Callable[[Tensor], None] = lambda _: None
+) -> tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]:
+    """The launchers `linear_cross_entropy_fwd` and `linear_cross_entropy_bwd` made of a row kernel.
+
+    `on_new` is called with each large tensor before it is first written.
+    """
 
     def linear_cross_entropy_fwd(
         hidden: Tensor,
@@ -63,7 +68,11 @@ def primitives(row_kernel: RowKernel) -> tuple[Callable[..., tuple[Tensor, ...]]
             return results
         step, accumulator = plan(R, C, V, hidden.element_size(), wants_dweight)
         logits_buffer = hidden.new_empty(step, V)
-        total = hidden.new_zeros(V, C, dtype=torch.float32) if accumulator else dweight
+        total = hidden.new_empty(V, C, dtype=torch.float32) if accumulator else dweight
+        for new in (logits_buffer, total):
+            on_new(new)
+        if accumulator:
+            total.zero_()
         for begin in range(0, R, step):
             end = min(begin + step, R)
             chunk = None if step == R else slice(begin, end)

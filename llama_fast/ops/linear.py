@@ -37,7 +37,11 @@ _SLICE_BYTES = 8 << 20  # of a product that cannot be written in place: two of t
 _TERMS = {"nt": 192, "nn": 384, "tn": 384}
 _ZEN5 = 26  # AMD's family number: the first of its processors with 512-bit multiply-adds at full rate
 _ALL = 1 << 62
+_BF16 = (torch.bfloat16,)
+_HALF = (torch.bfloat16, torch.float16)
 _ONEDNN_REASON = "oneDNN uses 512-bit multiply-adds, MKL does not on this processor: twice as fast in float32"
+_COPIED_REASON = "oneDNN takes twice the time for a first operand that lies across: a copy of dy^T pays"
+_TRANSPOSED_REASON = "(W x^T)^T: oneDNN rearranges its second operand, and x is the smaller one"
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Rule:
     """`path` runs where dtype and form are listed, the sizes are in range and 2 M N K >= `flops`.
 
     `amd_family`: on AMD processors from this family number on, and on no other maker's; 0 for all processors.
+    `amx`: on processors with matrix registers for bfloat16 (Intel's server processors from Sapphire Rapids on) alone.
     """
 
     path: str
@@ -56,15 +61,17 @@ class Rule:
     N: tuple[int, int] = (1, _ALL)
     K: tuple[int, int] = (1, _ALL)
     amd_family: int = 0
+    amx: bool = False
 
     def applies(self, form: str, dtype: torch.dtype, M: int, N: int, K: int) -> bool:
-        if self.amd_family > _amd_family:
+        if self.amd_family > _amd_family or self.amx > _amx:
             return False
         sizes = all(low <= n <= high for (low, high), n in ((self.M, M), (self.N, N), (self.K, K)))
         return dtype in self.dtypes and form in self.forms and sizes and self.flops <= 2 * M * N * K
 
 
 RULES = (  # the first that applies and can run; else "torch"
+    Rule("transposed", _BF16, ("nt",), _TRANSPOSED_REASON, flops=1 << 24, M=(2, 64), N=(1024, _ALL), amx=True),
     Rule("gemv", (torch.float32, torch.bfloat16), ("nt",), "1 to 4 rows: bound by reading W", flops=1 << 18, M=(1, 4)),
     Rule(
         "onednn",
@@ -76,6 +83,11 @@ RULES = (  # the first that applies and can run; else "torch"
         amd_family=_ZEN5,
     ),
     Rule("onednn", (torch.float32,), ("tn",), _ONEDNN_REASON, flops=1 << 23, K=(8, _ALL), amd_family=_ZEN5),
+    Rule("copied", _BF16, ("tn",), _COPIED_REASON, flops=1 << 23, M=(1024, _ALL), N=(512, _ALL), amx=True),
+    Rule("copied", _BF16, ("tn",), _COPIED_REASON, flops=1 << 23, M=(512, _ALL), N=(1024, _ALL), amx=True),
+    Rule("transposed", _BF16, ("nt",), _TRANSPOSED_REASON, M=(65, 256), N=(2048, _ALL), K=(512, _ALL), amx=True),
+    Rule("transposed", _BF16, ("nt",), _TRANSPOSED_REASON, M=(257, 512), N=(16384, _ALL), K=(512, _ALL), amx=True),
+    Rule("torch", _HALF, FORMS, "oneDNN's own instructions for both half precisions", amx=True),
     Rule(
         "transposed",
         (torch.bfloat16,),
@@ -87,7 +99,7 @@ RULES = (  # the first that applies and can run; else "torch"
     ),
     Rule("upcast", (torch.float16,), FORMS, "torch multiplies float16 element by element", flops=1 << 18),
 )
-PATHS = ("torch", "onednn", "transposed", "upcast", "gemv")
+PATHS = ("torch", "onednn", "transposed", "copied", "upcast", "gemv")
 
 _forced: ContextVar[str | None] = ContextVar("llama_fast_linear", default=None)
 
@@ -115,7 +127,9 @@ except (AttributeError, RuntimeError):
 
 _native, _ = library.load("_native")
 _gemv: Any = None if _native is None else _native.cpu.gemv
+_transpose: Any = None if _native is None else _native.cpu.transpose
 _amd_family: int = 0 if _native is None else _native.cpu.amd_family()
+_amx: bool = _native is not None and "amx" in _native.cpu.isas()
 
 
 def forced() -> str | None:
@@ -128,6 +142,8 @@ def _can(path: str, form: str, dtype: torch.dtype, M: int, K: int) -> bool:
         return _onednn is not None and bool(torch.backends.mkldnn.enabled) and dtype in (torch.float32, torch.bfloat16)
     if path == "gemv":
         return _gemv is not None and form == "nt" and 1 <= M <= 4 and K > 0 and dtype != torch.float64
+    if path == "copied":
+        return _transpose is not None and dtype in _HALF
     return path != "upcast" or (dtype == torch.float16 and _onednn is not None)
 
 
@@ -254,7 +270,7 @@ def _product(form: str, a: Tensor, b: Tensor, out: Tensor | None, accumulate: bo
     if path == "torch" and (out is None or out.dtype == a.dtype):
         if out is None:
             return torch.mm(a, b)
-        return out.addmm_(a, b) if accumulate else torch.mm(a, b, out=out)
+        return _into(out, a, b, accumulate)
     if path == "torch" and out is not None and a.is_cuda and M * N * K > 0:  # half-precision factors, a float32 sum
         if accumulate:
             return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
@@ -263,6 +279,10 @@ def _product(form: str, a: Tensor, b: Tensor, out: Tensor | None, accumulate: bo
         out = a.new_empty(M, N) if out is None else out
         _gemv(rows(a), rows(b.t()), out)
         return out
+    if path == "copied":
+        return _copied(a, b, out, accumulate)
+    if path == "transposed" and form == "nt":
+        return _transposed(a, b, out)
     parted = path == "onednn" and a.dtype == torch.float32 and _TERMS[form] < K
     if out is None:
         if path != "upcast" and not parted:
@@ -298,10 +318,55 @@ def _multiply(path: str, a: Tensor, b: Tensor) -> Tensor:
             weight = weight.contiguous()  # oneDNN multiplies a second operand with gaps by its reference loop
         return _onednn(a, weight, None, "none", [], "")
     if path == "transposed":
-        return torch.mm(b.t(), a.t()).t().contiguous()
+        return _turn(torch.mm(b.t(), a.t()))
     if path == "upcast":
         return _onednn(a.float(), b.t().float(), None, "none", [], "").to(a.dtype)
     return torch.mm(a, b)
+
+
+def _into(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> Tensor:
+    return out.addmm_(a, b) if accumulate else torch.mm(a, b, out=out)
+
+
+def _copied(a: Tensor, b: Tensor, out: Tensor | None, accumulate: bool) -> Tensor:
+    """a b by slices of the rows of `a`, each of which is copied so that it lies one row after the other."""
+    M, K = a.shape
+    out = a.new_empty(M, b.shape[1]) if out is None else out
+    stride = (-(-K // 32) | 1) * 32  # an odd number of cache lines: powers of two cost the product 5 to 8 %
+    step = max(1024, _SLICE_BYTES // (2 * stride) // 64 * 64)
+    buffer = a.new_empty(min(M, step), stride)
+    if K % 32 != 0:
+        buffer[:, K:] = 0  # oneDNN multiplies them by zero: a NaN would stay one
+    for begin in range(0, M, step):
+        i = slice(begin, min(begin + step, M))
+        copy = buffer[: i.stop - begin, :K]
+        _transpose(rows(a.t()[:, i]), copy)
+        if out.dtype == a.dtype:
+            _into(out[i], copy, b, accumulate)
+        elif accumulate:
+            out[i] += torch.mm(copy, b)
+        else:
+            out[i] = torch.mm(copy, b)
+    return out
+
+
+def _transposed(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
+    """(b^T a^T)^T by slices, each written to its place."""
+    M, N = a.shape[0], b.shape[1]
+    out = a.new_empty(M, N) if out is None else out
+    for i, j in _slices("nt", M, N, a.element_size()):
+        _turn(torch.mm(b[:, j].t(), a[i].t()), out[i, j])
+    return out
+
+
+def _turn(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """A copy of x^T, row after row, into `out` if it is given."""
+    out = x.new_empty(x.shape[1], x.shape[0]) if out is None else out
+    fits = out.dtype == x.dtype and out.shape == x.t().shape and out.stride(1) == 1
+    if _transpose is None or x.dtype not in _HALF or not fits:
+        return out.copy_(x.t())
+    _transpose(x, out)
+    return out
 
 
 def flat(x: Tensor) -> Tensor:
