@@ -200,6 +200,23 @@ def test_nan_and_inf_reach_what_they_should(target_name: str, dtype: torch.dtype
     assert torch.equal(torch.isinf(out), torch.isinf(truth))
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v", "dout"])
+@pytest.mark.parametrize("target_name", TARGETS)
+def test_one_number_near_the_largest_float32(target_name: str, name: str) -> None:
+    """Rounded to bfloat16 it would be infinite, and no sum of parts."""
+    B, T, H, D = 1, 70, 2, 32
+    generator = torch.Generator().manual_seed(0)
+    x = {n: 0.01 * torch.randn(B, T, H, D, generator=generator) for n in ("q", "k", "v", "dout")}
+    x[name][0, 60, 1, 5] = 3.4e38
+    q, k, v = (x[n].requires_grad_() for n in ("q", "k", "v"))
+    with target(target_name):
+        out = lf.attention(q, k, v)
+        gradients = torch.autograd.grad(out, (q, k, v), x["dout"])
+    # with scores of 10^34 the gradients of q and k overflow in any float32 arithmetic
+    for found in (out, *gradients) if name in ("v", "dout") else (out,):
+        assert found.isfinite().all()
+
+
 @pytest.mark.parametrize("target_name", TARGETS)
 def test_rows_that_see_nothing_give_zeros_and_minus_inf(target_name: str) -> None:
     q, k, v = _case(100, 30).inputs(torch.float32).values()

@@ -1,8 +1,9 @@
-// The forward of attention in bfloat16 on the matrix registers of Intel's server processors: out [B,T,H,D] bfloat16 and
-// lse [B,H,T] float32, both overwritten. Scores, their exponentials, the sums and the accumulator of out are float32;
-// the weights are rounded to bfloat16 before they multiply v; out is rounded once. Nothing depends on the number of
-// threads. Scratch: packed k and v, at most kWaveBytes or one head's, and a tile a thread; never T x S. Design and
-// derivation: docs/ops/attention.md.
+// The forward of attention in bfloat16 and float32 on the matrix registers of Intel's server processors: out [B,T,H,D]
+// T and lse [B,H,T] float32, both overwritten. Scores, their exponentials, the sums and the accumulator of out are
+// float32; in bfloat16 the weights are rounded to it before they multiply v; in float32 all operands are three bfloat16
+// whose sum they are. out is rounded once. Nothing depends on the number of threads. Scratch: packed k and v, at most
+// kWaveBytes or one head's, and a tile a thread; never T x S. Design and derivation: docs/ops/attention.md.
+#include <atomic>
 #include <type_traits>
 
 #include "attention_plan.h"
@@ -21,27 +22,40 @@ namespace llama_fast::cpu::amx {
 namespace {
 
 constexpr int64_t kWaveBytes = 32 << 20;  // packed k and v that are worked on together
-constexpr int64_t kRowBlocks = 2, kTileRows = kRowBlocks * kSide;
+template <class T>
+constexpr int64_t kRowBlocks = kParts<T> == 1 ? 2 : 4;
+template <class T>
+constexpr int64_t kTileRows = kRowBlocks<T> * kSide;
 constexpr int64_t kPanels = kKeys / kSide;  // of a block of keys, over which out is summed at a time
 constexpr int64_t kChunk = 2;               // panels whose scores exist together, in the first cache
 constexpr float kRise = 8.0F;  // a maximum may be passed by that much, in base two, before what was summed is rescaled
 
 // What a thread needs for one tile.
+template <class T>
 struct FwdTile {
-  bf16* q;        // right blocks [kRowBlocks][Dp / kSide]
-  float* scores;  // sums [kRowBlocks][kChunk]
-  bf16* weights;  // right blocks [kRowBlocks][kPanels]
-  float* out;     // sums [Dp / kSide][kRowBlocks]
-  float* buffer;
+  static constexpr int kN = kParts<T>;
+  static constexpr int64_t kScores = kRowBlocks<T> * kChunk * kBlock, kWeights = kRowBlocks<T> * kPanels * kBlock;
 
-  static constexpr int64_t kScores = kRowBlocks * kChunk * kBlock, kWeights = kRowBlocks * kPanels * kBlock;
-  static int64_t floats(int64_t Dp) { return kTileRows * Dp / 2 + kScores + kWeights / 2 + kTileRows * Dp + 4 * Dp; }
-  FwdTile(float* base, int64_t Dp)
+  bf16* q;                     // right blocks [kN][kRowBlocks<T>][Dp / kSide]
+  bf16* weights;               // right blocks [kN][kRowBlocks<T>][kPanels]
+  float* scores;               // sums [kRowBlocks<T>][kChunk]
+  float* out;                  // sums [Dp / kSide][kRowBlocks<T>]
+  float* own;                  // a sum
+  float* buffer;               // of a group
+  int64_t q_part, row_blocks;  // row_blocks: that have rows
+
+  static int64_t floats(int64_t Dp) {
+    return kN * (kTileRows<T> * Dp + kWeights) / 2 + kScores + kTileRows<T> * Dp + kBlock + Group<T>::floats(Dp);
+  }
+  FwdTile(float* base, int64_t Dp, int64_t rows)
       : q(reinterpret_cast<bf16*>(base)),
-        scores(base + kTileRows * Dp / 2),
-        weights(reinterpret_cast<bf16*>(scores + kScores)),
-        out(scores + kScores + kWeights / 2),
-        buffer(out + kTileRows * Dp) {}
+        weights(q + kN * kTileRows<T> * Dp),
+        scores(reinterpret_cast<float*>(weights + kN * kWeights)),
+        out(scores + kScores),
+        own(out + kTileRows<T> * Dp),
+        buffer(own + kBlock),
+        q_part(kTileRows<T> * Dp),
+        row_blocks(blocks_of(rows, kSide)) {}
   // The scores of rows [16 vector, 16 vector + 16) in panel `panel` of the chunk and its keys [16 half, 16 half + 16).
   float* scores_of(int64_t vector, int64_t panel, int64_t half) const {
     return scores + (vector / 2 * kChunk + panel) * kBlock + (2 * half + vector % 2) * kSumTile;
@@ -49,15 +63,16 @@ struct FwdTile {
 };
 
 struct RowState {
-  alignas(64) float top[kTileRows];    // what the exponents are relative to, in base two; -inf before the first key
-  alignas(64) float sum[kTileRows];    // of 2^(score - top)
-  alignas(64) float alpha[kTileRows];  // what the sums so far are multiplied by
+  alignas(64) float top[kMostRows];    // what the exponents are relative to, in base two; -inf before the first key
+  alignas(64) float sum[kMostRows];    // of 2^(score - top)
+  alignas(64) float alpha[kMostRows];  // what the sums so far are multiplied by
 };
 
 // Scores of `count` panels from `first` on -inf where hidden.
-void hide(const FwdTile& tile, int64_t first, int64_t count, const Bounds& bounds) {
+template <class T>
+void hide(const FwdTile<T>& tile, int64_t first, int64_t count, const Bounds& bounds) {
   const VecF hidden(-std::numeric_limits<float>::infinity());
-  for (int64_t vector = 0; vector < kTileRows / 16; ++vector)
+  for (int64_t vector = 0; vector < 2 * tile.row_blocks; ++vector)
     for (int64_t key = 0; key < count * kSide; ++key) {
       float* s = tile.scores_of(vector, key / kSide, key % kSide / 16) + key % 16 * 16;
       store(s, bounds.seen(VecF(static_cast<float>(first * kSide + key)), 16 * vector, load(s), hidden));
@@ -65,9 +80,10 @@ void hide(const FwdTile& tile, int64_t first, int64_t count, const Bounds& bound
 }
 
 // Raises top, and sets alpha, where a score of `count` panels passes it by more than kRise; true if any does.
-bool raise_top(const FwdTile& tile, int64_t count, float factor, RowState& state) {
+template <class T>
+bool raise_top(const FwdTile<T>& tile, int64_t count, float factor, RowState& state) {
   VecF rise(0.0F);
-  for (int64_t vector = 0; vector < kTileRows / 16; ++vector) {
+  for (int64_t vector = 0; vector < 2 * tile.row_blocks; ++vector) {
     VecF most[4];
     for (VecF& m : most) m = VecF(-std::numeric_limits<float>::infinity());
     for (int64_t half = 0; half < 2 * count; ++half) {
@@ -80,7 +96,7 @@ bool raise_top(const FwdTile& tile, int64_t count, float factor, RowState& state
     const VecF top = load(state.top + 16 * vector), limit = top + VecF(kRise);
     const VecF found = max(max(most[0], most[1]), max(most[2], most[3])) * VecF(factor);
     const VecF raised = select_greater(found, limit, found, top);
-    const VecF alpha = select_greater(found, limit, exp2_for_half(top - raised), VecF(1.0F));
+    const VecF alpha = select_greater(found, limit, exp2_for<T>(top - raised), VecF(1.0F));
     rise = max(rise, select_greater(found, limit, VecF(1.0F), VecF(0.0F)));
     store(state.top + 16 * vector, raised);
     store(state.alpha + 16 * vector, alpha);
@@ -91,8 +107,11 @@ bool raise_top(const FwdTile& tile, int64_t count, float factor, RowState& state
 
 // weights = 2^(factor score - top) of `count` panels, the first of which is `first` in its block of keys, and their
 // sums.
-void soften(const FwdTile& tile, int64_t first, int64_t count, float factor, RowState& state) {
-  for (int64_t vector = 0; vector < kTileRows / 16; ++vector) {
+template <class T>
+void soften(const FwdTile<T>& tile, int64_t first, int64_t count, float factor, RowState& state) {
+  constexpr int kN = kParts<T>;
+  constexpr int64_t kPart = FwdTile<T>::kWeights / 2;  // pairs
+  for (int64_t vector = 0; vector < 2 * tile.row_blocks; ++vector) {
     // finite where no key was seen yet, so that -inf - top is -inf and not NaN
     const VecF top = max(load(state.top + 16 * vector), VecF(-std::numeric_limits<float>::max()));
     const VecF minus_top = VecF(0.0F) - top;
@@ -105,51 +124,62 @@ void soften(const FwdTile& tile, int64_t first, int64_t count, float factor, Row
       for (int key = 0; key < 16; key += 4) {
         VecF weight[4];
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) weight[i] = exp2_for_half(fma(load(s + (key + i) * 16), VecF(factor), minus_top));
+        for (int i = 0; i < 4; ++i) weight[i] = exp2_for<T>(fma(load(s + (key + i) * 16), VecF(factor), minus_top));
         total[0] = total[0] + (weight[0] + weight[2]);
         total[1] = total[1] + (weight[1] + weight[3]);
-        store_pairs(to + key / 2 * 16, weight[0], weight[1]);
-        store_pairs(to + (key / 2 + 1) * 16, weight[2], weight[3]);
+        store_pairs<kN>(to + key / 2 * 16, kPart, weight[0], weight[1]);
+        store_pairs<kN>(to + (key / 2 + 1) * 16, kPart, weight[2], weight[3]);
       }
     }
     store(state.sum + 16 * vector, load(state.sum + 16 * vector) + (total[0] + total[1]));
   }
 }
 
-void rescale(float* out, int64_t Dp, const RowState& state) {
-  for (int64_t block = 0; block < Dp / kSide * kRowBlocks; ++block)
-    for (int tile = 0; tile < 4; ++tile) {
-      const VecF alpha = load(state.alpha + block % kRowBlocks * kSide + tile % 2 * 16);
-      float* at = out + block * kBlock + tile * kSumTile;
-      for (int64_t i = 0; i < kSumTile; i += 16) store(at + i, load(at + i) * alpha);
+template <class T>
+void rescale(const FwdTile<T>& tile, int64_t columns, const RowState& state) {
+  for (int64_t c = 0; c < columns; ++c)
+    for (int64_t vector = 0; vector < 2 * tile.row_blocks; ++vector) {
+      const VecF alpha = load(state.alpha + 16 * vector);
+      for (int half = 0; half < 2; ++half) {
+        float* at = tile.out + (c * kRowBlocks<T> + vector / 2) * kBlock + (2 * half + vector % 2) * kSumTile;
+        for (int64_t i = 0; i < kSumTile; i += 16) store(at + i, load(at + i) * alpha);
+      }
     }
 }
 
 // out += v^T weights over panels [first, last) of a block of keys.
-template <bool kAdd>
-void add_panels(const FwdTile& tile, const bf16* v_block, int64_t columns, int64_t first, int64_t last) {
+template <bool kAdd, class T, int kN>
+void add_panels(const FwdTile<T>& tile, Parts<kN> v_block, int64_t columns, int64_t first, int64_t last) {
+  const Parts<kN> weights = {tile.weights, FwdTile<T>::kWeights};
   for (int64_t c = 0; c < columns; ++c)
-    for (int64_t r = 0; r < kRowBlocks; ++r)
-      multiply_blocks<kAdd>(v_block + (c * kPanels + first) * kBlock, tile.weights + (r * kPanels + first) * kBlock,
-                            last - first, tile.out + (c * kRowBlocks + r) * kBlock);
+    for (int64_t r = 0; r < tile.row_blocks; ++r)
+      add_product<kAdd>(v_block + (c * kPanels + first) * kBlock, weights + (r * kPanels + first) * kBlock,
+                        last - first, tile.out + (c * kRowBlocks<T> + r) * kBlock, tile.own);
 }
 
-void fwd_tile(const AttentionSizes& sizes, const Head& head, int64_t index, const bf16* k_pack, const bf16* v_pack,
-              float* scratch, const Rows<bf16>& q, const Rows<bf16>& out, const Tensor& lse) {
+// False where the rows of q are no sums of their parts.
+template <class T>
+bool fwd_tile(const AttentionSizes& sizes, const Head& head, int64_t index, Parts<kParts<T>> k_pack,
+              Parts<kParts<T>> v_pack, float* scratch, const Rows<T>& q, const Rows<T>& out, const Tensor& lse) {
+  constexpr int kN = kParts<T>;
   const Tiles tiles;
   const int64_t D = sizes.D, Dp = round_up(D, kSide), columns = Dp / kSide, block = kKeys * Dp;
-  const int64_t first = index * kTileRows, n = std::min(kTileRows, sizes.rows(head) - first);
-  const FwdTile tile(scratch, Dp);
-  pack_right([&](int64_t r) { return query_row(q, sizes, head, first + r); }, n, D, Dp,
-             reinterpret_cast<Pair*>(tile.buffer), tile.q);
+  const int64_t first = index * kTileRows<T>, n = std::min(kTileRows<T>, sizes.rows(head) - first);
+  const FwdTile<T> tile(scratch, Dp, n);
+  const Parts<kN> q_pack = {tile.q, tile.q_part};
+  const bool fits =
+      for_each_group<T>([&](int64_t r) { return query_row(q, sizes, head, first + r); }, n, D, Dp, tile.buffer,
+                        [&](const Group<T>& group, int64_t r) {
+                          for (int p = 0; p < kN; ++p) pack_right(group.rows[p], Dp, tile.q + p * tile.q_part + r * Dp);
+                        });
   float factor = exponent_factor(sizes.scale);
   if (factor < 0.0F) {  // the maximum of a row is its largest score
     factor = -factor;
-    for (int64_t i = 0; i < kTileRows * Dp; ++i) tile.q[i].bits ^= 0x8000;
+    for (int64_t i = 0; i < kN * kTileRows<T> * Dp; ++i) tile.q[i].bits ^= 0x8000;
   }
 
   RowState state;
-  for (int64_t r = 0; r < kTileRows; ++r) {
+  for (int64_t r = 0; r < kTileRows<T>; ++r) {
     state.top[r] = -std::numeric_limits<float>::infinity();
     state.sum[r] = 0.0F;
   }
@@ -160,8 +190,8 @@ void fwd_tile(const AttentionSizes& sizes, const Head& head, int64_t index, cons
   for (int64_t key = seen.begin / kKeys * kKeys; key < seen.end; key += kKeys) {
     const Range panels = {std::max<int64_t>(seen.begin - key, 0) / kSide,
                           blocks_of(std::min(seen.end - key, kKeys), kSide)};
-    const bf16* k_block = k_pack + (head.slot + key / kKeys) * block;
-    const bf16* v_block = v_pack + (head.slot + key / kKeys) * block;
+    const Parts<kN> k_block = k_pack + (head.slot + key / kKeys) * block;
+    const Parts<kN> v_block = v_pack + (head.slot + key / kKeys) * block;
     if (key + panels.begin * kSide < common.begin || key + panels.end * kSide > common.end)
       bounds.set(sizes, head, index, key);
     int64_t added = panels.begin;
@@ -176,68 +206,97 @@ void fwd_tile(const AttentionSizes& sizes, const Head& head, int64_t index, cons
     for (int64_t p = panels.begin; p < panels.end; p += kChunk) {
       const int64_t count = std::min(kChunk, panels.end - p);
       for (int64_t i = 0; i < count; ++i)
-        for (int64_t r = 0; r < kRowBlocks; ++r)
-          multiply_blocks<false>(k_block + (p + i) * kSide * Dp, tile.q + r * kSide * Dp, columns,
+        for (int64_t r = 0; r < tile.row_blocks; ++r) {
+          if constexpr (kN >
+                        1) {  // k and v of a head pass the second cache: the panel after this chunk, and this one's v
+            for (int64_t c = r; c < columns; c += tile.row_blocks)
+              for (int part = 0; part < kN; ++part) {
+                fetch_ahead(k_block[part] + ((p + i + kChunk) * columns + c) * kBlock, kBlock * sizeof(bf16));
+                fetch_ahead(v_block[part] + (c * kPanels + p + i) * kBlock, kBlock * sizeof(bf16));
+              }
+          }
+          multiply_blocks<false>(k_block + (p + i) * kSide * Dp, q_pack + r * kSide * Dp, columns,
                                  tile.scores + (r * kChunk + i) * kBlock);
+        }
       if (key + p * kSide < common.begin || key + (p + count) * kSide > common.end) hide(tile, p, count, bounds);
       if (raise_top(tile, count, factor, state)) {
         if (added < p) add_until(p);
-        if (!empty) rescale(tile.out, Dp, state);
+        if (!empty) rescale(tile, columns, state);
       }
       soften(tile, p, count, factor, state);
     }
     add_until(panels.end);
   }
 
-  if (empty) std::memset(tile.out, 0, static_cast<size_t>(kTileRows * Dp) * sizeof(float));
+  if (empty) std::memset(tile.out, 0, static_cast<size_t>(kTileRows<T> * Dp) * sizeof(float));
   for (int64_t r = 0; r < n; ++r) {
     // a row that saw no key has sum 0; a NaN stays
     state.alpha[r] = state.sum[r] == 0.0F ? 0.0F : 1.0F / state.sum[r];
     *lse_of(lse, sizes, head, first + r) = lse_from(state.top[r], state.sum[r]);
   }
   unpack_columns(
-      tile.out, kRowBlocks, n, D, Dp, tile.buffer, [&](int64_t r) { return state.alpha[r]; },
+      tile.out, kRowBlocks<T>, n, D, [&](int64_t r) { return state.alpha[r]; },
       [&](int64_t r) { return query_row(out, sizes, head, first + r); });
+  return fits;
 }
 
-}  // namespace
-
-void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, double scale,
-                   bool causal, int64_t window, const Tensor& out, const Tensor& lse) {
-  const AttentionSizes sizes = attention_sizes(q, k, scale, causal, window, kTileRows);
+template <class T>
+bool fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, double scale, bool causal,
+         int64_t window, const Tensor& out, const Tensor& lse) {
+  constexpr int kN = kParts<T>;
+  const AttentionSizes sizes = attention_sizes(q, k, scale, causal, window, kTileRows<T>);
   const int64_t D = sizes.D, Dp = round_up(D, kSide), block = kKeys * Dp;
   const auto few = [&](const Head& head) { return sizes.rows(head) <= kFewRows; };
   const auto blocks = [&](const Head& head) { return few(head) ? 0 : blocks_of(head.S, kKeys); };
   const std::vector<Wave> waves =
       waves_of(heads_of(sizes, q, k, cu_seqlens), kWaveBytes, blocks,
-               [&](const Head& head) { return 2 * blocks(head) * block * static_cast<int64_t>(sizeof(bf16)); });
-  const int64_t slots = largest(waves).slots;
-  const Scratch<bf16> k_pack(slots * block), v_pack(slots * block);
-  const int64_t tile_floats = round_up(std::max(FwdTile::floats(Dp), attention_few_scratch(D)), 16);
+               [&](const Head& head) { return kN * 2 * blocks(head) * block * static_cast<int64_t>(sizeof(bf16)); });
+  const int64_t part = largest(waves).slots * block;
+  const Scratch<bf16> k_pack(kN * part), v_pack(kN * part);
+  const int64_t tile_floats = round_up(std::max(FwdTile<T>::floats(Dp), attention_few_scratch(D)), 16);
   const Scratch<float> tiles(max_threads() * tile_floats);
-  const Rows<bf16> q_rows(q), k_rows(k), v_rows(v), out_rows(out);
+  const Rows<T> q_rows(q), k_rows(k), v_rows(v), out_rows(out);
+  std::atomic<bool> fits{true};
 
   for (const Wave& wave : waves) {
     run_in_order(wave, blocks, [&](const Head& head, int64_t index, int64_t thread) {
       const int64_t key = index * kKeys, keys = std::min(kKeys, head.S - key);
       const int64_t at = (head.slot + index) * block;
-      const auto row_of = [&](const Rows<bf16>& x) {
-        return [&, key](int64_t j) -> const bf16* { return x.row(head.batch, head.k_begin + key + j, head.group); };
+      float* buffer = tiles.data() + thread * tile_floats;
+      const auto pack = [&](const Rows<T>& x, const auto& to) {
+        const auto row_at = [&](int64_t j) { return x.row(head.batch, head.k_begin + key + j, head.group); };
+        return for_each_group<T>(row_at, keys, D, Dp, buffer, [&](const Group<T>& group, int64_t r) {
+          for (int p = 0; p < kN; ++p) to(group.rows[p], p * part + at, r);
+        });
       };
-      pack_left(row_of(k_rows), keys, D, Dp, k_pack.data() + at);
-      Pair* buffer = reinterpret_cast<Pair*>(tiles.data() + thread * tile_floats);
-      pack_left_across(row_of(v_rows), keys, D, Dp, kPanels, buffer, v_pack.data() + at);
+      const bool k_fits =
+          pack(k_rows, [&](SideRows rows, int64_t to, int64_t r) { pack_left(rows, Dp, k_pack.data() + to + r * Dp); });
+      const bool v_fits = pack(v_rows, [&](SideRows rows, int64_t to, int64_t r) {
+        pack_left_across(rows, Dp, kPanels, v_pack.data() + to + r / kSide * kBlock);
+      });
+      if (!k_fits || !v_fits) fits = false;
     });
     run_in_order(
         wave, [&](const Head& head) { return sizes.tiles(head); },
         [&](const Head& head, int64_t index, int64_t thread) {
           float* scratch = tiles.data() + thread * tile_floats;
           if (few(head))
-            fwd_few<bf16>(sizes, head, scratch, q_rows, k_rows, v_rows, out_rows, lse);
-          else
-            fwd_tile(sizes, head, index, k_pack.data(), v_pack.data(), scratch, q_rows, out_rows, lse);
+            fwd_few<T>(sizes, head, scratch, q_rows, k_rows, v_rows, out_rows, lse);
+          else if (!fwd_tile<T>(sizes, head, index, {k_pack.data(), part}, {v_pack.data(), part}, scratch, q_rows,
+                                out_rows, lse))
+            fits = false;
         });
+    if (!fits) return false;
   }
+  return true;
+}
+
+}  // namespace
+
+bool attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, double scale,
+                   bool causal, int64_t window, const Tensor& out, const Tensor& lse) {
+  if (q.dtype == DType::bf16) return fwd<bf16>(q, k, v, cu_seqlens, scale, causal, window, out, lse);
+  return q.dtype == DType::f32 && fwd<float>(q, k, v, cu_seqlens, scale, causal, window, out, lse);
 }
 
 }  // namespace llama_fast::cpu::amx

@@ -22,8 +22,9 @@ void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const T
                    const Tensor& lse, const Tensor& cu_seqlens, double scale, bool causal, int64_t window,
                    const Tensor& dq, const Tensor& dk, const Tensor& dv) {
 #if LF_X86
-  if (current_isa() == Isa::amx && q.dtype == DType::bf16)
-    return amx::attention_bwd(dout, q, k, v, out, lse, cu_seqlens, scale, causal, window, dq, dk, dv);
+  if (current_isa() == Isa::amx &&
+      amx::attention_bwd(dout, q, k, v, out, lse, cu_seqlens, scale, causal, window, dq, dk, dv))
+    return;
 #endif
   LF_DISPATCH(attention_bwd, dout, q, k, v, out, lse, cu_seqlens, scale, causal, window, dq, dk, dv);
 }

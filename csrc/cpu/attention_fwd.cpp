@@ -19,8 +19,7 @@ namespace llama_fast::cpu {
 void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, double scale,
                    bool causal, int64_t window, const Tensor& out, const Tensor& lse) {
 #if LF_X86
-  if (current_isa() == Isa::amx && q.dtype == DType::bf16)
-    return amx::attention_fwd(q, k, v, cu_seqlens, scale, causal, window, out, lse);
+  if (current_isa() == Isa::amx && amx::attention_fwd(q, k, v, cu_seqlens, scale, causal, window, out, lse)) return;
 #endif
   LF_DISPATCH(attention_fwd, q, k, v, cu_seqlens, scale, causal, window, out, lse);
 }

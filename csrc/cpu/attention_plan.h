@@ -251,11 +251,12 @@ void run_bwd(const AttentionSizes& sizes, std::vector<Head> heads, int64_t keys,
   }
 }
 
-// bfloat16 on matrix registers: attention_amx_fwd.cpp and attention_amx_bwd.cpp.
+// On matrix registers: attention_amx_fwd.cpp and attention_amx_bwd.cpp. False, with outputs that mean nothing, where
+// these do not serve: float16, and float32 of 2^127 or more, infinite or NaN.
 namespace amx {
-void attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, double scale,
+bool attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, double scale,
                    bool causal, int64_t window, const Tensor& out, const Tensor& lse);
-void attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+bool attention_bwd(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                    const Tensor& lse, const Tensor& cu_seqlens, double scale, bool causal, int64_t window,
                    const Tensor& dq, const Tensor& dk, const Tensor& dv);
 }  // namespace amx
