@@ -10,7 +10,9 @@ What a policy keeps between forward and backward, a layer; all else is computed 
     "recompute-cheap"   x, q, k (after rotary), v, the attention output and its log-sum-exp, h, gate, up, the two row
                         statistics: what a matrix product or the attention made, (6 + 2F/C) C numbers a token if H = G
     "save"              also n1, n2 and silu(gate) up, (8 + 3F/C) C numbers a token
-    "recompute-all"     x alone, C numbers a token; the backward runs the forward again
+    "recompute-linear"  x, the attention output and its log-sum-exp, 2 C numbers a token; the backward does every
+                        product again but the last, and not the attention, which costs most where T is long
+    "recompute-all"     x alone, C numbers a token; the backward runs the forward again, up to the last product
 
 Contract of the backward: saved tensors are never overwritten; each gradient is rounded once to the dtype of the
 computation; gradients of weights that need none are not computed. Under autocast the block computes in autocast's dtype
@@ -45,7 +47,7 @@ from llama_fast.ops.dispatch import (
 )
 from llama_fast.parallel import Collectives, Single
 
-POLICIES = ("save", "recompute-cheap", "recompute-all")
+POLICIES = ("save", "recompute-cheap", "recompute-linear", "recompute-all")
 
 _rms_norm_fwd = primitives["rms_norm_fwd"]
 _add_rms_norm_fwd, _add_rms_norm_bwd = primitives["add_rms_norm_fwd"], primitives["add_rms_norm_bwd"]
@@ -146,10 +148,16 @@ class _Activations(NamedTuple):
     act_RF: Tensor
 
 
-_CHEAP = frozenset({"n1_RC", "n2_RC", "act_RF"})  # what "recompute-cheap" computes again
+# What stays of the activations, by policy
+_KEPT = {
+    "save": frozenset(_Activations._fields),
+    "recompute-cheap": frozenset(_Activations._fields) - {"n1_RC", "n2_RC", "act_RF"},
+    "recompute-linear": frozenset({"out_BTHD", "lse_BHT"}),
+    "recompute-all": frozenset(),
+}
 
 
-def _forward(
+def _activations(
     x_BTC: Tensor,
     w: Weights,
     cos: Tensor,
@@ -159,7 +167,9 @@ def _forward(
     backend: str | None,
     spans: Spans | None = None,
     cache: AnyCache | None = None,
-) -> tuple[Tensor, _Activations]:
+    attended: tuple[Tensor, Tensor] | None = None,
+) -> _Activations:
+    """The forward up to the last product; `attended`: the attention's results, where they are known."""
     B, T, C = x_BTC.shape
     D, join = options.head_dim, options.collectives
     stream, dtype = x_BTC.dtype, w.wq_HDxC.dtype  # of the residual stream, and of all else
@@ -173,7 +183,9 @@ def _forward(
     keys, values = (k_BTGD, v_BTGD) if cache is None else cache.append(k_BTGD, v_BTGD)
     if isinstance(cache, Cache) and cache.starts is not None:
         spans = tuple((start, keys.shape[1]) for start in cache.starts)
-    if spans is not None:
+    if attended is not None:
+        out_BTHD, lse_BHT = attended
+    elif spans is not None:
         out_BTHD, lse_BHT = _attend_spans(spans, q_BTHD, keys, values, options, backend)
     else:
         out_BTHD, lse_BHT = _attention_fwd(
@@ -185,11 +197,16 @@ def _forward(
     n2_all = join.gather(n2_RC)
     gate_RF, up_RF = linear.nt(n2_all, w.wgate_FC), linear.nt(n2_all, w.wup_FC)
     (act_RF,) = _swiglu_fwd(gate_RF, up_RF, backend=backend)
-    y_RC = join.reduce(linear.nt(act_RF, w.wdown_CF)).to(stream).add_(h_RC)
-    # no view to autograd: an in-place change of a view would drop the hook that FSDP2 puts on what a layer gives
-    return torch.ops.aten._unsafe_view(y_RC, (B, T, C)), _Activations(
+    return _Activations(
         n1_RC, rstd1_R, q_BTHD, k_BTGD, v_BTGD, out_BTHD, lse_BHT, h_RC, n2_RC, rstd2_R, gate_RF, up_RF, act_RF
     )
+
+
+def _result(a: _Activations, w: Weights, options: BlockOptions, shape: torch.Size) -> Tensor:
+    """The last product and sum of the forward: y, [B, T, C] = `shape`."""
+    y_RC = options.collectives.reduce(linear.nt(a.act_RF, w.wdown_CF)).to(a.h_RC.dtype).add_(a.h_RC)
+    # no view to autograd: an in-place change of a view would drop the hook that FSDP2 puts on what a layer gives
+    return torch.ops.aten._unsafe_view(y_RC, shape)
 
 
 def _calls(spans: Spans, T: int, S: int) -> Iterator[tuple[slice, slice, slice, bool]]:
@@ -332,12 +349,10 @@ class _Block(torch.autograd.Function):
     ) -> Tensor | tuple[Tensor, ...]:
         backend = forced()
         w = _cast(Weights(*weights), dtype, x_BTC.dtype)
-        y_BTC, activations = _forward(x_BTC, w, cos, sin, cu_seqlens, options, backend, spans)
-        if options.policy == "recompute-all":
-            kept: list[Tensor | None] = []
-        else:
-            dropped = _CHEAP if options.policy == "recompute-cheap" else frozenset()
-            kept = [None if n in dropped else t for n, t in activations._asdict().items()]
+        activations = _activations(x_BTC, w, cos, sin, cu_seqlens, options, backend, spans)
+        y_BTC = _result(activations, w, options, x_BTC.shape)
+        names = _KEPT[options.policy]
+        kept = [t if name in names else None for name, t in activations._asdict().items()]
         ctx.save_for_backward(x_BTC, cos, sin, cu_seqlens, *weights, *kept)
         ctx.options, ctx.backend, ctx.dtype, ctx.spans = options, backend, dtype, spans
         ctx.set_materialize_grads(False)
@@ -352,10 +367,10 @@ class _Block(torch.autograd.Function):
         parameters, kept = rest[:n], rest[n:]
         options, backend, spans = ctx.options, ctx.backend, ctx.spans
         w = _cast(Weights(*parameters), ctx.dtype, x_BTC.dtype)
-        if kept:
-            activations = _Activations(*kept)
-        else:
-            _, activations = _forward(x_BTC, w, cos, sin, cu_seqlens, options, backend, spans)
+        activations = _Activations(*kept)
+        if options.policy in ("recompute-linear", "recompute-all"):
+            attended = None if activations.out_BTHD is None else (activations.out_BTHD, activations.lse_BHT)
+            activations = _activations(x_BTC, w, cos, sin, cu_seqlens, options, backend, spans, attended=attended)
         needs = Weights(*ctx.needs_input_grad[8:])
         dx, dw = _backward(dy_BTC, x_BTC, w, cos, sin, cu_seqlens, activations, needs, options, backend, spans, *dkv)
         gradients = (None if g is None else g.to(p.dtype) for g, p in zip(dw, parameters, strict=True))
@@ -497,6 +512,7 @@ def transformer_block(
             _check_cache(cache, x, weights.wk_GDxC.shape[0] // options.head_dim, options.head_dim, dtype)
         w = _cast(weights, dtype, stream)
         with no_autocast(autocast, x):
-            return _forward(x.to(stream), w, cos, sin, cu_seqlens, options, forced(), spans, cache)[0]
+            a = _activations(x.to(stream), w, cos, sin, cu_seqlens, options, forced(), spans, cache)
+            return _result(a, w, options, x.shape)
     with no_autocast(autocast, x):
         return _Block.apply(x.to(stream), cos, sin, cu_seqlens, spans, options, dtype, return_keys, *weights)

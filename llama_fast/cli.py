@@ -316,9 +316,11 @@ def _plan_speed(config: Any, device: Any, world: int, T: int, share: float, toke
         raise ValueError(f"tokens = {tokens:g}: expected a number above 0")
     flops, attention = config.flops_per_token(T), 12 * config.n_layers * config.n_heads * config.head_dim * T
     rate = planner.tokens_per_second(config, device, T, share)
+    twice = {p: planner.recomputed_flops_per_token(config, T, p) for p in planner.POLICIES}
+    more = [f"{policy} does {n:.3g}" for policy, n in twice.items() if n]
     yield (
         f"flops a token: {flops:.4g} = 6 N + 12 L H D T = 6 x {config.n_matmul_params / 1e9:.2f} G in matrices + "
-        f"{attention:.3g} of attention; recompute-all does {planner.recomputed_flops_per_token(config, T):.3g} more"
+        f"{attention:.3g} of attention; {' and '.join(more)} more"
     )
     yield (
         f"at {share:.1%} MFU of {device.flops / 1e12:.0f} Tflop/s: {rate:,.0f} tokens/s a device, "
@@ -349,7 +351,7 @@ def train(
     warmup: Annotated[int | None, typer.Option(help="Steps of warm-up; default a tenth, at most 2000.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, or bfloat16 for autocast over float32 weights.")] = "float32",
     policy: Annotated[
-        str, typer.Option(help="What a block keeps for the backward: save, recompute-cheap or recompute-all.")
+        str, typer.Option(help="What a block keeps for the backward: save, or recompute-cheap, -linear or -all.")
     ] = "recompute-cheap",
     plain: Annotated[bool, typer.Option("--plain", help="The same model in plain PyTorch and autograd.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest good checkpoint in --out.")] = False,

@@ -34,7 +34,8 @@ class Llama(nn.Module):
         config: its sizes, see `LlamaConfig.preset`.
         device: of the parameters; "meta" costs no memory and draws no weights.
         dtype: of the parameters; the default is torch's.
-        policy: what each block keeps for the backward: "save", "recompute-cheap" or "recompute-all" (block.py).
+        policy: what each block keeps for the backward: "save", "recompute-cheap", "recompute-linear" or
+            "recompute-all" (block.py).
 
     Weights are drawn by `reset_parameters(0)`, equal to PlainLlama's. Where the config ties them, `lm_head.weight` is
     `embed_tokens.weight`. Under autocast the residual stream too is in autocast's dtype.
@@ -89,7 +90,7 @@ class Llama(nn.Module):
         init_weights_(self, self.config.n_layers, seed)
 
     def set_policy(self, policy: str) -> None:
-        """Makes every block keep what `policy` says ("save", "recompute-cheap", "recompute-all").
+        """Makes every block keep what `policy` says ("save", "recompute-cheap", "recompute-linear", "recompute-all").
 
         Raises:
             ValueError: no such policy.

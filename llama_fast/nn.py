@@ -119,7 +119,7 @@ class TransformerBlock(nn.Module):
         ffn_dim: F.
         head_dim: D; None for C / H.
         eps: of both norms.
-        policy: what is kept for the backward: "save", "recompute-cheap" or "recompute-all".
+        policy: what is kept for the backward: "save", "recompute-cheap", "recompute-linear" or "recompute-all".
         device, dtype: of the parameters.
     """
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from llama_fast.config import LlamaConfig
 
-POLICIES = ("save", "recompute-cheap", "recompute-all")  # of block.py
+POLICIES = ("save", "recompute-cheap", "recompute-linear", "recompute-all")  # of block.py
 SHARDS = ("full", "states", "none")
 _NAMES = {"full": "FSDP", "states": "ZeRO-1", "none": "DDP"}
 
@@ -138,10 +138,17 @@ def block_bytes_per_token(
     stream = config.dim * itemsize / rows
     if policy == "recompute-all":
         return stream
+    if policy == "recompute-linear":
+        return stream + _attended_bytes(config, itemsize) / tensor
     heads = (2 * config.n_heads + 2 * config.n_kv_heads) * config.head_dim  # q, the attention output, k, v
     statistics = 4 * (2 / rows + config.n_heads / tensor)  # two rstd, and a log-sum-exp a head
     cheap = 2 * stream + (heads + 2 * config.ffn_dim) * itemsize / tensor + statistics
     return cheap + (2 * stream + config.ffn_dim * itemsize / tensor if policy == "save" else 0)
+
+
+def _attended_bytes(config: LlamaConfig, itemsize: int) -> int:
+    """Bytes a token of the attention's output and log-sum-exp."""
+    return config.n_heads * (config.head_dim * itemsize + 4)
 
 
 def workspace_bytes_per_token(
@@ -150,16 +157,17 @@ def workspace_bytes_per_token(
     """Bytes a token at the peak of one block's backward, besides what it kept and the weights' gradients.
 
     The incoming gradient, and four tensors of the ffn's width: silu(gate) up, and the gradients of it, of gate and of
-    up. "save" still has silu(gate) up; "recompute-all" first makes the block's activations and result again. With rows
-    that are split, a product's whole input stands beside. Measured: up to one more tensor of the stream's width.
+    up. "save" still has silu(gate) up; "recompute-linear" and "recompute-all" first make the block's activations again.
+    With rows that are split, a product's whole input stands beside. Measured: up to a tensor as wide as x more.
     """
     _check_policy(policy)
     rows = tensor if sequence else 1
     wide = (3 if policy == "save" else 4) * config.ffn_dim * itemsize / tensor
     gathered = config.dim * itemsize if rows > 1 else 0
     again = 0.0
-    if policy == "recompute-all":
-        again = block_bytes_per_token(config, "save", itemsize, tensor, sequence)  # its x here stands for its result
+    if policy in ("recompute-linear", "recompute-all"):
+        kept = block_bytes_per_token(config, policy, itemsize, tensor, sequence)
+        again = block_bytes_per_token(config, "save", itemsize, tensor, sequence) - kept
         wide -= config.ffn_dim * itemsize / tensor
     return config.dim * itemsize / rows + wide + gathered + again
 
@@ -224,7 +232,7 @@ def plan(
         round(workspace),
         round(total),
         total <= USABLE * device.memory,
-        recomputed_flops_per_token(config, seq_len) if policy == "recompute-all" else 0,
+        recomputed_flops_per_token(config, seq_len, policy),
     )
 
 
@@ -237,10 +245,19 @@ def layouts(config: LlamaConfig, world: int) -> list[Layout]:
     return found
 
 
-def recomputed_flops_per_token(config: LlamaConfig, seq_len: int) -> int:
-    """Flops a token that "recompute-all" does twice: the forward of every block."""
+def recomputed_flops_per_token(config: LlamaConfig, seq_len: int, policy: str = "recompute-all") -> int:
+    """Flops a token that a policy does twice: each block's products but the last; with "recompute-all" attention too.
+
+    Raises:
+        ValueError: no such policy.
+    """
+    _check_policy(policy)
+    if policy in ("save", "recompute-cheap"):
+        return 0
     blocks, _ = _parameters(config)
-    return 2 * blocks + 4 * config.n_layers * config.n_heads * config.head_dim * seq_len
+    products = 2 * (blocks - config.n_layers * config.dim * config.ffn_dim)
+    attention = 4 * config.n_layers * config.n_heads * config.head_dim * seq_len
+    return products + (attention if policy == "recompute-all" else 0)
 
 
 def tokens_per_second(config: LlamaConfig, device: Device, seq_len: int, mfu: float) -> float:

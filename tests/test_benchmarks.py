@@ -313,7 +313,7 @@ def test_every_way_to_run_a_model_gives_a_line(op: str, monkeypatch: pytest.Monk
     if op == "decode":
         assert list(lines) == ["llama_fast", "llama_fast:hf", "eager", "transformers"]
     else:
-        ours = [f"llama_fast:{p}" for p in ("recompute-cheap", "save", "recompute-all")]
+        ours = [f"llama_fast:{p}" for p in ("recompute-cheap", "save", "recompute-linear", "recompute-all")]
         ours += ["llama_fast:hf"] * (op == "training_step")
         expected = [*ours, "eager", "transformers", "transformers+liger", "transformers+checkpoint"]
         assert list(lines) == expected

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from numerics import TARGETS, target
 from torch import Tensor
 
-from llama_fast import plain
+from llama_fast import block, plain
 from llama_fast.block import POLICIES, BlockOptions, Cache, Weights, transformer_block
 from llama_fast.config import LlamaConfig, rope_cos_sin
-from llama_fast.ops import reference
+from llama_fast.ops import linear, reference
 from llama_fast.verify import BACKWARD_FACTOR, FORWARD_FACTOR, judge
 
 CONFIG = LlamaConfig(dim=48, n_layers=1, n_heads=6, n_kv_heads=2, ffn_dim=80, vocab_size=32, max_seq_len=64)
@@ -125,12 +128,34 @@ def test_bytes_kept_by_policy() -> None:
     statistics = rows * 4 * (2 + H)
     cheap = rows * item * (2 * C + 2 * H * D + 2 * G * D + 2 * F) + statistics
     assert _saved_bytes("recompute-all") == rows * item * C
+    assert _saved_bytes("recompute-linear") == rows * (item * (C + H * D) + 4 * H)
     assert _saved_bytes("recompute-cheap") == cheap
     assert _saved_bytes("save") == cheap + rows * item * (2 * C + F)
     halves, residual = (cheap - statistics) // 2 + statistics, rows * 2 * 2 * C
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert _saved_bytes("recompute-cheap") == halves
         assert _saved_bytes("recompute-cheap", keep_residual=True) == halves + residual
+
+
+@pytest.mark.parametrize(
+    ("policy", "products", "attention"),
+    [("save", 0, 0), ("recompute-cheap", 0, 0), ("recompute-linear", 6, 0), ("recompute-all", 6, 1)],
+)
+def test_what_a_backward_does_again(
+    policy: str, products: int, attention: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = _plain_block(WIDE, torch.float32).layers[0]
+    x, dy = _inputs(WIDE, torch.float32)
+    y = transformer_block(x, _weights(layer), *rope_cos_sin(WIDE, T), BlockOptions(WIDE.head_dim, policy=policy))
+    calls: list[str] = []
+
+    def watched(name: str, f: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: (calls.append(name), f(*args, **kwargs))[1]
+
+    monkeypatch.setattr(linear, "nt", watched("product", linear.nt))
+    monkeypatch.setattr(block, "_attention_fwd", watched("attention", block._attention_fwd))
+    y.backward(dy)
+    assert (calls.count("product"), calls.count("attention")) == (products, attention)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -394,7 +419,7 @@ def test_bad_input_names_argument_value_and_expectation() -> None:
     x, _ = _inputs(WIDE, torch.float32)
     cos, sin = rope_cos_sin(WIDE, T)
     options = BlockOptions(WIDE.head_dim)
-    with pytest.raises(ValueError, match=r"policy is 'all', expected one of save, recompute-cheap, recompute-all"):
+    with pytest.raises(ValueError, match=r"policy is 'all', expected one of save, recompute-cheap, recompute-l"):
         BlockOptions(WIDE.head_dim, policy="all")
     with pytest.raises(ValueError, match=r"x has shape \(2, 64\), expected \[B, T, C\]"):
         transformer_block(x[:, 0], w, cos, sin, options)

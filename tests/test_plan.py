@@ -123,11 +123,15 @@ def test_the_papers_figure() -> None:
     assert pytest.approx(21, abs=0.2) == 1.4e12 / (380 * 2048) / 86400  # the paper's days
 
 
-def test_recomputing_all_costs_a_third_more() -> None:
+def test_recomputing_costs_a_forward_without_its_last_product() -> None:
     config = LlamaConfig.preset("llama-65b")
-    more = plan.recomputed_flops_per_token(config, 2048)
-    assert more / config.flops_per_token(2048) == pytest.approx(1 / 3, rel=0.01)
-    assert plan.plan(config, DEVICES["a100"], Layout(), "recompute-all", seq_len=2048).recomputed == more
+    last = config.n_layers * 2 * config.dim * config.ffn_dim
+    attention = 4 * config.n_layers * config.n_heads * config.head_dim * 2048
+    all_but_last = config.flops_per_token(2048) / 3 - 2 * config.vocab_size * config.dim - last
+    for policy, more in (("save", 0), ("recompute-linear", all_but_last - attention), ("recompute-all", all_but_last)):
+        assert plan.recomputed_flops_per_token(config, 2048, policy) == more
+        assert plan.plan(config, DEVICES["a100"], Layout(), policy, seq_len=2048).recomputed == more
+    assert plan.recomputed_flops_per_token(config, 2048) / config.flops_per_token(2048) == pytest.approx(0.26, abs=0.01)
     assert plan.plan(config, DEVICES["a100"], Layout(), seq_len=2048).recomputed == 0
 
 
@@ -137,7 +141,7 @@ def test_recomputing_all_costs_a_third_more() -> None:
         ({"seq_len": 4096}, "seq_len = 4096: expected 1 .. max_seq_len = 2048"),
         ({"batch_size": 0}, "batch_size = 0: expected 1 or more"),
         ({"states": "int8"}, "states = 'int8': expected one of float32, mixed, bfloat16"),
-        ({"policy": "none"}, "policy = 'none': expected one of save, recompute-cheap, recompute-all"),
+        ({"policy": "none"}, "policy = 'none': expected one of save, recompute-cheap, recompute-linear, recompute-all"),
         ({"layout": (9, 3)}, "tensor = 3: expected a divisor of n_kv_heads = 64"),
         ({"layout": (8, 3)}, "tensor = 3: expected a divisor of world = 8"),
         ({"layout": (0, 1)}, "world = 0: expected 1 or more"),

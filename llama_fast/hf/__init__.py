@@ -37,7 +37,8 @@ def patch(model: nn.Module, *, policy: str = "recompute-cheap", fused_loss: bool
 
     Args:
         model: any module with LlamaDecoderLayers in it: LlamaForCausalLM, LlamaModel, a PEFT model around one.
-        policy: what each block keeps for the backward: "save", "recompute-cheap" or "recompute-all".
+        policy: what each block keeps for the backward: "save", "recompute-cheap", "recompute-linear" or
+            "recompute-all" (block.py).
         fused_loss: True: a LlamaForCausalLM that is given labels computes its loss without making the logits, and gives
             None for them; "training": only in training mode; False: logits and loss are transformers' own.
 
