@@ -196,9 +196,9 @@ def test_the_frozen_choice_with_amx(monkeypatch: pytest.MonkeyPatch) -> None:
         assert linear.choose("tn", bf16, M, N, 1024) == "copied"
     for M, N in ((768, 768), (256, 2048), (2048, 256)):
         assert linear.choose("tn", bf16, M, N, 1024) == "torch"
-    for M, N, K in ((1, 32000, 4096), (4, 768, 768)):
+    for M, N, K in ((1, 32000, 4096), (4, 768, 768), (4, 32000, 4096)):
         assert linear.choose("nt", bf16, M, N, K) == "gemv"
-    for M, N, K in ((2, 2048, 2048), (64, 2048, 768), (256, 2048, 2048), (512, 32000, 768)):
+    for M, N, K in ((5, 2048, 2048), (64, 2048, 768), (256, 2048, 2048), (512, 32000, 768)):
         assert linear.choose("nt", bf16, M, N, K) == "transposed"
     for M, N, K in ((64, 768, 768), (257, 2048, 2048), (513, 32000, 768)):
         assert linear.choose("nt", bf16, M, N, K) == "torch"

@@ -26,12 +26,21 @@ namespace {
 
 constexpr int64_t kGrainElements = 32768;  // of W, a thread's least share
 constexpr int kChains = 2;                 // sums along a row of W, which hide the latency of a multiply-add
+// Rows of W that a thread reads at once, far from each other, and how far ahead of their use it asks for them: with one
+// row at a time a core of Intel's servers has too few loads on their way (docs/ops/linear.md).
+constexpr int kStreams = 8;
+constexpr int64_t kAhead = 512, kLine = 64;  // bytes
+// Where the sums of so many rows do not fit the registers, those of fewer take turns, of that many bytes.
+constexpr int64_t kTurn = 256;
+constexpr int kSumsInRegisters = 4 * kChains * (VecF::kLanes / 8);
 
 template <class T>
 using Unit = typename UnitOf<T>::type;
 // Elements of T that `multiply` takes at a time.
 template <class T>
 constexpr int64_t kStep = VecF::kLanes * kPerUnit<Unit<T> >;
+
+using Sums = VecF[kChains];  // of one output
 
 // acc + a b
 template <class T>
@@ -42,39 +51,77 @@ LF_INLINE VecF multiply(const T* a, const T* b, VecF acc) {
     return fma(load(a), load(b), acc);
 }
 
-// y[r] = the dot product of row r of x and one row of W. One row of W at a time, in the order of memory, is what the
-// processor's own prefetching follows best (docs/ops/linear.md).
-template <int kRows, class T>
-void gemv_row(const T* x, int64_t x_stride, const T* w, T* y, int64_t y_stride, int64_t K) {
-  VecF acc[kRows][kChains];
-  for (auto& row : acc)
-    for (VecF& a : row) a = VecF(0.0F);
+// sums[o][r] += terms [0, K) of row r of x and row o of W, in the same order for all numbers of rows.
+template <bool kAsk, int kOutputs, int kRows, class T>
+LF_INLINE void add_terms(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t K, Sums (*sums)[kRows]) {
+  constexpr int64_t kBytes = kChains * kStep<T> * static_cast<int64_t>(sizeof(T));
+  static_assert(kTurn % kBytes == 0, "a term would go to another chain");
+  VecF acc[kOutputs][kRows][kChains];
+  std::memcpy(acc, sums, sizeof(acc));
   int64_t k = 0;
-  for (; k + kChains * kStep<T> <= K; k += kChains * kStep<T>)
+  for (; k + kChains * kStep<T> <= K; k += kChains * kStep<T>) {
+    if (kAsk)
+      for (int o = 0; o < kOutputs; ++o)
+        for (int64_t line = 0; line < kBytes; line += kLine)
+          __builtin_prefetch(reinterpret_cast<const char*>(w + o * w_stride + k) + kAhead + line);
     for (int i = 0; i < kChains; ++i)
-      for (int r = 0; r < kRows; ++r)
-        acc[r][i] = multiply(x + r * x_stride + k + i * kStep<T>, w + k + i * kStep<T>, acc[r][i]);
+      for (int o = 0; o < kOutputs; ++o)
+        for (int r = 0; r < kRows; ++r)
+          acc[o][r][i] =
+              multiply(x + r * x_stride + k + i * kStep<T>, w + o * w_stride + k + i * kStep<T>, acc[o][r][i]);
+  }
   for (; k < K; k += VecF::kLanes) {
     const int64_t n = std::min<int64_t>(VecF::kLanes, K - k);
-    for (int r = 0; r < kRows; ++r) acc[r][0] = fma(load_n(x + r * x_stride + k, n), load_n(w + k, n), acc[r][0]);
+    for (int o = 0; o < kOutputs; ++o)
+      for (int r = 0; r < kRows; ++r)
+        acc[o][r][0] = fma(load_n(x + r * x_stride + k, n), load_n(w + o * w_stride + k, n), acc[o][r][0]);
   }
-  for (int r = 0; r < kRows; ++r) y[r * y_stride] = from_float<T>(sum(acc[r][0] + acc[r][1]));
+  std::memcpy(sums, acc, sizeof(acc));
 }
 
-// Output `o` of all rows of x, four at a time: the row of W comes from memory once.
-template <class T>
-void gemv_output(const Tensor& x, const Tensor& weight, const Tensor& y, int64_t o) {
-  const int64_t K = x.size[1], R = x.size[0];
+// Outputs 0, distance, ... of `kRows` rows of x, `kOutputs` of them.
+template <int kOutputs, int kRows, class T>
+void gemv_outputs(const T* x, int64_t x_stride, const T* w, int64_t w_stride, T* y, int64_t y_stride, int64_t distance,
+                  int64_t K) {
+  constexpr int kTogether = std::max(1, std::min(kOutputs, kSumsInRegisters / (kRows * kChains)));
+  constexpr int64_t kTerms = kTogether == kOutputs ? INT64_MAX : kTurn / static_cast<int64_t>(sizeof(T));
+  static_assert(kOutputs % kTogether == 0, "the last turn would take more");
+  Sums sums[kOutputs][kRows];
+  for (auto& output : sums)
+    for (auto& row : output)
+      for (VecF& s : row) s = VecF(0.0F);
+  w_stride *= distance;
+  for (int64_t k = 0; k < K; k += std::min(kTerms, K - k))
+    for (int o = 0; o < kOutputs; o += kTogether)
+      add_terms<(kOutputs > 1), kTogether, kRows>(x + k, x_stride, w + o * w_stride + k, w_stride,
+                                                  std::min(kTerms, K - k), sums + o);
+  for (int o = 0; o < kOutputs; ++o)
+    for (int r = 0; r < kRows; ++r) y[r * y_stride + o * distance] = from_float<T>(sum(sums[o][r][0] + sums[o][r][1]));
+}
+
+// Outputs o, o + distance, ... of all rows of x, four at a time: the rows of W come from memory once.
+template <int kOutputs, class T>
+void gemv_rows(const Tensor& x, const Tensor& weight, const Tensor& y, int64_t o, int64_t distance) {
+  const int64_t R = x.size[0];
   const auto rows = [&](auto count, int64_t r) {
-    gemv_row<decltype(count)::value, T>(x.ptr<T>() + r * x.stride[0], x.stride[0],
-                                        weight.ptr<T>() + o * weight.stride[0], y.ptr<T>() + r * y.stride[0] + o,
-                                        y.stride[0], K);
+    gemv_outputs<kOutputs, decltype(count)::value, T>(
+        x.ptr<T>() + r * x.stride[0], x.stride[0], weight.ptr<T>() + o * weight.stride[0], weight.stride[0],
+        y.ptr<T>() + r * y.stride[0] + o, y.stride[0], distance, x.size[1]);
   };
   int64_t r = 0;
   for (; r + 4 <= R; r += 4) rows(std::integral_constant<int, 4>{}, r);
   if (R - r == 3) rows(std::integral_constant<int, 3>{}, r);
   if (R - r == 2) rows(std::integral_constant<int, 2>{}, r);
   if (R - r == 1) rows(std::integral_constant<int, 1>{}, r);
+}
+
+// Outputs [begin, end). One row of W after the other, in the order of memory, is what the prefetching of AMD's
+// processors follows best.
+template <class T>
+void gemv_part(const Tensor& x, const Tensor& weight, const Tensor& y, int64_t begin, int64_t end) {
+  const int64_t distance = amd_family() == 0 ? (end - begin) / kStreams : 0;
+  for (int64_t i = 0; i < distance; ++i) gemv_rows<kStreams, T>(x, weight, y, begin + i, distance);
+  for (int64_t o = begin + kStreams * distance; o < end; ++o) gemv_rows<1, T>(x, weight, y, o, 1);
 }
 
 // Outputs of all the products, one after the other, are the loop's items.
@@ -88,8 +135,8 @@ void gemv_group(const Tensor& x, const Tensor* weights, const Tensor* ys, int co
                  [&](int64_t begin, int64_t end) {
                    for (int i = 0; i < count && end > 0; ++i) {
                      const int64_t N = weights[i].size[0];
-                     for (int64_t o = std::max<int64_t>(begin, 0); o < std::min(end, N); ++o)
-                       gemv_output<T>(x, weights[i], ys[i], o);
+                     const int64_t from = std::max<int64_t>(begin, 0), to = std::min(end, N);
+                     if (from < to) gemv_part<T>(x, weights[i], ys[i], from, to);
                      begin -= N;
                      end -= N;
                    }

@@ -71,7 +71,7 @@ class Rule:
 
 
 RULES = (  # the first that applies and can run; else "torch"
-    Rule("transposed", _BF16, ("nt",), _TRANSPOSED_REASON, flops=1 << 24, M=(2, 64), N=(1024, _ALL), amx=True),
+    Rule("transposed", _BF16, ("nt",), _TRANSPOSED_REASON, flops=1 << 24, M=(5, 64), N=(1024, _ALL), amx=True),
     Rule("gemv", (torch.float32, torch.bfloat16), ("nt",), "1 to 4 rows: bound by reading W", flops=1 << 18, M=(1, 4)),
     Rule(
         "onednn",
