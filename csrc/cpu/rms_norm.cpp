@@ -49,13 +49,18 @@ constexpr int64_t kGrainElements = 16384;  // a thread's least share: below it, 
 constexpr int64_t kParts = 64;  // partial sums of dweight; more than the threads of a large machine would help
 constexpr int64_t kRows = 4;    // rows that the backward takes at once, to read and write dweight a fourth as often
 
-// Whether the second pass over a row fetches the next rows into the caches, as found on a Zen 5, GB/s a core with and
-// without, C = 4096: forward bf16 31 against 39, f32 44 against 36, with the addition bf16 34 against 30, f32 45
-// against 41; backward bf16 37 against 33, f32 38 against 41, with the addition bf16 38 against 34, f32 29 against 39.
+// Whether the second pass over a row fetches the next rows into the caches, C = 4096. On a Zen 5, GB/s a core with and
+// without: forward bf16 31 against 39, f32 44 against 36, with the addition bf16 34 against 30, f32 45 against 41;
+// backward bf16 37 against 33, f32 38 against 41, with the addition bf16 38 against 34, f32 29 against 39. On an
+// Emerald Rapids, two cores: forward bf16 33 against 26, backward f32 38 against 31, with the addition 34 against 33.
 template <class T, bool kAdd>
-constexpr bool kFwdReadsAhead = kAdd || sizeof(T) == 4;
+bool fwd_reads_ahead() {
+  return kAdd || sizeof(T) == 4 || amd_family() == 0;
+}
 template <class T>
-constexpr bool kBwdReadsAhead = sizeof(T) == 2;
+bool bwd_reads_ahead() {
+  return sizeof(T) == 2 || amd_family() == 0;
+}
 
 template <class T>
 const T* row(const Tensor& a, int64_t r) {
@@ -73,7 +78,7 @@ bool rows_share_boundaries(const Tensor& a) {
 }
 
 // kAdd: sum_out = x + residual is written, rounded to T, and normalised as rounded.
-template <class T, bool kAdd, bool kStream>
+template <class T, bool kAdd, bool kStream, bool kAhead>
 void norm_fwd_row(const T* x, const T* residual, const T* weight, double eps, T* y, T* sum_out, float* rstd, int64_t C,
                   int64_t x_next, int64_t residual_next) {
   const auto value = [&](int64_t c, auto n) {
@@ -89,7 +94,7 @@ void norm_fwd_row(const T* x, const T* residual, const T* weight, double eps, T*
   const auto r = static_cast<float>(1.0 / std::sqrt(squares / static_cast<double>(C) + eps));
   *rstd = r;
   for_each_vector(kStream ? lanes_before_boundary(y) : 0, C, [&](int64_t c, auto n) {
-    if constexpr (kFwdReadsAhead<T, kAdd>) {
+    if constexpr (kAhead) {
       __builtin_prefetch(x + x_next + c);
       if constexpr (kAdd) __builtin_prefetch(residual + residual_next + c);
     }
@@ -99,7 +104,7 @@ void norm_fwd_row(const T* x, const T* residual, const T* weight, double eps, T*
   });
 }
 
-template <class T, bool kAdd, bool kStream>
+template <class T, bool kAdd, bool kStream, bool kAhead>
 void norm_fwd_rows(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps, const Tensor& y,
                    const Tensor& sum_out, const Tensor& rstd) {
   const int64_t R = x.size[0], C = x.size[1];
@@ -108,8 +113,8 @@ void norm_fwd_rows(const Tensor& x, const Tensor& residual, const Tensor& weight
       T* y_row = row_of_output<T>(y, r);
       T* sum_row = kAdd ? row_of_output<T>(sum_out, r) : nullptr;
       const T* residual_row = kAdd ? row<T>(residual, r) : nullptr;
-      norm_fwd_row<T, kAdd, kStream>(row<T>(x, r), residual_row, weight.ptr<T>(), eps, y_row, sum_row,
-                                     rstd.ptr<float>() + r, C, x.stride[0], kAdd ? residual.stride[0] : 0);
+      norm_fwd_row<T, kAdd, kStream, kAhead>(row<T>(x, r), residual_row, weight.ptr<T>(), eps, y_row, sum_row,
+                                             rstd.ptr<float>() + r, C, x.stride[0], kAdd ? residual.stride[0] : 0);
     }
     stream_fence();
   });
@@ -125,15 +130,18 @@ void norm_fwd(const Tensor& x, const Tensor& residual, const Tensor& weight, dou
         should_stream(bytes) &&
         (!add || (y.stride[0] == sum_out.stride[0] && same_boundaries(y.ptr<T>(), sum_out.ptr<T>())));
     with_bool(add, [&](auto kAdd) {
-      with_bool(past_caches,
-                [&](auto kStream) { norm_fwd_rows<T, kAdd, kStream>(x, residual, weight, eps, y, sum_out, rstd); });
+      with_bool(past_caches, [&](auto kStream) {
+        with_bool(fwd_reads_ahead<T, kAdd>(), [&](auto kAhead) {
+          norm_fwd_rows<T, kAdd, kStream, kAhead>(x, residual, weight, eps, y, sum_out, rstd);
+        });
+      });
     });
   });
 }
 
 // dx = rstd (dy weight - x rstd^2 mean(dy weight x)) [+ dsum] for kN rows from `r`; dweight_part += dy x rstd, or = if
 // `first`.
-template <int kN, class T, bool kAdd, bool kStream>
+template <int kN, class T, bool kAdd, bool kStream, bool kAhead>
 void norm_bwd_rows(const Tensor& dy, const Tensor& dsum, const Tensor& x, const T* weight, const float* rstd,
                    const Tensor& dx, int64_t r, bool first, float* dweight_part) {
   const int64_t C = x.size[1];
@@ -157,7 +165,7 @@ void norm_bwd_rows(const Tensor& dy, const Tensor& dsum, const Tensor& x, const 
     const VecF w = load_lanes(weight + c, n);
     VecF dw(0.0F);  // of these rows alone: fewer additions to the large sum, so less of them is rounded away
     for (int i = 0; i < kN; ++i) {
-      if constexpr (kBwdReadsAhead<T>) {
+      if constexpr (kAhead) {
         __builtin_prefetch(dy_row[i] + c + kN * dy.stride[0]);
         __builtin_prefetch(x_row[i] + c + kN * x.stride[0]);
       }
@@ -181,19 +189,21 @@ void norm_bwd(const Tensor& dy, const Tensor& dsum, const Tensor& x, const Tenso
     const bool past_caches = should_stream(R * C * static_cast<int64_t>(sizeof(T))) && rows_share_boundaries<T>(dx);
     with_bool(dsum.data != nullptr, [&](auto kAdd) {
       with_bool(past_caches, [&](auto kStream) {
-        parallel_for(parts, 1, [&](int64_t part_begin, int64_t part_end) {
-          for (int64_t part = part_begin; part < part_end; ++part) {
-            const int64_t begin = R * part / parts, end = R * (part + 1) / parts;
-            float* dw = dweight_parts.get() + part * C;
-            int64_t r = begin;
-            for (; r + kRows <= end; r += kRows)
-              norm_bwd_rows<kRows, T, kAdd, kStream>(dy, dsum, x, weight.ptr<T>(), rstd.ptr<float>(), dx, r, r == begin,
-                                                     dw);
-            for (; r < end; ++r)
-              norm_bwd_rows<1, T, kAdd, kStream>(dy, dsum, x, weight.ptr<T>(), rstd.ptr<float>(), dx, r, r == begin,
-                                                 dw);
-          }
-          stream_fence();
+        with_bool(bwd_reads_ahead<T>(), [&](auto kAhead) {
+          parallel_for(parts, 1, [&](int64_t part_begin, int64_t part_end) {
+            for (int64_t part = part_begin; part < part_end; ++part) {
+              const int64_t begin = R * part / parts, end = R * (part + 1) / parts;
+              float* dw = dweight_parts.get() + part * C;
+              int64_t r = begin;
+              for (; r + kRows <= end; r += kRows)
+                norm_bwd_rows<kRows, T, kAdd, kStream, kAhead>(dy, dsum, x, weight.ptr<T>(), rstd.ptr<float>(), dx, r,
+                                                               r == begin, dw);
+              for (; r < end; ++r)
+                norm_bwd_rows<1, T, kAdd, kStream, kAhead>(dy, dsum, x, weight.ptr<T>(), rstd.ptr<float>(), dx, r,
+                                                           r == begin, dw);
+            }
+            stream_fence();
+          });
         });
       });
     });
