@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -20,6 +22,18 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     import interpreter_rounding
 
     interpreter_rounding.install()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One folder for what the tests compile, which the processes of a run share (pytest -n) and its first removes."""
+    if "LLAMA_FAST_TESTS_FOLDER" not in os.environ:
+        folder = os.environ["LLAMA_FAST_TESTS_FOLDER"] = tempfile.mkdtemp(prefix="llama_fast_tests_")
+
+        def remove() -> None:
+            del os.environ["LLAMA_FAST_TESTS_FOLDER"]
+            shutil.rmtree(folder, ignore_errors=True)
+
+        config.add_cleanup(remove)
 
 
 @pytest.fixture(autouse=True)

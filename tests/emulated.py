@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,7 +42,10 @@ def no_nvcc() -> str | None:
 
 @functools.cache
 def _folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="llama_fast_emulated_"))
+    """Of this process."""
+    folder = Path(os.environ["LLAMA_FAST_TESTS_FOLDER"], str(os.getpid()))
+    folder.mkdir()
+    return folder
 
 
 def _compile(*arguments: str | Path) -> None:
@@ -55,8 +57,7 @@ def _compile(*arguments: str | Path) -> None:
 @functools.cache
 def _emulator() -> Path:
     """Compiled by the first of the processes that share a run (pytest -n) and waited for by the others."""
-    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
-    folder = Path(tempfile.gettempdir(), f"llama_fast_emulator_{run}") if run else _folder()
+    folder = Path(os.environ["LLAMA_FAST_TESTS_FOLDER"], "emulator")
     folder.mkdir(exist_ok=True)
     target = folder / "libemulator.so"
 
