@@ -23,7 +23,7 @@ needs_accelerate = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("policy", ["recompute-cheap", "recompute-all"])
+@pytest.mark.parametrize("policy", ["recompute-cheap", "recompute-linear", "recompute-all"])
 def test_gradient_checkpointing(policy: str, reentrant: bool) -> None:
     stock = make().double()
     ours = patched(stock, policy=policy)

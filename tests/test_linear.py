@@ -209,7 +209,7 @@ def test_the_frozen_choice_with_amx(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("isa", ISAS)
 def test_transpose(isa: str, dtype: torch.dtype) -> None:
-    for R, C in ((1, 1), (8, 8), (63, 65), (64, 64), (200, 333), (700, 1000)):
+    for R, C in ((1, 1), (8, 8), (63, 65), (64, 64), (200, 333), (700, 1000), (704, 1003)):
         x = torch.randn(R, C + 3).to(dtype)[:, :C]
         for gap in (0, 5, 32):
             whole = torch.full((C, R + gap), torch.nan, dtype=dtype)
@@ -240,6 +240,15 @@ def test_copied_keeps_a_nan_in_its_row() -> None:
     a[:, 5] = torch.nan
     with linear.force("copied"):
         assert linear.tn(a, b).isnan().all(1).nonzero().flatten().tolist() == [5]
+
+
+@pytest.mark.parametrize("path", [None, "transposed"])
+def test_what_lies_behind_the_rows_of_a_weight_is_not_multiplied(path: str | None) -> None:
+    whole = torch.full((2048, 96), torch.nan).bfloat16()
+    x = torch.randn(8, 70).bfloat16()
+    whole[:, :70] = 1.0
+    with linear.force(path):
+        assert linear.nt(x, whole[:, :70]).isfinite().all()
 
 
 @pytest.mark.skipif(linear._gemv is None, reason="the native library is not built")

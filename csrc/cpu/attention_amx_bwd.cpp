@@ -31,7 +31,7 @@ struct RowTile {
   Parts<kN> q_along, dout_along;    // right blocks [kRowBlocks][Dp / kSide], sums along D
   Parts<kN> q_across, dout_across;  // right blocks [Dp / kSide][kRowBlocks], sums over rows
   float* lse2;                      // [kTileRows] lse * log2(e); +inf for a row that sees no key or lies past the end
-  float* lse2_rest;                 // [kTileRows] what its rounding left, without which float32 weights err alike
+  float* lse2_rest;                 // [kTileRows] lse log2(e) - lse2, without which all weights of a row err alike
   float* delta;                     // [kTileRows] sum_d dout out
   bf16* packs;                      // the four, one after the other
   int64_t part;

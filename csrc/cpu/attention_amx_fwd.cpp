@@ -207,8 +207,8 @@ bool fwd_tile(const AttentionSizes& sizes, const Head& head, int64_t index, Part
       const int64_t count = std::min(kChunk, panels.end - p);
       for (int64_t i = 0; i < count; ++i)
         for (int64_t r = 0; r < tile.row_blocks; ++r) {
-          if constexpr (kN >
-                        1) {  // k and v of a head pass the second cache: the panel after this chunk, and this one's v
+          // in parts k and v of a head pass the second cache: the panel after this chunk, and this one's v
+          if constexpr (kN > 1) {
             for (int64_t c = r; c < columns; c += tile.row_blocks)
               for (int part = 0; part < kN; ++part) {
                 fetch_ahead(k_block[part] + ((p + i + kChunk) * columns + c) * kBlock, kBlock * sizeof(bf16));

@@ -2,7 +2,7 @@
 // 2^x as exact as bfloat16 needs. No include guard: see simd.h.
 //
 // A float32 number is multiplied as three bfloat16 whose sum it is, 24 bits in eights; of the nine products the three
-// smallest, below 2^-25 of the whole, are left out.
+// smallest, together below 2^-24 of the whole, are left out.
 //
 // A block is 32 x 32: of bfloat16 as a left operand (rows along the sum) or a right one (pairs along the sum across the
 // columns), 2 KB in two tiles of 16 rows of 64 bytes; of float32 as a sum, 4 KB in four tiles:
@@ -119,7 +119,8 @@ LF_INLINE void fetch_ahead(const void* p, int64_t bytes) {
 }
 
 // sum = left right over `count` blocks of terms each, or sum += left right with kAdd. Two left and two right tiles make
-// four sums, so that each product of tiles needs one load, and of numbers in three parts two for three.
+// four sums, so that each product of tiles needs one load, and of numbers in three parts
+// 14 for 24.
 template <bool kAdd, int kN>
 LF_INLINE void multiply_blocks(Parts<kN> left, Parts<kN> right, int64_t count, float* sum) {
   if constexpr (kAdd) {
@@ -135,21 +136,19 @@ LF_INLINE void multiply_blocks(Parts<kN> left, Parts<kN> right, int64_t count, f
   }
 #pragma GCC unroll 1
   for (int64_t k = 0; k < count; ++k, left = left + kBlock, right = right + kBlock) {
-    if constexpr (kN == 3) {  // the small products first, and each time one operand stays
-      load_left(left[1]);
-      load_right(right[1]);
-      multiply_loaded();
-      load_left(left[0]);
-      load_right(right[2]);
-      multiply_loaded();
-      load_right(right[1]);
-      multiply_loaded();
+    if constexpr (kN == 3) {  // one operand stays each time, and the largest product comes last
       load_left(left[2]);
       load_right(right[0]);
       multiply_loaded();
       load_left(left[1]);
       multiply_loaded();
+      load_right(right[1]);
+      multiply_loaded();
       load_left(left[0]);
+      multiply_loaded();
+      load_right(right[2]);
+      multiply_loaded();
+      load_right(right[0]);
       multiply_loaded();
     } else {
       load_left(left[0]);
@@ -190,12 +189,14 @@ LF_INLINE VecF exp2_for(VecF x) {
     return exp2_flush(x);
 }
 
-// a > b per lane, and whether that is so in any.
+// x where a > b, else y, per lane.
 LF_INLINE VecF select_greater(VecF a, VecF b, VecF x, VecF y) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), y.v, x.v);
 }
 
-// The next part of x: in the upper half of each lane, x rounded to bfloat16; and x becomes what is left of it.
+// The next part of x: in the upper half of each lane, x rounded to bfloat16; and x becomes what is left of it. A number
+// that rounds to infinity leaves NaN; operands are checked for it (Largest), weights and their gradients are
+// then lost anyway.
 LF_INLINE __m512i take_part(VecF& x) {
   const __m512i bits = _mm512_add_epi32(_mm512_castps_si512(x.v), _mm512_set1_epi32(0x8000));
   x = x - VecF(_mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(-65536))));

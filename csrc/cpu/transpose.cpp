@@ -43,7 +43,8 @@ LF_INLINE void transpose_8x8(const uint16_t* from, int64_t stride, uint16_t* to)
 
 void write_row(const uint16_t* from, uint16_t* to, int64_t n, bool streamed) {
   constexpr int64_t kStep = 2 * VecF::kLanes;  // a vector's bits, whatever they mean
-  if (streamed && n == kTile && reinterpret_cast<uintptr_t>(to) % 64 == 0)
+  // the portable VecF reads floats, as which these numbers may not be read
+  if (VecF::kLanes > 4 && streamed && n == kTile && reinterpret_cast<uintptr_t>(to) % 64 == 0)
     for (int64_t i = 0; i < n; i += kStep)
       stream(reinterpret_cast<float*>(to + i), load(reinterpret_cast<const float*>(from + i)));
   else

@@ -1,9 +1,9 @@
 """The matrix products of a linear layer y = x W^T, each on the fastest of the vendor's paths: `nt`, `nn`, `tn`.
 
-Which path runs is read from `RULES`, a frozen table (docs/ops/linear.md), and depends on the dtype, the form and the
-sizes only: never on a measurement of the running process, on the number of threads or on the alignment of a pointer. So
-a run that is resumed in another process takes the same paths and gives the same bits. Why this and not a measurement at
-run time, and the numbers behind each rule: docs/ops/linear.md.
+Which path runs is read from `RULES`, a frozen table (docs/ops/linear.md), and depends on the class of the processor,
+the dtype, the form and the sizes only: never on a measurement of the running process, on the number of threads or on
+the alignment of a pointer. So a run that is resumed in another process, on such a processor, takes the same paths and
+gives the same bits. Why this and not a measurement at run time, and the numbers behind each rule: docs/ops/linear.md.
 
 `linear` is the differentiable layer; `nt`, `nn` and `tn` record no gradient on the fast paths: where one is to be
 recorded, and under torch.compile, autocast and functorch, all four are plain torch.
@@ -37,6 +37,7 @@ _SLICE_BYTES = 8 << 20  # of a product that cannot be written in place: two of t
 _TERMS = {"nt": 192, "nn": 384, "tn": 384}
 _ZEN5 = 26  # AMD's family number: the first of its processors with 512-bit multiply-adds at full rate
 _ALL = 1 << 62
+_REGISTER = 32  # bfloat16 numbers that oneDNN reads at once of a first operand, past the end of a row too
 _BF16 = (torch.bfloat16,)
 _HALF = (torch.bfloat16, torch.float16)
 _ONEDNN_REASON = "oneDNN uses 512-bit multiply-adds, MKL does not on this processor: twice as fast in float32"
@@ -144,6 +145,8 @@ def _can(path: str, form: str, dtype: torch.dtype, M: int, K: int) -> bool:
         return _gemv is not None and form == "nt" and 1 <= M <= 4 and K > 0 and dtype != torch.float64
     if path == "copied":
         return _transpose is not None and dtype in _HALF
+    if path == "transposed" and form == "nt":
+        return K % _REGISTER == 0  # the rows of W are read in whole registers, and a NaN behind one would stay
     return path != "upcast" or (dtype == torch.float16 and _onednn is not None)
 
 
@@ -332,10 +335,10 @@ def _copied(a: Tensor, b: Tensor, out: Tensor | None, accumulate: bool) -> Tenso
     """a b by slices of the rows of `a`, each of which is copied so that it lies one row after the other."""
     M, K = a.shape
     out = a.new_empty(M, b.shape[1]) if out is None else out
-    stride = (-(-K // 32) | 1) * 32  # an odd number of cache lines: powers of two cost the product 5 to 8 %
+    stride = (-(-K // _REGISTER) | 1) * _REGISTER  # an odd number of cache lines: powers of two cost 5 to 8 %
     step = max(1024, _SLICE_BYTES // (2 * stride) // 64 * 64)
     buffer = a.new_empty(min(M, step), stride)
-    if K % 32 != 0:
+    if K % _REGISTER != 0:
         buffer[:, K:] = 0  # oneDNN multiplies them by zero: a NaN would stay one
     for begin in range(0, M, step):
         i = slice(begin, min(begin + step, M))
@@ -351,7 +354,7 @@ def _copied(a: Tensor, b: Tensor, out: Tensor | None, accumulate: bool) -> Tenso
 
 
 def _transposed(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
-    """(b^T a^T)^T by slices, each written to its place: half as large as others, since oneDNN keeps as much again."""
+    """(b^T a^T)^T by slices of 4 MB, each written to its place; oneDNN keeps scratch of the same size."""
     M, N = a.shape[0], b.shape[1]
     out = a.new_empty(M, N) if out is None else out
     for i, j in _slices("nt", M, N, 2 * a.element_size()):
