@@ -419,7 +419,8 @@ def test_bad_input_names_argument_value_and_expectation() -> None:
     x, _ = _inputs(WIDE, torch.float32)
     cos, sin = rope_cos_sin(WIDE, T)
     options = BlockOptions(WIDE.head_dim)
-    with pytest.raises(ValueError, match=r"policy is 'all', expected one of save, recompute-cheap, recompute-l"):
+    expected = "expected one of save, recompute-cheap, recompute-linear, recompute-all"
+    with pytest.raises(ValueError, match=f"policy is 'all', {expected}"):
         BlockOptions(WIDE.head_dim, policy="all")
     with pytest.raises(ValueError, match=r"x has shape \(2, 64\), expected \[B, T, C\]"):
         transformer_block(x[:, 0], w, cos, sin, options)

@@ -254,7 +254,8 @@ def test_a_fused_loss_needs_a_place() -> None:
 
 
 def test_options_are_checked() -> None:
-    with pytest.raises(ValueError, match="policy is 'all', expected one of save, recompute-cheap, recompute-l"):
+    expected = "expected one of save, recompute-cheap, recompute-linear, recompute-all"
+    with pytest.raises(ValueError, match=f"policy is 'all', {expected}"):
         lf.hf.patch(make(), policy="all")
     with pytest.raises(ValueError, match="fused_loss is 'eval', expected True, False or 'training'"):
         lf.hf.patch(make(), fused_loss="eval")
