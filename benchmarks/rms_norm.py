@@ -30,6 +30,7 @@ BENCHMARKS = tuple(
         ("rms_norm", 32768, 4096, torch.bfloat16),
         ("rms_norm", 8192, 8192, torch.bfloat16),
         ("rms_norm", 262144, 128, torch.bfloat16),  # the heads of a model that normalises q and k
+        ("rms_norm", 4096, 32768, torch.bfloat16),  # rows that no registers hold
         ("rms_norm", 16384, 4096, torch.float32),
         ("add_rms_norm", 32768, 4096, torch.bfloat16),
         ("add_rms_norm", 16384, 4096, torch.float32),

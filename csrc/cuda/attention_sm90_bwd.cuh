@@ -158,9 +158,10 @@ LLAMA_FAST_DEVICE void bwd_produce(const BwdParams& p, uint32_t shared) {
           ptx::st_shared(info + Step::kRow, row);
           ptx::st_shared(info + Step::kPart, part);
           ptx::st_shared(info + Step::kLast, head == first_head && row == first_row);
-          ptx::mbarrier_arrive_expect_tx(full_q, Config::kRowBytes + Config::kStatsBytes);
+          // Before the arrival, which alone ends the phase: racecheck takes a copy for a write where it is issued.
           ptx::bulk_load(shared + Config::kStats + stage * Config::kStatsBytes,
                          p.stats + static_cast<int64_t>(part) * (2 * Config::kRows), Config::kStatsBytes, full_q);
+          ptx::mbarrier_arrive_expect_tx(full_q, Config::kRowBytes + Config::kStatsBytes);
           load_tile<Config::kRows, Config::kHeadDim>(shared + Config::kQ + stage * Config::kRowBytes, p.q, full_q, row,
                                                      head, span.batch);
           const uint32_t full_dout = shared + Config::kFullDout + 8 * (step % 2);
