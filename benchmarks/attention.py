@@ -33,14 +33,15 @@ BENCHMARKS = tuple(
 ) + tuple(
     Benchmark(
         Case("attention", {"B": B, "T": T, "S": T, "H": H, "G": G, "D": D}, options),
-        torch.bfloat16,
+        dtype,
         label,
         device="cuda",
     )
-    for label, B, T, H, G, D, options in (
-        ("T16k D128", 1, 16384, 16, 16, 128, {}),
-        ("4xT4k 32/8 D128", 4, 4096, 32, 8, 128, {}),
-        ("8xT2k D64", 8, 2048, 32, 32, 64, {}),
-        ("T16k window4k", 1, 16384, 16, 16, 128, {"window": 4096}),
+    for label, dtype, B, T, H, G, D, options in (
+        ("T16k D128", torch.bfloat16, 1, 16384, 16, 16, 128, {}),
+        ("4xT4k 32/8 D128", torch.bfloat16, 4, 4096, 32, 8, 128, {}),
+        ("8xT2k D64", torch.bfloat16, 8, 2048, 32, 32, 64, {}),
+        ("T16k window4k", torch.bfloat16, 1, 16384, 16, 16, 128, {"window": 4096}),
+        ("2xT2k D128 fp32", torch.float32, 2, 2048, 16, 16, 128, {}),
     )
 )

@@ -41,6 +41,12 @@ BENCHMARKS = (
         "8192x4096->128256",
         device="cuda",
     ),
+    Benchmark(
+        Case("linear_cross_entropy", {"...": (2048,), "C": 2048, "V": 32000}),
+        torch.float32,
+        "2048x2048->32000 fp32",
+        device="cuda",
+    ),
 )
 
 
