@@ -166,9 +166,18 @@ def _anywhere() -> Any:
 def test_xformers_whose_kernels_cannot_be_loaded_is_unavailable(xformers: Callable[..., Any]) -> None:
     modules = _stand_in()
     modules["xformers"]._has_cpp_library = False  # type: ignore[attr-defined]
-    assert "xFormers 0.0.99 was built for another torch" in str(xformers(modules).unavailable())
+    reason = "xFormers 0.0.99: its kernels cannot be loaded beside torch "
+    assert reason in str(xformers(modules).unavailable())
     dims = {**SIZES, "causal": True, "window": 0}
-    assert "was built for another torch" in str(dispatch.objection(_anywhere(), dims, torch.bfloat16, "cpu"))
+    assert reason in str(dispatch.objection(_anywhere(), dims, torch.bfloat16, "cpu"))
+    library, again, told = (
+        OSError("libcudart.so.12: cannot open"),
+        OSError("could not load"),
+        Exception("another torch"),
+    )
+    again.__cause__, told.__cause__ = library, again
+    modules["xformers"]._cpp_lib = types.SimpleNamespace(_cpp_library_load_exception=told)  # type: ignore[attr-defined]
+    assert str(xformers(modules).unavailable()).endswith(": libcudart.so.12: cannot open")
 
 
 def test_xformers_that_does_not_import_is_unavailable(xformers: Callable[..., Any]) -> None:

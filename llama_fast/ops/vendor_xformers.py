@@ -32,9 +32,13 @@ finally:
 def unavailable() -> str | None:
     """Why its kernels cannot be used in this process, or None."""
     if not _problem and not getattr(xformers, "_has_cpp_library", True):
+        # what it tells is two other errors: the first one names a library or symbol, such as an older CUDA's runtime
+        error = getattr(getattr(xformers, "_cpp_lib", None), "_cpp_library_load_exception", None)
+        while error is not None and error.__cause__ is not None:
+            error = error.__cause__
+        first = (str(error or "").splitlines() or [""])[0] or "python -m xformers.info"
         return (
-            f"xFormers {xformers.__version__} was built for another torch than {torch.__version__}: its kernels cannot "
-            "be loaded (python -m xformers.info)"
+            f"xFormers {xformers.__version__}: its kernels cannot be loaded beside torch {torch.__version__}: {first}"
         )
     return _problem or None
 
