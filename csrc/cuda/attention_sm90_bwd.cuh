@@ -16,7 +16,7 @@ namespace llama_fast::cuda::sm90 {
 
 struct BwdParams {
   ptx::TensorMap q, k, v, dout;  // (D, row, head, batch)
-  Global<const float> stats;     // [tiles of queries][lse log2(e), delta][64]
+  ptx::TensorMap stats;          // (lse log2(e) of 64 rows, delta of 64 rows; tile of queries)
   Global<float> dq_sum;          // [tiles of queries][2 groups][64 x D/2 accumulators as registers lie]
   Global<int> turns;             // [tiles of queries]: parts of dq_sum that have been added; 0 on entry
   Global<int> next_work;         // [2]: work to be dealt, head of a work to be rounded; 0 on entry
@@ -158,10 +158,9 @@ LLAMA_FAST_DEVICE void bwd_produce(const BwdParams& p, uint32_t shared) {
           ptx::st_shared(info + Step::kRow, row);
           ptx::st_shared(info + Step::kPart, part);
           ptx::st_shared(info + Step::kLast, head == first_head && row == first_row);
-          // Before the arrival, which alone ends the phase: racecheck takes a copy for a write where it is issued.
-          ptx::bulk_load(shared + Config::kStats + stage * Config::kStatsBytes,
-                         p.stats + static_cast<int64_t>(part) * (2 * Config::kRows), Config::kStatsBytes, full_q);
           ptx::mbarrier_arrive_expect_tx(full_q, Config::kRowBytes + Config::kStatsBytes);
+          // By a tensor map and not as 512 bytes: racecheck takes a plain bulk copy for a write of this thread.
+          ptx::tma_load_2d(shared + Config::kStats + stage * Config::kStatsBytes, p.stats, full_q, 0, part);
           load_tile<Config::kRows, Config::kHeadDim>(shared + Config::kQ + stage * Config::kRowBytes, p.q, full_q, row,
                                                      head, span.batch);
           const uint32_t full_dout = shared + Config::kFullDout + 8 * (step % 2);
