@@ -1,4 +1,5 @@
 """linear_cross_entropy: the row kernel. A row of logits becomes its loss, and is overwritten with its own gradient.
+A second one is for logits that are computed again, some classes at a time, when lse is known.
 
 A program takes a row, twice: once for the largest logit and the sum of exponentials, in float32 and one pass, the
 target's left out; once for the gradient. With m the largest, s the sum over the other classes of e^(x - m) and e_t =
@@ -115,6 +116,40 @@ def _cross_entropy_rows_kernel(
                 tl.store(x_ptr + v, dx.to(x_ptr.dtype.element_ty), mask=v < V)
 
 
+@triton.jit
+def _cross_entropy_piece_kernel(
+    x_ptr,  # [B, k] T; overwritten
+    targets_ptr,  # [B] i64
+    dtarget_ptr,  # [B] T
+    lse_ptr,  # [B] f32
+    row_scale_ptr,  # [B] f32
+    x_stride_r,
+    k,
+    first,
+    V,
+    ignore_index,
+    label_smoothing,
+    z_loss,
+    BLOCK_V: tl.constexpr,
+):
+    r = tl.program_id(0).to(tl.int64)  # int64: r * k passes 2^31
+    x_ptr += r * x_stride_r
+    target = tl.load(targets_ptr + r)
+    ignored = target == ignore_index
+    dx_t = tl.load(dtarget_ptr + r).to(tl.float32)
+    # where the target is none of the classes lse is NaN, and so is the row
+    lse = tl.load(lse_ptr + r)
+    scale = tl.load(row_scale_ptr + r)
+    slope = 2.0 * z_loss * lse
+    for begin in range(0, k, BLOCK_V):
+        v = begin + tl.arange(0, BLOCK_V)
+        x = tl.load(x_ptr + v, mask=v < k, other=-float("inf")).to(tl.float32)
+        dx = scale * (tl.exp(x - lse) * (1.0 + slope) - label_smoothing / V)
+        dx = tl.where(v == target - first, dx_t, dx)
+        dx = tl.where(ignored, 0.0, dx)
+        tl.store(x_ptr + v, dx.to(x_ptr.dtype.element_ty), mask=v < k)
+
+
 def cross_entropy_rows(
     logits: Tensor,
     targets: Tensor,
@@ -134,4 +169,24 @@ def cross_entropy_rows(
         start(_cross_entropy_rows_kernel, (R,), args, constants, num_warps=launch.num_warps)
 
 
-linear_cross_entropy_fwd, linear_cross_entropy_bwd = chunks.primitives(cross_entropy_rows)
+def cross_entropy_piece(
+    logits: Tensor,
+    targets: Tensor,
+    dtarget: Tensor,
+    lse: Tensor,
+    row_scale: Tensor,
+    first: int,
+    V: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> None:
+    B, k = logits.shape
+    launch = heuristic(k)
+    rows = (logits, targets, dtarget, lse, row_scale.contiguous())
+    args = (*rows, logits.stride(0), k, first, V, ignore_index, label_smoothing, z_loss)
+    with on_device_of(logits):
+        start(_cross_entropy_piece_kernel, (B,), args, (launch.BLOCK_V,), num_warps=launch.num_warps)
+
+
+linear_cross_entropy_fwd, linear_cross_entropy_bwd = chunks.primitives(cross_entropy_rows, cross_entropy_piece)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import emulated
 import pytest
 import torch
+from loss_pieces import DIMS, small  # noqa: F401
 from numerics import assert_within_budget
 
 from llama_fast.ops import cuda
@@ -59,6 +60,13 @@ def test_budget(library: ctypes.CDLL, source: str) -> None:
     _replace(library, source, "sm_80")
     for case in CASES[source]:
         assert_within_budget(case, "cuda", torch.bfloat16)
+
+
+@needs_nvcc
+def test_budget_of_dweight_by_blocks_of_classes(library: ctypes.CDLL, small: list[int]) -> None:  # noqa: F811
+    _replace(library, "linear_cross_entropy", "sm_80")
+    assert_within_budget(Case("linear_cross_entropy", DIMS[3]), "cuda", torch.bfloat16)
+    assert small
 
 
 @pytest.fixture

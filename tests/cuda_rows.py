@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from loss_pieces import check_budget, check_frozen_hidden, check_memory, check_piece, small  # noqa: F401
 from numerics import DTYPES, assert_bug_is_caught, assert_within_budget
 from torch import Tensor
 
@@ -186,6 +187,20 @@ def test_a_target_outside_the_classes_gives_nan() -> None:
     loss, gradient = _rows_of(torch.randn(2, 9), torch.tensor([9, -1]))
     assert loss.isnan().all()
     assert gradient.isnan().all()
+
+
+def test_dweight_by_blocks_of_classes(small: list[int]) -> None:  # noqa: F811
+    check_budget("cuda", small)
+    check_frozen_hidden("cuda", small)
+
+
+@pytest.mark.usefixtures("small")
+def test_memory_by_blocks_of_classes() -> None:
+    check_memory("cuda")
+
+
+def test_classes_of_some_rows() -> None:
+    check_piece(cuda._cross_entropy_piece)
 
 
 def test_infinite_gates() -> None:

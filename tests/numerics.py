@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -39,6 +40,31 @@ class EveryResult(TorchDispatchMode, ABC):
     @abstractmethod
     def saw(self, x: Tensor) -> None:
         """Called with each."""
+
+
+class LiveBytes(EveryResult):
+    """Bytes of the tensors made within the block that are alive, and the most there were at one time.
+
+    Views of tensors that are `given` do not count.
+    """
+
+    def __init__(self, *given: Tensor) -> None:
+        super().__init__()
+        self.live = self.peak = self.largest = 0
+        self.known = {x.untyped_storage()._cdata for x in given}
+
+    def saw(self, x: Tensor) -> None:
+        if x.untyped_storage()._cdata not in self.known and not x._is_view():
+            storage = x.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            self.known.add(key)
+            self.live += size
+            self.peak, self.largest = max(self.peak, self.live), max(self.largest, size)
+            weakref.finalize(x, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
 
 
 @contextmanager

@@ -52,6 +52,7 @@ SHARED = {
         "eager": "yardstick",
         "linear": "which matrix product",
         "chunks": "linear_cross_entropy by chunks, for every backend",
+        "pieces": "its dweight by blocks of classes, for GPUs",
         "cuda": "launchers of the CUDA library",
         "proven": "which GPU kernels are chosen by default",
         "vendor": "PyTorch's own ops",

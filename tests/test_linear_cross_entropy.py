@@ -6,18 +6,17 @@ import os
 import platform
 import subprocess
 import sys
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import DTYPES, TARGETS, EveryResult, assert_bug_is_caught, assert_within_budget, target
+from numerics import DTYPES, TARGETS, EveryResult, LiveBytes, assert_bug_is_caught, assert_within_budget, target
 from torch import Tensor
 
 import llama_fast as lf
-from llama_fast.ops import chunks, eager, native
+from llama_fast.ops import chunks, eager, linear, native, pieces
 from llama_fast.verify import Case
 
 OP = "linear_cross_entropy"
@@ -206,28 +205,6 @@ def test_scaled_and_retained_backward() -> None:
     torch.testing.assert_close(weight.grad, 2.0 * kept[1])
 
 
-class LiveBytes(EveryResult):
-    """Bytes of the tensors made within the block that are alive, and the most there were at one time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = self.largest = 0
-        self.known: set[int] = set()
-
-    def saw(self, x: Tensor) -> None:
-        if x.untyped_storage()._cdata not in self.known and not x._is_view():
-            storage = x.untyped_storage()
-            key, size = storage._cdata, storage.nbytes()
-            self.known.add(key)
-            self.live += size
-            self.peak, self.largest = max(self.peak, self.live), max(self.largest, size)
-            weakref.finalize(x, self._free, key, size)
-
-    def _free(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.live -= size
-
-
 def test_peak_memory() -> None:
     R, C, V = 4096, 32, 1024
     inputs = Case(OP, {"...": (R,), "C": C, "V": V}).inputs(torch.bfloat16)
@@ -312,12 +289,40 @@ def test_autocast_casts_as_linear_does() -> None:
 def test_large_new_tensors_are_announced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before their first write, for huge pages: the logits of a chunk and what sums dweight up, a float32 copy too."""
     found: list[tuple[torch.Size, torch.dtype]] = []
-    fwd, _ = chunks.primitives(native._row_kernel, lambda new: found.append((new.shape, new.dtype)))
+    fwd, _ = chunks.primitives(native._row_kernel, on_new=lambda new: found.append((new.shape, new.dtype)))
     for R, rows, total in ((300, 256, torch.bfloat16), (6000, 1024, torch.float32)):
         found.clear()
         inputs = Case(OP, {"...": (R,), "C": 8, "V": 24}).inputs(torch.bfloat16).values()
         fwd(*inputs, torch.ones(R), -100, 0.0, 0.0, True, True)
         assert found == [((rows, 24), torch.bfloat16), ((24, 8), total)]
+
+
+@pytest.mark.skipif(native._native is None, reason="the native library is not built")
+def test_the_cpu_sums_by_chunks_of_rows() -> None:
+    """Where a GPU would sum by blocks of classes."""
+    R, C, V = 2100, 1200, 640
+    assert pieces.plan(R, C, V) is not None
+    inputs = [*Case(OP, {"...": (R,), "C": C, "V": V}).inputs(torch.bfloat16).values(), torch.ones(R)]
+    with linear.force("torch"), LiveBytes(*inputs) as memory:
+        results = native.linear_cross_entropy_fwd(*inputs, -100, 0.0, 0.0, False, True)
+    assert memory.peak - sum(x.nbytes for x in results) == R // 4 * V * 2
+
+
+def test_plan_of_blocks_of_classes() -> None:
+    assert pieces.plan(8192, 4096, 128256) == pieces.Plan(4096, 7552)
+    assert pieces.plan(3000, 4096, 128256) == pieces.Plan(3000, 14336)
+    for R, C, V in ((2048, 4096, 128256), (8193, 4096, 128256), (8192, 4096, 2047)):
+        assert pieces.plan(R, C, V) is None
+    for C in (1100, 2048, 2304, 4096, 8192):
+        for R in range(2049, 2 * C + 1, 509):
+            for V in (2047, 5003, 32000, 128256):
+                found = pieces.plan(R, C, V)
+                if found is None:
+                    assert 128 * max(R, C) > 512 * V
+                    continue
+                assert found.kept == min(R, C)
+                assert found.classes % 128 == 0
+                assert (C + R - found.kept) * found.classes <= 512 * V
 
 
 def test_no_gradient_no_gradient_work() -> None:

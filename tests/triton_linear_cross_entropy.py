@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_pieces import check_budget, check_frozen_hidden, check_memory, check_piece, small  # noqa: F401
 from numerics import DTYPES, assert_bug_is_caught, assert_within_budget
 from torch import Tensor
 
@@ -109,6 +110,20 @@ def test_logits_are_left_alone_without_row_scale() -> None:
     kept = x.clone()
     linear_cross_entropy.cross_entropy_rows(x, t, None, -100, 0.1, 0.1, out, out.clone())
     assert torch.equal(x, kept)
+
+
+def test_dweight_by_blocks_of_classes(small: list[int]) -> None:  # noqa: F811
+    check_budget("triton", small)
+    check_frozen_hidden("triton", small)
+
+
+@pytest.mark.usefixtures("small")
+def test_memory_by_blocks_of_classes() -> None:
+    check_memory("triton")
+
+
+def test_classes_of_some_rows() -> None:
+    check_piece(linear_cross_entropy.cross_entropy_piece)
 
 
 def _true_class_is_left_out(results: tuple[Tensor, ...], args: Any) -> None:

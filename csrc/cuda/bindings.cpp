@@ -109,6 +109,8 @@ PYBIND11_MODULE(_native_cuda, module) {
        "causal", "window", "dq", "dk", "dv", "scratch");
   bind(module, "cross_entropy_rows", &cuda::cross_entropy_rows, "logits", "targets", "row_scale", "ignore_index",
        "label_smoothing", "z_loss", "loss", "lse");
+  bind(module, "cross_entropy_piece", &cuda::cross_entropy_piece, "logits", "targets", "dtarget", "lse", "row_scale",
+       "first", "V", "ignore_index", "label_smoothing", "z_loss");
 #ifdef LLAMA_FAST_SM90
   bind(module, "attention_sm90_fwd", &cuda::attention_sm90_fwd, "q", "k", "v", "cu_seqlens", "scale", "causal",
        "window", "out", "lse", "scratch");

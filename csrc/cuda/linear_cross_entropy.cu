@@ -3,6 +3,8 @@
 // is float32, a row's totals float64; each gradient is rounded once. The true class is left out of the sums: its
 // gradient, p - 1, is minus the sum of the other probabilities, and its loss log1p of it where it leads the row, so
 // that neither loses digits when p is near 1. A row whose target lies outside [0, V) and is not ignore_index gives NaN.
+// The second kernel is for logits that are computed again, some classes at a time: lse is known, and so is the gradient
+// at the target.
 // Derivation: docs/ops/linear_cross_entropy.md.
 #include <algorithm>
 
@@ -147,6 +149,50 @@ __global__ void __launch_bounds__(kMaxThreads) cross_entropy_kernel(CrossEntropy
   }
 }
 
+template <class T>
+struct CrossEntropyPiece {
+  Rows<T> logits;
+  Global<const int64_t> targets;
+  Global<const T> dtarget;
+  Global<const float> lse, row_scale;
+  int64_t target_stride, scale_stride;
+  int64_t k, first, V, ignore_index;
+  float label_smoothing, z_loss;
+};
+
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kMaxThreads) cross_entropy_piece_kernel(CrossEntropyPiece<T> p) {
+  const int64_t r = blockIdx.x, target = p.targets[r * p.target_stride], place = target - p.first;
+  const Global<T> row = p.logits.row(r);
+  const int64_t step = static_cast<int64_t>(blockDim.x) * kWidth, begin = static_cast<int64_t>(threadIdx.x) * kWidth;
+  const bool ignored = target == p.ignore_index;
+  // Where the target is none of the classes lse is NaN, and so is the row. No test of z_loss, so that a row with an
+  // infinite lse is NaN as well.
+  const float lse = p.lse[r], scale = p.row_scale[r * p.scale_stride], true_class = to_float(p.dtarget[r]);
+  const float a = scale * (1.0F + 2.0F * p.z_loss * lse), b = scale * (p.label_smoothing / static_cast<float>(p.V));
+  for (int64_t base = begin; base < p.k; base += kPieces * step) {
+    Piece<T, kWidth> pieces[kPieces];
+#pragma unroll
+    for (int j = 0; j < kPieces; ++j) pieces[j].load_written(row + (base + j * step), p.k - base - j * step);
+#pragma unroll
+    for (int j = 0; j < kPieces; ++j) {
+      const int64_t c = base + j * step;
+      float x[kWidth];
+      pieces[j].unpack(x);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) x[i] = ignored ? 0.0F : c + i == place ? true_class : a * expf(x[i] - lse) - b;
+      pieces[j].pack(x);
+      pieces[j].store(row + c, p.k - c);
+    }
+  }
+}
+
+// Threads that take a row's pieces in kPiecesAThread turns, or more where these would be too many.
+int64_t threads_for(int64_t columns, int width) {
+  const int64_t warps = ceil_div(ceil_div(columns, width * kPiecesAThread), kWarp);
+  return std::clamp<int64_t>(warps * kWarp, kWarp, kMaxThreads);
+}
+
 }  // namespace
 
 void cross_entropy_rows(const Tensor& logits, const Tensor& targets, const Tensor& row_scale, int64_t ignore_index,
@@ -171,9 +217,36 @@ void cross_entropy_rows(const Tensor& logits, const Tensor& targets, const Tenso
                             row_scale.data != nullptr};
     with_bool(rows_aligned(logits), [&](auto kAligned) {
       constexpr int kWidth = kAligned ? kLanes<T> : 1;
-      const int64_t warps = ceil_div(ceil_div(V, kWidth * kPiecesAThread), kWarp);
-      launch(launch_of(op, s, grid(R), std::clamp<int64_t>(warps * kWarp, kWarp, kMaxThreads)),
-             cross_entropy_kernel<T, kWidth>, p);
+      launch(launch_of(op, s, grid(R), threads_for(V, kWidth)), cross_entropy_kernel<T, kWidth>, p);
+    });
+  });
+}
+
+void cross_entropy_piece(const Tensor& logits, const Tensor& targets, const Tensor& dtarget, const Tensor& lse,
+                         const Tensor& row_scale, int64_t first, int64_t V, int64_t ignore_index,
+                         double label_smoothing, double z_loss, Stream s) {
+  const char* op = "linear_cross_entropy";
+  const OnDevice device(op, s);
+  const int64_t B = logits.size[0], k = logits.size[1];
+  if (B == 0 || k == 0) return;
+  with_dtype(logits.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    const CrossEntropyPiece<T> p{Rows<T>(logits),
+                                 targets.ptr<int64_t>(),
+                                 dtarget.ptr<T>(),
+                                 lse.ptr<float>(),
+                                 row_scale.ptr<float>(),
+                                 targets.stride[0],
+                                 row_scale.stride[0],
+                                 k,
+                                 first,
+                                 V,
+                                 ignore_index,
+                                 static_cast<float>(label_smoothing),
+                                 static_cast<float>(z_loss)};
+    with_bool(rows_aligned(logits), [&](auto kAligned) {
+      constexpr int kWidth = kAligned ? kLanes<T> : 1;
+      launch(launch_of(op, s, grid(B), threads_for(k, kWidth)), cross_entropy_piece_kernel<T, kWidth>, p);
     });
   });
 }

@@ -46,6 +46,11 @@ void rope_bwd(const Tensor& dq_out, const Tensor& dk_out, const Tensor& cos, con
 // One chunk of rows: logits [R, V] T, overwritten by the gradient where row_scale [R] f32 is given; see csrc/ops.h.
 void cross_entropy_rows(const Tensor& logits, const Tensor& targets, const Tensor& row_scale, int64_t ignore_index,
                         double label_smoothing, double z_loss, const Tensor& loss, const Tensor& lse, Stream s);
+// Some classes of some rows: logits [B, k] T of the classes from `first` on of V, overwritten by the gradient. lse and
+// row_scale [B] f32 as above; dtarget [B] T, contiguous: the gradient at the target, as cross_entropy_rows rounded it.
+void cross_entropy_piece(const Tensor& logits, const Tensor& targets, const Tensor& dtarget, const Tensor& lse,
+                         const Tensor& row_scale, int64_t first, int64_t V, int64_t ignore_index,
+                         double label_smoothing, double z_loss, Stream s);
 
 // q, out: [B, T, H, D], k, v: [B, S, G, D] bf16 | f16; lse: [B, H, T] f32, natural logarithm; see csrc/ops.h.
 // scratch: at least attention_fwd_scratch bytes, aligned to 4, of any content.

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from llama_fast.ops import linear, table
+from llama_fast.ops import linear, pieces, table
 
 # (logits [r, V], targets [r], row_scale [r] | None, ignore_index, label_smoothing, z_loss, loss [r], lse [r]) -> None:
 # writes loss and lse; with row_scale, overwrites the logits with the gradient of sum_r row_scale[r] loss[r].
@@ -40,11 +40,14 @@ def _part(x: Tensor, chunk: slice | None) -> Tensor:
 
 
 def primitives(
-    row_kernel: RowKernel, on_new: Callable[[Tensor], None] = lambda _: None
+    row_kernel: RowKernel,
+    piece_kernel: pieces.PieceKernel | None = None,
+    on_new: Callable[[Tensor], None] = lambda _: None,
 ) -> tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, ...]]]:
     """The launchers `linear_cross_entropy_fwd` and `linear_cross_entropy_bwd` made of a row kernel.
 
-    `on_new` is called with each large tensor before it is first written.
+    With a `piece_kernel` half-precision gradients of weights are summed as in llama_fast/ops/pieces.py where that has a
+    plan. `on_new` is called with each large tensor before it is first written.
     """
 
     def linear_cross_entropy_fwd(
@@ -67,6 +70,12 @@ def primitives(
             dweight.zero_()
             return results
         step, accumulator = plan(R, C, V, hidden.element_size(), wants_dweight)
+        options = (ignore_index, label_smoothing, z_loss)
+        by_classes = None
+        if wants_dweight:
+            by_classes = pieces.start(piece_kernel, hidden, weight, targets, lse, row_scale, dweight, options)
+        if by_classes is not None:
+            step, accumulator = pieces.ROWS, False
         logits_buffer = hidden.new_empty(step, V)
         total = hidden.new_empty(V, C, dtype=torch.float32) if accumulator else dweight
         for new in (logits_buffer, total):
@@ -79,14 +88,17 @@ def primitives(
             some_hidden = _part(hidden, chunk)
             logits = linear.nt(some_hidden, weight, out=_part(logits_buffer, chunk and slice(0, end - begin)))
             scale = None if row_scale is None else _part(row_scale, chunk)
-            row = (_part(targets, chunk), scale, ignore_index, label_smoothing, z_loss)
-            row_kernel(logits, *row, _part(loss, chunk), _part(lse, chunk))
+            row_kernel(logits, _part(targets, chunk), scale, *options, _part(loss, chunk), _part(lse, chunk))
             # the logits are their own gradient now
             if wants_dhidden:
                 linear.nn(logits, weight, out=_part(dhidden, chunk))
-            if wants_dweight:
+            if by_classes is not None:
+                by_classes.add(logits, begin)
+            elif wants_dweight:
                 linear.tn(logits, some_hidden, out=total, accumulate=accumulator or begin > 0)
-        if accumulator:
+        if by_classes is not None:
+            by_classes.finish(logits_buffer)
+        elif accumulator:
             dweight.copy_(total)
         return results
 

@@ -160,4 +160,8 @@ def _cross_entropy_rows(logits: Tensor, *args: Any) -> None:
     _library.cross_entropy_rows(logits, *args, _stream(logits))
 
 
-linear_cross_entropy_fwd, linear_cross_entropy_bwd = chunks.primitives(_cross_entropy_rows)
+def _cross_entropy_piece(logits: Tensor, *args: Any) -> None:
+    _library.cross_entropy_piece(logits, *args, _stream(logits))
+
+
+linear_cross_entropy_fwd, linear_cross_entropy_bwd = chunks.primitives(_cross_entropy_rows, _cross_entropy_piece)

@@ -138,7 +138,8 @@ def linear_cross_entropy(
         backward for "none". Logits and their gradients are rounded to the dtype of `hidden`, as eager PyTorch does.
     Memory:   keeps the inputs, dhidden and dweight for the backward ("none": the inputs). Beyond them, on the CPU, the
         logits of 512 rows in float32; in half precision those of R/4 rows (256 if that is more), or those of 1024 rows
-        and a float32 copy of dweight where this is less.
+        and a float32 copy of dweight where this is less. On a GPU, in half precision with 2048 < R <= 2 C: those of
+        512 rows.
     Error:    forward at most 1.0x, backward 1.5x that of F.cross_entropy(F.linear(hidden, weight).float(), targets) in
         the same dtype plus one ulp, against float64.
     Repeats:  bitwise, for equal shape, dtype, number of threads and backend.

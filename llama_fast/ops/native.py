@@ -101,4 +101,4 @@ def argmax(x: Tensor) -> Tensor:
 # ---- linear_cross_entropy --------------------------------------------------------------------------------------------
 _row_kernel: Any = None if _native is None else _native.cpu.cross_entropy_rows
 _huge_pages: Any = None if _native is None else _native.cpu.use_huge_pages
-linear_cross_entropy_fwd, linear_cross_entropy_bwd = chunks.primitives(_row_kernel, _huge_pages)
+linear_cross_entropy_fwd, linear_cross_entropy_bwd = chunks.primitives(_row_kernel, on_new=_huge_pages)

@@ -1,0 +1,145 @@
+"""dweight of linear_cross_entropy by blocks of classes, in no more memory than the logits of 512 rows.
+
+Summed by chunks of rows, dweight is rounded once a chunk: few, large chunks are needed. Summed by blocks of classes it
+is rounded once or twice in all, but every block needs the gradients P of all rows' logits, which are too large to keep.
+Yet dweight [V, C] itself has room for P of C rows until it is computed: they wait there, block by block, and leave as
+their block's sum moves in. The rows behind them have their logits computed again, a block at a time.
+
+    letters: R rows, C inputs, V classes, K classes of a block, A rows whose P is kept, B = R - A rows behind them
+    dweight, block b: [K, C] at b K C, and until then P of the first A rows: [A, K] at the same place, A <= C
+    scratch [512, V]: first the logits of a chunk of rows, then a block's sum [K, C] and its logits [B, K]
+
+Reasons, error and time: docs/ops/linear_cross_entropy.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llama_fast.ops import linear
+
+# (logits [B, k], targets [B], dtarget [B], lse [B], row_scale [B], first, V, ignore_index, label_smoothing, z_loss) ->
+# None: overwrites the logits of the classes from `first` on with their gradient, which at the target is `dtarget`.
+PieceKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, int, float, float], None]
+
+ROWS = 512  # fewer make W, read once a chunk and a product, the bottleneck
+MOST_IN_CHUNKS = 4 * ROWS  # up to here four chunks of rows take no more memory, and three products in place of 3 + B/R
+CLASSES = 128  # K is a multiple: whole tiles of the products, and rows that start on 16-byte boundaries
+
+
+@dataclass(frozen=True)
+class Plan:
+    """kept: A, the rows whose gradients wait in dweight. classes: K."""
+
+    kept: int
+    classes: int
+
+
+def plan(R: int, C: int, V: int) -> Plan | None:
+    """The largest blocks that the scratch holds, evened out; None: by chunks of rows."""
+    if R <= MOST_IN_CHUNKS or R > 2 * C:  # beyond, most rows would have their logits computed twice
+        return None
+    kept = min(R, C)
+    most = ROWS * V // (C + R - kept) // CLASSES * CLASSES
+    if most == 0:
+        return None
+    even = -(-V // -(-V // most))
+    return Plan(kept, -(-even // CLASSES) * CLASSES)
+
+
+class Pieces:
+    """The sum: `add` every chunk of rows in turn, then `finish`.
+
+    Args:
+        plan: of these sizes.
+        kernel: the backend's.
+        hidden: [R, C]. weight: [V, C]. targets: [R]. lse: [R], complete when `finish` is called. row_scale: [R].
+        dweight: [V, C], contiguous: scratch until `finish`, then the result.
+        options: ignore_index, label_smoothing, z_loss.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        kernel: PieceKernel,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        lse: Tensor,
+        row_scale: Tensor,
+        dweight: Tensor,
+        options: tuple[int, float, float],
+    ) -> None:
+        self.plan, self.kernel, self.options = plan, kernel, options
+        self.weight, self.dweight = weight, dweight
+        self.kept_hidden, self.hidden = hidden[: plan.kept], hidden[plan.kept :]
+        self.targets, self.lse, self.row_scale = (x[plan.kept :] for x in (targets, lse, row_scale))
+        self.dtarget = hidden.new_empty(self.hidden.shape[0])
+
+    def add(self, dlogits: Tensor, begin: int) -> None:
+        """Takes what is needed later of the gradients [r, V] of rows from `begin` on: all of them, or the target's.
+
+        The target's, p - 1, cannot be had again from a logit without a difference of near numbers.
+        """
+        kept = min(max(self.plan.kept - begin, 0), dlogits.shape[0])
+        if kept:
+            self._keep(dlogits[:kept], begin)
+        if kept < dlogits.shape[0]:
+            first = begin + kept - self.plan.kept
+            rows = slice(first, first + dlogits.shape[0] - kept)
+            # a target outside the classes has a row of NaN, and ignore_index one of zeros, in any column
+            column = self.targets[rows].clamp(0, dlogits.shape[1] - 1).unsqueeze(1)
+            torch.gather(dlogits[kept:], 1, column, out=self.dtarget[rows].unsqueeze(1))
+
+    def _keep(self, dlogits: Tensor, begin: int) -> None:
+        (V, C), K, rows = self.dweight.shape, self.plan.classes, dlogits.shape[0]
+        blocks, rest, start = V // K, V % K, self.dweight.storage_offset()
+        place = self.dweight.as_strided((blocks, rows, K), (K * C, K, 1), start + begin * K)
+        _copy(dlogits[:, : blocks * K].unflatten(1, (blocks, K)).transpose(0, 1), place)
+        if rest:
+            place = self.dweight.as_strided((rows, rest), (rest, 1), start + blocks * K * C + begin * rest)
+            _copy(dlogits[:, blocks * K :], place)
+
+    def finish(self, scratch: Tensor) -> None:
+        """The sum, block by block, through `scratch` of at least ROWS * V elements."""
+        (V, C), (A, K), B = self.dweight.shape, (self.plan.kept, self.plan.classes), self.hidden.shape[0]
+        scratch = scratch.view(-1)
+        for first in range(0, V, K):
+            classes = slice(first, min(first + K, V))
+            dweight, k = self.dweight[classes], min(K, V - first)
+            dlogits = dweight.view(-1)[: A * k].view(A, k)
+            dweight.copy_(linear.tn(dlogits, self.kept_hidden, out=scratch[: k * C].view(k, C)))
+            if B:
+                logits = scratch[K * C : K * C + B * k].view(B, k)
+                linear.nt(self.hidden, self.weight[classes], out=logits)
+                rows = (self.targets, self.dtarget, self.lse, self.row_scale)
+                self.kernel(logits, *rows, first, V, *self.options)
+                linear.tn(logits, self.hidden, out=dweight, accumulate=True)
+
+
+def start(
+    kernel: PieceKernel | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    row_scale: Tensor | None,
+    dweight: Tensor,
+    options: tuple[int, float, float],
+) -> Pieces | None:
+    """The sum of these sizes, or None: by chunks of rows. float32 is summed in place, by any number of chunks."""
+    if kernel is None or row_scale is None or hidden.element_size() != 2:
+        return None
+    found = plan(hidden.shape[0], hidden.shape[1], weight.shape[0])
+    return None if found is None else Pieces(found, kernel, hidden, weight, targets, lse, row_scale, dweight, options)
+
+
+def _copy(x: Tensor, to: Tensor) -> None:
+    """Eight bytes at a time where rows allow: torch copies what has gaps element by element."""
+    if all(n % 4 == 0 for y in (x, to) for n in (y.shape[-1], y.storage_offset(), *y.stride()[:-1])):
+        x, to = x.view(torch.int64), to.view(torch.int64)
+    to.copy_(x)
