@@ -12,7 +12,7 @@
 namespace llama_fast {
 
 // Raised, with INTERFACE of llama_fast/ops/library.py, by every change of a name or a signature that Python calls.
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 
 enum class DType : int8_t { f32, bf16, f16, i32, i64 };
 

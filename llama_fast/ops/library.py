@@ -11,7 +11,7 @@ from typing import Any
 
 import torch  # noqa: F401  before the libraries, whose OpenMP symbols resolve to the runtime that torch loads
 
-INTERFACE = 2  # `kInterface` of csrc/ops.h
+INTERFACE = 3  # `kInterface` of csrc/ops.h
 PACKAGE = Path(__file__).resolve().parents[1]
 _CALLED = {
     "_native": ("the native library", "install g++ and reinstall llama_fast"),
