@@ -287,9 +287,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("command", choices=(*LIMITS, "prove", "worker", "timer"))
-    parser.add_argument(
-        "files", nargs="*", help="prove: the results of test, then of bench (several: an op's last counts)"
-    )
+    parser.add_argument("files", nargs="*", help="prove: results of test and of bench; of several an op's last counts")
     parser.add_argument("--ops", type=names, default=list(OPS), help="names with commas between; all without")
     parser.add_argument("--backends", type=names, default=list(BACKENDS))
     parser.add_argument("--out", help="the JSON; results/<command>-<device>.json without")

@@ -449,17 +449,22 @@ def _fastest(rows: list[Row], op: str, direction: str, dtypes: list[str], right:
 
 
 def command_prove(args: argparse.Namespace) -> int:
-    test, *benches = (json.loads(Path(f).read_text()) for f in args.files)
-    classes = {r["device_class"] for r in (test, *benches)}
-    if not benches or len(classes) > 1:
-        raise SystemExit(f"expected results of test and then of bench, of one device; found those of {classes}")
-    rows: dict[str, list[Row]] = {}  # of an op those of the last file that has it
-    for bench in benches:
-        for op in {r["op"] for r in bench["rows"]}:
-            rows[op] = [r for r in bench["rows"] if r["op"] == op]
+    files = [json.loads(Path(f).read_text()) for f in args.files]
+    tests, benches = ([r for r in files if r["command"] == command] for command in ("test", "bench"))
+    classes = {r["device_class"] for r in files}
+    if not tests or not benches or len(tests) + len(benches) != len(files) or len(classes) > 1:
+        raise SystemExit(f"expected results of test and of bench, of one device; found those of {classes}")
+    test = {"not_run": _of_last(tests, "not_run"), "device_class": files[0]["device_class"]}
+    test["rows"] = _of_last(tests, "rows")
     file = Path(args.out or proven.FILE)
     listed = json.loads(file.read_text()) if file.exists() else {}
-    listed[test["device_class"]] = proof(test, {"rows": [r for found in rows.values() for r in found]})
+    listed[test["device_class"]] = proof(test, {"rows": _of_last(benches, "rows")})
     file.write_text(json.dumps(listed, indent=2, sort_keys=True) + "\n")
     print(json.dumps(listed[test["device_class"]], indent=2))
     return 0
+
+
+def _of_last(files: list[Row], what: str) -> list[Row]:
+    """Rows of each op from the last file that ran it."""
+    last = {op: i for i, file in enumerate(files) for op in file["ops"]}
+    return [r for i, file in enumerate(files) for r in file[what] if last[r["op"]] == i]

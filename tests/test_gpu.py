@@ -269,7 +269,8 @@ def _results(**changes: Any) -> tuple[Any, Any]:
         for p, s in seconds.items()
         for d in ("fwd", "bwd")
     ]
-    return {"rows": test, "not_run": []}, {"rows": bench}
+    ops = {"ops": ["swiglu"]}
+    return ops | {"command": "test", "rows": test, "not_run": []}, ops | {"command": "bench", "rows": bench}
 
 
 def test_proof_lists_the_faster_of_what_is_right_and_not_slower() -> None:
@@ -301,11 +302,13 @@ def test_prove_keeps_other_devices(tmp_path: Path) -> None:
     assert set(listed["sm_90"]) == {"triton"}
 
 
-def test_prove_of_several_bench_files(tmp_path: Path) -> None:
+def test_prove_of_several_files(tmp_path: Path) -> None:
     test, bench = (r | {"device_class": "sm_90"} for r in _results())
     slow = [r | {"seconds": 1e3} if r.get("provider") == "llama_fast:triton" else r for r in bench["rows"]]
-    files = [tmp_path / name for name in ("test.json", "slow.json", "bench.json")]
-    for file, result in zip(files, (test, bench | {"rows": slow}, bench), strict=True):
+    wrong = [r | {"problem": "red"} if r["backend"] == "triton" else r for r in test["rows"]]
+    results = (test, bench | {"rows": slow}, bench, test | {"rows": wrong}, bench | {"ops": ["rope"], "rows": []})
+    files = [tmp_path / name for name in ("test.json", "slow.json", "bench.json", "wrong.json", "another.json")]
+    for file, result in zip(files, results, strict=True):
         file.write_text(json.dumps(result))
 
     def listed(*order: Path) -> set[str]:
@@ -316,8 +319,11 @@ def test_prove_of_several_bench_files(tmp_path: Path) -> None:
     assert listed(files[0], files[1], files[2]) == listed(files[0], files[2])  # of an op the last file counts
     assert "triton" in listed(files[0], files[2])
     assert "triton" not in listed(files[0], files[2], files[1])
-    with pytest.raises(SystemExit, match="expected results of test and then of bench"):
-        gpu.main(["prove", str(files[0])])
+    assert "triton" not in listed(files[0], files[2], files[3])
+    assert "triton" in listed(files[3], files[2], files[0], files[4])
+    for too_few in (files[:1], files[1:3]):
+        with pytest.raises(SystemExit, match="expected results of test and of bench"):
+            gpu.main(["prove", *map(str, too_few)])
 
 
 def test_every_op_has_cases_of_both_kinds() -> None:

@@ -309,20 +309,24 @@ def test_the_cpu_sums_by_chunks_of_rows() -> None:
 
 
 def test_plan_of_blocks_of_classes() -> None:
-    assert pieces.plan(8192, 4096, 128256) == pieces.Plan(4096, 7552)
-    assert pieces.plan(3000, 4096, 128256) == pieces.Plan(3000, 14336)
-    for R, C, V in ((2048, 4096, 128256), (8193, 4096, 128256), (8192, 4096, 2047)):
+    assert pieces.plan(8192, 4096, 128256) == pieces.Plan(4096, 7680, 8448)  # 8448 x 4096: eight turns of 132 tiles
+    assert pieces.plan(3000, 4096, 128256) == pieces.Plan(3000, 3000, 21120)
+    assert pieces.plan(4608, 4096, 128256) == pieces.Plan(4096, 4096, 14720)
+    for R, C, V in ((2048, 4096, 128256), (8193, 4096, 128256), (8192, 4096, 1919)):
         assert pieces.plan(R, C, V) is None
     for C in (1100, 2048, 2304, 4096, 8192):
         for R in range(2049, 2 * C + 1, 509):
-            for V in (2047, 5003, 32000, 128256):
+            for V in (1919, 5003, 32000, 128256):
                 found = pieces.plan(R, C, V)
                 if found is None:
-                    assert 128 * max(R, C) > 512 * V
+                    assert 128 * R > 512 * V
                     continue
-                assert found.kept == min(R, C)
+                assert found.end == R if R <= C else R - 512 <= found.end < R
+                assert found.end % 512 == 0 or R <= C
+                assert found.kept == min(found.end, C)
                 assert found.classes % 128 == 0
-                assert (C + R - found.kept) * found.classes <= 512 * V
+                assert found.end * (found.classes + 256) >= 256 * V  # half of the scratch
+                assert found.end * found.classes <= 512 * V
 
 
 def test_no_gradient_no_gradient_work() -> None:

@@ -83,6 +83,8 @@ def primitives(
         if accumulator:
             total.zero_()
         for begin in range(0, R, step):
+            if by_classes is not None and begin == by_classes.plan.end:
+                by_classes.finish(logits_buffer)
             end = min(begin + step, R)
             chunk = None if step == R else slice(begin, end)
             some_hidden = _part(hidden, chunk)
@@ -92,11 +94,11 @@ def primitives(
             # the logits are their own gradient now
             if wants_dhidden:
                 linear.nn(logits, weight, out=_part(dhidden, chunk))
-            if by_classes is not None:
+            if by_classes is not None and begin < by_classes.plan.end:
                 by_classes.add(logits, begin)
             elif wants_dweight:
                 linear.tn(logits, some_hidden, out=total, accumulate=accumulator or begin > 0)
-        if by_classes is not None:
+        if by_classes is not None and by_classes.plan.end == R:
             by_classes.finish(logits_buffer)
         elif accumulator:
             dweight.copy_(total)

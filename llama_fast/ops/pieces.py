@@ -1,13 +1,14 @@
 """dweight of linear_cross_entropy by blocks of classes, in no more memory than the logits of 512 rows.
 
 Summed by chunks of rows, dweight is rounded once a chunk: few, large chunks are needed. Summed by blocks of classes it
-is rounded once or twice in all, but every block needs the gradients P of all rows' logits, which are too large to keep.
-Yet dweight [V, C] itself has room for P of C rows until it is computed: they wait there, block by block, and leave as
-their block's sum moves in. The rows behind them have their logits computed again, a block at a time.
+is rounded once, but every block needs the gradients P of all rows' logits, which are too large to keep. Yet dweight
+[V, C] itself has room for P of C rows until it is computed: they wait there, block by block, and leave as their block's
+sum moves in. Of the rows behind them the last chunk is added afterwards, and the others' logits are computed again, a
+block at a time.
 
-    letters: R rows, C inputs, V classes, K classes of a block, A rows whose P is kept, B = R - A rows behind them
+    letters: R rows, C inputs, V classes, K classes of a block, A rows whose P is kept, B rows computed again, A + B = E
     dweight, block b: [K, C] at b K C, and until then P of the first A rows: [A, K] at the same place, A <= C
-    scratch [512, V]: first the logits of a chunk of rows, then a block's sum [K, C] and its logits [B, K]
+    scratch [512, V]: first the logits of a chunk of rows, then P [E, K] of a block
 
 Reasons, error and time: docs/ops/linear_cross_entropy.md.
 """
@@ -29,35 +30,51 @@ PieceKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, int, f
 ROWS = 512  # fewer make W, read once a chunk and a product, the bottleneck
 MOST_IN_CHUNKS = 4 * ROWS  # up to here four chunks of rows take no more memory, and three products in place of 3 + B/R
 CLASSES = 128  # K is a multiple: whole tiles of the products, and rows that start on 16-byte boundaries
+_MULTIPROCESSORS = 132  # of a Hopper; with another number the last turn of a block's products is less full
 
 
 @dataclass(frozen=True)
 class Plan:
-    """kept: A, the rows whose gradients wait in dweight. classes: K."""
+    """kept: A, the rows whose gradients wait in dweight. end: E, the rows in blocks of classes. classes: K."""
 
     kept: int
+    end: int
     classes: int
 
 
 def plan(R: int, C: int, V: int) -> Plan | None:
-    """The largest blocks that the scratch holds, evened out; None: by chunks of rows."""
+    """The blocks, of those that fill more than half of the scratch, that keep the multiprocessors busiest.
+
+    None: by chunks of rows.
+    """
     if R <= MOST_IN_CHUNKS or R > 2 * C:  # beyond, most rows would have their logits computed twice
         return None
-    kept = min(R, C)
-    most = ROWS * V // (C + R - kept) // CLASSES * CLASSES
+    end = R if R <= C else (R - 1) // ROWS * ROWS
+    most = ROWS * V // end // CLASSES * CLASSES
     if most == 0:
         return None
-    even = -(-V // -(-V // most))
-    return Plan(kept, -(-even // CLASSES) * CLASSES)
+    again = end - min(end, C)
+
+    def cost(K: int) -> int:
+        blocks = (V // K, K), (1, V % K)
+        return sum(n * (end * _turns(k, C) + C * _turns(again, k)) for n, k in blocks)
+
+    return Plan(min(end, C), end, min(range(most, most // 2, -CLASSES), key=cost))
+
+
+def _turns(M: int, N: int) -> int:
+    """That the multiprocessors take to make a product [M, N] in tiles of 128 x 256."""
+    return -(-(-(-M // 128) * -(-N // 256)) // _MULTIPROCESSORS)
 
 
 class Pieces:
-    """The sum: `add` every chunk of rows in turn, then `finish`.
+    """The sum of the first `plan.end` rows: `add` every chunk of these in turn, then `finish`.
 
     Args:
         plan: of these sizes.
         kernel: the backend's.
-        hidden: [R, C]. weight: [V, C]. targets: [R]. lse: [R], complete when `finish` is called. row_scale: [R].
+        hidden: [R, C]. weight: [V, C]. targets, row_scale: [R].
+        lse: [R], of these rows complete when `finish` is called.
         dweight: [V, C], contiguous: scratch until `finish`, then the result.
         options: ignore_index, label_smoothing, z_loss.
     """
@@ -76,9 +93,9 @@ class Pieces:
     ) -> None:
         self.plan, self.kernel, self.options = plan, kernel, options
         self.weight, self.dweight = weight, dweight
-        self.kept_hidden, self.hidden = hidden[: plan.kept], hidden[plan.kept :]
-        self.targets, self.lse, self.row_scale = (x[plan.kept :] for x in (targets, lse, row_scale))
-        self.dtarget = hidden.new_empty(self.hidden.shape[0])
+        self.hidden = hidden[: plan.end]
+        self.targets, self.lse, self.row_scale = (x[plan.kept : plan.end] for x in (targets, lse, row_scale))
+        self.dtarget = hidden.new_empty(plan.end - plan.kept)
 
     def add(self, dlogits: Tensor, begin: int) -> None:
         """Takes what is needed later of the gradients [r, V] of rows from `begin` on: all of them, or the target's.
@@ -106,19 +123,18 @@ class Pieces:
 
     def finish(self, scratch: Tensor) -> None:
         """The sum, block by block, through `scratch` of at least ROWS * V elements."""
-        (V, C), (A, K), B = self.dweight.shape, (self.plan.kept, self.plan.classes), self.hidden.shape[0]
+        V, (A, E, K) = self.dweight.shape[0], (self.plan.kept, self.plan.end, self.plan.classes)
         scratch = scratch.view(-1)
         for first in range(0, V, K):
             classes = slice(first, min(first + K, V))
             dweight, k = self.dweight[classes], min(K, V - first)
-            dlogits = dweight.view(-1)[: A * k].view(A, k)
-            dweight.copy_(linear.tn(dlogits, self.kept_hidden, out=scratch[: k * C].view(k, C)))
-            if B:
-                logits = scratch[K * C : K * C + B * k].view(B, k)
-                linear.nt(self.hidden, self.weight[classes], out=logits)
+            dlogits = scratch[: E * k].view(E, k)
+            dlogits[:A].copy_(dweight.view(-1)[: A * k].view(A, k))
+            if E > A:
+                logits = linear.nt(self.hidden[A:], self.weight[classes], out=dlogits[A:])
                 rows = (self.targets, self.dtarget, self.lse, self.row_scale)
                 self.kernel(logits, *rows, first, V, *self.options)
-                linear.tn(logits, self.hidden, out=dweight, accumulate=True)
+            linear.tn(dlogits, self.hidden, out=dweight)
 
 
 def start(
