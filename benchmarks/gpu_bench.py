@@ -134,7 +134,8 @@ def command_timer(args: argparse.Namespace) -> int:
         def tell(**event: Any) -> None:
             file.write(json.dumps(event) + "\n")
 
-        tell(rates={"copy": clock.copy_rate(), "matrix": clock.matrix_rate()})
+        matrix = {f"matmul {harness.dtype_name(d)}": clock.matrix_rate(d) for d in (torch.bfloat16, torch.float32)}
+        tell(rates={"copy": clock.copy_rate(), **matrix})
         for n, item in enumerate(todo):
             left = begin + args.limit - time.perf_counter()
             if left < 0:
@@ -283,7 +284,7 @@ def _rate(rows: list[Row], args: argparse.Namespace, rates: Row) -> None:
         work = harness.facts(cases[row["op"], row["case"]], gpu_results.DIRECTIONS[row["direction"]])
         if work["flops"]:
             row["tflops"] = work["flops"] / row["seconds"] / 1e12
-            row["share"] = work["flops"] / row["seconds"] / rates["matrix"]
+            row["share"] = work["flops"] / row["seconds"] / rates[f"matmul {row['dtype']}"]
         else:
             row["gbytes"] = work["bytes"] / row["seconds"] / 1e9
             row["share"] = work["bytes"] / row["seconds"] / rates["copy"]
@@ -291,7 +292,8 @@ def _rate(rows: list[Row], args: argparse.Namespace, rates: Row) -> None:
 
 def _print_bench(rows: list[Row], rates: Row, launches: Row, seconds: float) -> int:
     if rates:
-        print(f"copy {rates['copy'] / 1e9:.0f} GB/s, bfloat16 product {rates['matrix'] / 1e12:.0f} TFLOP/s")
+        products = (f"{name} {rate / 1e12:.0f} TFLOP/s" for name, rate in rates.items() if name != "copy")
+        print(f"copy {rates['copy'] / 1e9:.0f} GB/s, {', '.join(products)}")
     print(
         "median ms, share of the copy rate (attention and linear_cross_entropy: TFLOP/s; its peak memory); *: no graph"
     )

@@ -25,15 +25,14 @@ def of(
     Args:
         rows: as `bench_one` gives them; one with a "problem" has no time.
         todo: the cases, by whose op and label rows are known.
-        rates: "copy" in bytes/s and "matrix" in flop/s of bfloat16.
+        rates: "copy" in bytes/s, "matmul bfloat16" and "matmul float32" in flop/s.
         device: "cuda" or "cpu".
         kind: device class, as in proven.json.
         commit: of the tree, where it is under no version control.
     """
-    limits = (
-        Limit(COPY, "byte/s", rates["copy"], "a copy of what is larger than the caches"),
-        Limit("matmul bfloat16", "flop/s", rates["matrix"], "a large product in bfloat16"),
-    )
+    limits = [Limit(COPY, "byte/s", rates["copy"], "a copy of what is larger than the caches")]
+    for dtype in ("bfloat16", "float32"):
+        limits.append(Limit(f"matmul {dtype}", "flop/s", rates[f"matmul {dtype}"], f"a large product in {dtype}"))
     cases = {(b.case.op, b.label): b for b in todo}
     found: dict[tuple[str, ...], Line] = {}
     for row in sorted(rows, key=lambda r: "seconds" in r):  # a direction that was timed stands, whatever failed later
@@ -50,7 +49,7 @@ def of(
     environment = harness.environment(_ALLOCATOR, device, commit=commit, notes={**notes, "device class": kind})
     place = {name: i for i, name in enumerate(OPS)}
     lines = sorted(found.values(), key=lambda x: (place[x.op], not results.is_ours(x.provider)))
-    return Results(results.FORMAT, environment, limits, tuple(lines))
+    return Results(results.FORMAT, environment, tuple(limits), tuple(lines))
 
 
 def _line(row: Row, benchmark: Benchmark, direction: str) -> Line:

@@ -147,10 +147,10 @@ class Clock:
         times = self.compare({"copy": self.prepare(lambda: y.copy_(x), graph=False)}, 0.3)
         return 2 * x.nbytes / times["copy"].median
 
-    def matrix_rate(self) -> float:
-        """Floating-point operations a second of torch's bfloat16 product."""
-        n = 8192 if self.gpu else 64
-        a, b = (torch.randn(n, n, dtype=torch.bfloat16, device=self.device) for _ in range(2))
+    def matrix_rate(self, dtype: torch.dtype) -> float:
+        """Floating-point operations a second of torch's product, of float32 as it is set: without TF32."""
+        n = (8192 if dtype != torch.float32 else 4096) if self.gpu else 64
+        a, b = (torch.randn(n, n, dtype=dtype, device=self.device) for _ in range(2))
         times = self.compare({"mm": self.prepare(lambda: a @ b)}, 0.3)
         return 2 * n**3 / times["mm"].median
 

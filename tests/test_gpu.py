@@ -76,6 +76,27 @@ def test_bench_and_proof(tmp_path: Path) -> None:
     assert kept["llama_fast:triton", "backward"] == of_two < kept["eager", "backward"]
 
 
+RATES = {"copy": 1e12, "matmul bfloat16": 1e15, "matmul float32": 5e13}
+
+
+def test_every_timed_case_has_a_limit() -> None:
+    """So that no run of minutes ends without its results."""
+    time = {"seconds": 1.0, "low": 1.0, "high": 1.0, "runs": 9, "no_graph": "", "peak": 0}
+    for op in OPS:
+        todo = gpu_bench.cases_of(op, False)
+        rows = [
+            {"op": op, "case": b.label, "dtype": harness.dtype_name(b.dtype), "provider": "eager", "direction": d}
+            | time
+            for b in todo
+            for d in (("both",) if op in gpu_results.TOGETHER else ("fwd", "bwd"))
+        ]
+        found = gpu_results.of(rows, todo, RATES, "cpu", "sm_90", commit="c0ffee")
+        assert len(found.lines) == len(rows)
+        assert all(x.limit and x.share for x in found.lines)
+        gpu_bench._rate(rows, gpu.parse(["bench", "--device", "cpu", "--ops", op]), RATES)
+        assert all(r["share"] for r in rows)
+
+
 def test_rows_become_lines() -> None:
     case = Case("attention", {"B": 1, "T": 8, "S": 8, "H": 2, "G": 2, "D": 16})
     loss = Case("linear_cross_entropy", {"...": (8,), "C": 16, "V": 32})
@@ -92,7 +113,7 @@ def test_rows_become_lines() -> None:
         {"op": loss.op, "case": "small", "problem": "no time left"},
         base | {"provider": "sdpa:flash", "problem": "RuntimeError: its forward cannot be captured"},
     ]
-    found = gpu_results.of(rows, todo, {"copy": 1e12, "matrix": 1e15}, "cpu", "sm_90", commit="c0ffee")
+    found = gpu_results.of(rows, todo, RATES, "cpu", "sm_90", commit="c0ffee")
     results.check(found)
     assert found.environment.commit == "c0ffee"
     lines = {(x.provider, x.direction): x for x in found.lines}
