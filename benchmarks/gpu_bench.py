@@ -411,8 +411,7 @@ def _tune_kernel(
 def proof(test: Row, bench: Row) -> dict[str, dict[str, list[str]]]:
     """{backend: {primitive: [dtype class]}} of one device: all checks run and green, never slower than the vendor's.
 
-    The vendor is the backend `torch` where the op has one, else eager PyTorch. Of two backends that could be listed for
-    a primitive only the faster is.
+    The vendor is the backend `torch` where the op has one, else eager PyTorch.
     """
     found: dict[str, dict[str, list[str]]] = {}
     for op in OPS:
@@ -421,9 +420,8 @@ def proof(test: Row, bench: Row) -> dict[str, dict[str, list[str]]]:
             unseen = any(u["op"] == op and u.get("dtype", named[0]) in named for u in test["not_run"])
             right = [] if unseen else [b for b in OURS if _all_green(test["rows"], op, b, named)]
             for direction in ("fwd", "bwd"):
-                best = _fastest(bench["rows"], op, direction, named, right)
-                if best is not None:
-                    found.setdefault(best, {}).setdefault(f"{op}_{direction}", []).append(kind)
+                for backend in _not_slower(bench["rows"], op, direction, named, right):
+                    found.setdefault(backend, {}).setdefault(f"{op}_{direction}", []).append(kind)
     return found
 
 
@@ -433,7 +431,7 @@ def _all_green(rows: list[Row], op: str, backend: str, dtypes: list[str]) -> boo
     return len(mine) > 0 and not any(r.get("problem") for r in mine)
 
 
-def _fastest(rows: list[Row], op: str, direction: str, dtypes: list[str], right: list[str]) -> str | None:
+def _not_slower(rows: list[Row], op: str, direction: str, dtypes: list[str], right: list[str]) -> list[str]:
     vendor = "torch" if any(b.name == "torch" for b in OPS[op].backends) else "eager"
     ratios: dict[str, list[float]] = {b: [] for b in right}
     for label in dict.fromkeys(r["case"] for r in rows if r["op"] == op and r.get("dtype") in dtypes):
@@ -446,8 +444,7 @@ def _fastest(rows: list[Row], op: str, direction: str, dtypes: list[str], right:
             theirs = times.get(vendor, times.get("eager"))
             mine = times.get(f"{results.OURS}:{b}")
             ratios[b].append(mine / theirs if mine and theirs else float("inf"))
-    good = {b: sum(r) for b, r in ratios.items() if r and max(r) <= SLACK}
-    return min(good, key=lambda b: good[b]) if good else None
+    return [b for b, r in ratios.items() if r and max(r) <= SLACK]
 
 
 def command_prove(args: argparse.Namespace) -> int:
