@@ -55,6 +55,29 @@ def test_a_listed_primitive_runs_by_default(fresh_choices: None, monkeypatch: py
     assert ran == ["swiglu_fwd"] * 2 + ["swiglu_bwd"]
 
 
+def test_a_proof_ends_with_the_sizes_that_were_timed(fresh_choices: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = {"attention_fwd": ["float32"], "attention_bwd": ["float32"]}
+    monkeypatch.setattr(proven, "listed", lambda: {"cpu": {"triton": both}})
+
+    def explained(T: int, D: int, packed: bool = False) -> str:
+        q, k = torch.randn(1, T, 4, D), torch.randn(1, 128, 2, D)
+        if packed:
+            bounds = torch.tensor([0, T], dtype=torch.int32)
+            return lf.explain("attention", q[0], k[0, :T], k[0, :T], bounds)
+        return lf.explain("attention", q, k, k)
+
+    asked = 'lf.backend("triton") or LLAMA_FAST_BACKEND=triton runs it'
+    for text in (explained(128, 64), explained(200, 128), explained(128, 64, packed=True)):
+        assert "triton: runs" in text
+    for packed in (False, True):
+        assert f"triton: not timed where T = 100 is less than 128: {asked}" in explained(100, 64, packed)
+    assert f"triton: not timed where D = 32 not in 64, 128: {asked}" in explained(128, 32)
+    with lf.backend("triton"):
+        assert "triton: runs" in explained(1, 32)
+    monkeypatch.setattr(proven, "listed", lambda: {})
+    assert "triton: unproven on cpu" in explained(1, 64)
+
+
 def _choose(run: Any, device: torch.device) -> Any:
     return launch.choose("swiglu_fwd", (torch.float32, 64), device, HEURISTIC, lambda: CANDIDATES, run)
 

@@ -118,6 +118,14 @@ def objection(b: Backend, dims: dict[str, Any], dtype: torch.dtype, device: str)
     return text if text is not None or asks is None else asks(dims, dtype, device)
 
 
+def _unproven(b: Backend, primitive: str, dims: dict[str, Any], dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why backend `b`, which can take a call, is not chosen unless it is asked for, or None."""
+    if not b.needs_proof:
+        return None
+    untimed = next((text for limit in b.timed if (text := limit(dims)) is not None), None)
+    return proven.objection(b.name, primitive, dtype, device, untimed)
+
+
 def _choose(
     primitive: Primitive, dims: dict[str, int], dtype: torch.dtype, device: torch.device, only: str | None
 ) -> Backend:
@@ -126,8 +134,8 @@ def _choose(
         if only is not None and b.name != only:
             continue
         text = objection(b, dims, dtype, device.type)
-        if text is None and only is None and b.needs_proof:
-            text = proven.objection(b.name, primitive.name, dtype, device)
+        if text is None and only is None:
+            text = _unproven(b, primitive.name, dims, dtype, device)
         if text is None:
             return b
         objections.append(f"  {b.name}: {text}")
@@ -165,8 +173,8 @@ def explain(name: str, *tensors: Tensor, **options: Any) -> str:
             text = objection(b, dims, dtype, device.type)
             if text is None and only is not None and b.name != only:
                 text = f"{only} is asked for"
-            if text is None and only is None and b.needs_proof:
-                text = proven.objection(b.name, primitive, dtype, device)
+            if text is None and only is None:
+                text = _unproven(b, primitive, dims, dtype, device)
             if text is None:
                 text = "could run, stands later in the order" if chosen[direction] else "runs"
                 chosen[direction] = True

@@ -37,11 +37,16 @@ def listed() -> dict[str, dict[str, dict[str, list[str]]]]:
     return json.loads(FILE.read_text())
 
 
-def objection(backend: str, primitive: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why `backend` is not chosen for `primitive` unless it is asked for by name, or None."""
-    place = device_class(device)
-    if dtype_class(dtype) in listed().get(place, {}).get(backend, {}).get(primitive, ()):
+def objection(
+    backend: str, primitive: str, dtype: torch.dtype, device: torch.device, untimed: str | None = None
+) -> str | None:
+    """Why `backend` is not chosen for `primitive` unless it is asked for by name, or None.
+
+    `untimed` says which of the sizes lies outside those that were timed, if one does.
+    """
+    place, kind = device_class(device), dtype_class(dtype)
+    proven = kind in listed().get(place, {}).get(backend, {}).get(primitive, ())
+    if proven and untimed is None:
         return None
-    return (
-        f'unproven on {place} in {dtype_class(dtype)}: lf.backend("{backend}") or LLAMA_FAST_BACKEND={backend} runs it'
-    )
+    why = f"not timed where {untimed}" if proven else f"unproven on {place} in {kind}"
+    return f'{why}: lf.backend("{backend}") or LLAMA_FAST_BACKEND={backend} runs it'

@@ -72,6 +72,7 @@ class Backend:
         limits: each gives None or the sentence that says why a call cannot be taken. Besides the sizes it sees the
             primitive's bool and int arguments by name.
         needs_proof: chosen without being asked for only where llama_fast/ops/proven.json lists it.
+        timed: as limits, for a backend that needs proof: the sizes that the timings behind that file speak for.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Backend:
     dtypes: frozenset[torch.dtype]
     limits: tuple[Limit, ...] = ()
     needs_proof: bool = False
+    timed: tuple[Limit, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -307,12 +309,12 @@ _TRITON_DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 _CUDA_DEVICE = "cpu" if os.environ.get("LLAMA_FAST_EMULATE") == "1" else "cuda"
 
 
-def _cuda(*limits: Limit, dtypes: frozenset[torch.dtype] = _SINGLE) -> Backend:
-    return Backend("cuda", "llama_fast.ops.cuda", _CUDA_DEVICE, dtypes, limits, needs_proof=True)
+def _cuda(*limits: Limit, dtypes: frozenset[torch.dtype] = _SINGLE, timed: tuple[Limit, ...] = ()) -> Backend:
+    return Backend("cuda", "llama_fast.ops.cuda", _CUDA_DEVICE, dtypes, limits, True, timed)
 
 
-def _triton(stem: str, *limits: Limit) -> Backend:
-    return Backend("triton", f"llama_fast.kernels.{stem}", _TRITON_DEVICE, _SINGLE, limits, needs_proof=True)
+def _triton(stem: str, *limits: Limit, timed: tuple[Limit, ...] = ()) -> Backend:
+    return Backend("triton", f"llama_fast.kernels.{stem}", _TRITON_DEVICE, _SINGLE, limits, True, timed)
 
 
 def _cpu(*limits: Limit) -> Backend:
@@ -387,6 +389,14 @@ def _xformers_masks(d: Dims) -> str | None:
     return None if 0 < d["T"] <= d["S"] else f"T = {d['T']} not in 1..S = {d['S']}"
 
 
+def _many_queries(d: Dims) -> str | None:
+    T = d.get("T", d.get("R", 0))  # R: packed sequences, as the public function has them
+    return None if T >= 128 else f"T = {T} is less than 128"
+
+
+_ATTENTION_TIMED = (one_of("D", 64, 128), _many_queries)  # not a decode step, which has too few tiles for a GPU
+
+
 def _attention_flops(d: Dims, options: Mapping[str, Any]) -> tuple[int, int]:
     T, S, window = d["T"], d["S"], options.get("window") or 0
     pairs = T * S
@@ -423,8 +433,8 @@ ATTENTION = Op(
     dtypes={"lse": F32, "cu_seqlens": torch.int32},
     rules=(divides("G", "H"),),
     backends=(
-        _cuda(one_of("D", 64, 96, 128, 256), dtypes=_HALF),
-        _triton("attention", multiple_of("D", 8), between("D", 16, 256)),
+        _cuda(one_of("D", 64, 96, 128, 256), dtypes=_HALF, timed=_ATTENTION_TIMED),
+        _triton("attention", multiple_of("D", 8), between("D", 16, 256), timed=_ATTENTION_TIMED),
         _cpu(multiple_of("D", 8), between("D", 16, 256)),
         _xformers(multiple_of("D", 8), between("D", 16, 256), _xformers_masks),
         _torch(multiple_of("D", 8), between("D", 8, 256)),
