@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -54,6 +55,7 @@ from benchmarks.gpu_run import (
 )
 from benchmarks.gpu_time import Clock, forward_and_backward
 from benchmarks.harness import first_line
+from llama_fast.ops import pieces
 from llama_fast.ops.table import OPS
 from llama_fast.verify import VENDORS, Case, expect, measure
 
@@ -65,12 +67,21 @@ _NO_CACHE = "PYTORCH_NO_CUDA_MEMORY_CACHING"  # each tensor is an allocation of 
 # ---- correctness ----------------------------------------------------------------------------------------------------
 def units(ops: list[str], tiny: bool) -> list[Row]:
     """The checks of `test`: the slow ones first, then a case of every op in turn, so that a short run has seen all."""
-    found: list[Row] = [{"kind": kind, "op": op} for kind in ("compile", "repeat") for op in ops]
+    found: list[Row] = [{"kind": "compile", "op": op} for op in ops] + repeats(ops)
     longest = max((len(test_cases(op, tiny)) for op in ops), default=0)
     for index in range(longest):
         for op in (op for op in ops if index < len(test_cases(op, tiny))):
             found += [{"kind": "budget", "op": op, "case": index, "dtype": name} for name in DTYPES]
     return found
+
+
+def repeats(ops: list[str]) -> list[Row]:
+    """Of every op a small case, and where an op has kernels for other sizes one of these."""
+    more: list[Row] = [
+        {"kind": "repeat", "op": "attention", "dims": {"D": 128}},
+        {"kind": "repeat", "op": "linear_cross_entropy", "dims": {"C": 24}, "by_classes": True},
+    ]
+    return [{"kind": "repeat", "op": op} for op in ops] + [unit for unit in more if unit["op"] in ops]
 
 
 def check_budget(unit: Row, args: argparse.Namespace) -> Iterator[Row]:
@@ -95,16 +106,18 @@ def check_budget(unit: Row, args: argparse.Namespace) -> Iterator[Row]:
         yield row | {"share": share, "problem": problem, "seconds": time.perf_counter() - begin}
 
 
-def _small(op: str, tiny: bool, D: int = 64) -> Case:
-    sizes = {"B": 2, "T": 130, "S": 130, "H": 4, "G": 2, "D": D, "C": 256, "F": 256, "V": 515, "...": (37,)}
+def _small(op: str, tiny: bool, **dims: int) -> Case:
+    sizes = {"B": 2, "T": 130, "S": 130, "H": 4, "G": 2, "D": 64, "C": 256, "F": 256, "V": 515, "...": (37,), **dims}
     patterns = " ".join(OPS[op].public.values()).replace("/2", "").split()
     return test_cases(op, True)[0] if tiny else Case(op, {k: v for k, v in sizes.items() if k in patterns})
 
 
 def check_repeat(unit: Row, args: argparse.Namespace) -> Iterator[Row]:
     """Of each backend of ours: gradients repeat bitwise, and a captured graph gives the same bits."""
-    op = unit["op"]
-    inputs = _small(op, args.tiny, unit.get("D", 64)).inputs(torch.bfloat16, args.device)
+    op, sizes = unit["op"], pieces.SIZES
+    inputs = _small(op, args.tiny, **unit.get("dims", {})).inputs(torch.bfloat16, args.device)
+    if unit.get("by_classes"):
+        pieces.SIZES = pieces.Sizes(rows=8, most_in_chunks=32, classes=4, waste=math.inf)
     for backend in [b for b in backends_of(op, args.backends) if b in OURS]:
         row = unit | {"backend": backend, "dtype": "bfloat16", "label": "repeats bitwise, in a graph too"}
         try:
@@ -114,6 +127,7 @@ def check_repeat(unit: Row, args: argparse.Namespace) -> Iterator[Row]:
         except Exception as error:
             row["problem"] = first_line(error)
         yield row
+    pieces.SIZES = sizes
 
 
 def _repeat_problem(clock: Clock, op: str, inputs: Mapping[str, Tensor], backend: str) -> str:
@@ -245,9 +259,7 @@ def command_sanitize(args: argparse.Namespace) -> int:
         write(args, result)
         return 1
     with tempfile.TemporaryDirectory() as folder:
-        todo = [{"kind": "repeat", "op": op} for op in args.ops]
-        todo += [{"kind": "repeat", "op": "attention", "D": 128}] if "attention" in args.ops else []
-        (Path(folder) / "todo0").write_text(json.dumps(todo))
+        (Path(folder) / "todo0").write_text(json.dumps(repeats(args.ops)))
         environment = os.environ | {_NO_CACHE: "1"}
         running = {}
         for tool in ("memcheck", "racecheck", "synccheck"):
@@ -268,7 +280,9 @@ def command_sanitize(args: argparse.Namespace) -> int:
             ran = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
             names = sorted({f"{r['op']} {r['backend']}" for r in ran if "backend" in r and "objection" not in r})
             summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", text)
-            found = list(dict.fromkeys(re.findall(r"^=+ *(Error:.*|.*error.*|Invalid .*|and Read .*)", text, re.M)))
+            found = list(
+                dict.fromkeys(re.findall(r"^=+ *((?!.*SUMMARY)(?:Error:|Invalid|and (?:Read|Write)).*)", text, re.M))
+            )
             row = {"tool": tool, "status": status, "ran": names, "summary": summary}
             result["rows"].append(row | {"found": found[:60], "log": text[:8000]})
             print(f"{tool}: exit {status}; {'; '.join(summary) or 'no summary'}; ran {', '.join(names) or 'nothing'}")

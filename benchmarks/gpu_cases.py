@@ -90,8 +90,8 @@ def _loss_cases() -> Iterator[Case]:
     yield Case(op, {"...": (6000,), "C": 64, "V": 256}, {"reduction": "sum"})  # dweight in a float32 copy
     # dweight by blocks of classes: some rows computed again, and none
     options = {"label_smoothing": 0.1, "z_loss": 1e-4}
-    yield Case(op, {"...": (3000,), "C": 2048, "V": 1003}, options, scale=0.2)
-    yield Case(op, {"...": (2100,), "C": 2304, "V": 1024}, {"reduction": "sum"}, scale=0.2)
+    yield Case(op, {"...": (4200,), "C": 2304, "V": 32000}, options, scale=0.2)
+    yield Case(op, {"...": (4100,), "C": 4352, "V": 16001}, {"reduction": "sum"}, scale=0.2)
 
 
 def test_cases(op: str, tiny: bool) -> list[Case]:

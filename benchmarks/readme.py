@@ -70,7 +70,8 @@ def _source(name: str, r: Results) -> str:
     e = r.environment
     limits = ", ".join(f"{x.name} {x.rate / 1e9:,.0f} {'GB/s' if x.unit == 'byte/s' else 'Gflop/s'}" for x in r.limits)
     commit = (e.commit or "none")[:10]
-    return f"[{name}](benchmarks/results/{name}): {e.time[:10]}, commit `{commit}`, limits in the same run {limits}."
+    text = f"[{name}](benchmarks/results/{name}): {e.time[:10]}, commit `{commit}`, limits in the same run {limits}."
+    return f"{text} Left out: {e.notes['left out']}." if "left out" in e.notes else text
 
 
 def _ratio(ours: Line, other: Line) -> float:

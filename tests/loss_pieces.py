@@ -6,6 +6,7 @@ plan has several chunks of rows, several blocks of classes and, for more rows th
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -17,13 +18,13 @@ from llama_fast.ops import dispatch, linear, pieces
 from llama_fast.verify import Case
 
 OP = "linear_cross_entropy"
-ROWS, MOST_IN_CHUNKS, CLASSES = 8, 32, 4
+SIZES = pieces.Sizes(rows=8, most_in_chunks=32, classes=4, waste=math.inf)
 DIMS = [
-    {"...": (41,), "C": 48, "V": 132},  # every row's gradients wait; copied by eight bytes, the last block narrower
+    {"...": (48,), "C": 48, "V": 132},  # every row's gradients wait; copied by eight bytes, the last block narrower
     {"...": (35,), "C": 60, "V": 131},  # the same by elements
     {"...": (67,), "C": 44, "V": 203},  # 20 rows are computed again, 3 added; a chunk of rows has some of both kinds
     {"...": (60,), "C": 30, "V": 200},  # 26, nearly as many as wait
-    {"...": (50,), "C": 48, "V": 131},  # none: the rows that do not wait are one chunk, and added
+    {"...": (49,), "C": 48, "V": 131},  # none: the row that does not wait is a chunk by itself, and added
 ]
 # sizes, options, ignored target; in Triton's interpreter a case takes seconds
 CASES: list[tuple[int, dict[str, Any], int | None]] = [
@@ -39,9 +40,7 @@ CASES: list[tuple[int, dict[str, Any], int | None]] = [
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes of a test for those of a GPU. The list gets a number for each sum by blocks: how many these are."""
-    monkeypatch.setattr(pieces, "ROWS", ROWS)
-    monkeypatch.setattr(pieces, "MOST_IN_CHUNKS", MOST_IN_CHUNKS)
-    monkeypatch.setattr(pieces, "CLASSES", CLASSES)
+    monkeypatch.setattr(pieces, "SIZES", SIZES)
     blocks: list[int] = []
     finish = pieces.Pieces.finish
 
@@ -56,13 +55,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def targets(dims: dict[str, Any], ignored: int | None = None) -> Tensor:
     """Of the rows that wait and of those that do not: a target in every block, and some rows that are ignored."""
     (R,), C, V = dims["..."], dims["C"], dims["V"]
-    plan = pieces.plan(R, C, V)
+    plan = pieces.plan(R, C, V, SIZES)
     assert plan is not None
     r, K = torch.arange(R), plan.classes
     blocks = -(-V // K)
     found = (r % blocks * K + r % K).clamp(max=V - 1)
     for rows in (r[: plan.kept], r[plan.kept : plan.end], r[plan.end :]):
-        if len(rows) > ROWS:
+        if len(rows) > SIZES.rows:
             assert set((found[rows[2:-2]] // K).tolist()) == set(range(blocks))
         if ignored is not None and len(rows):
             found[rows[:2]] = found[rows[-2:]] = ignored
@@ -104,14 +103,16 @@ def check_frozen_hidden(backend: str, blocks: list[int]) -> None:
     assert len(blocks) == 6
 
 
-def check_memory(backend: str) -> None:
+def check_memory(backend: str, blocks: list[int]) -> None:
     """Beyond the results there is the scratch, and some numbers a row."""
     for dims in DIMS:
-        (R,), scratch, given = dims["..."], ROWS * dims["V"] * 2, arguments(dims)
+        blocks.clear()
+        (R,), scratch, given = dims["..."], SIZES.rows * dims["V"] * 2, arguments(dims)
         # "torch": products that need no memory of their own
         with linear.force("torch"), LiveBytes(*given[:4]) as memory:
             results = dispatch.primitives[f"{OP}_fwd"].launch(given, backend)
         extra = memory.peak - sum(x.nbytes for x in results)
+        assert blocks
         assert scratch <= extra <= scratch + 16 * R, dims  # 16: the target's gradient, and its column
 
 

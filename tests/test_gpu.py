@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, gpu_bench, gpu_cases, gpu_results, gpu_run, gpu_time, harness, providers, results
+from llama_fast.ops import pieces
 from llama_fast.ops.table import OPS
 from llama_fast.verify import Case
 
@@ -305,6 +306,8 @@ def test_proof_lists_what_is_right_and_not_slower() -> None:
     for unit in ({"kind": "compile", "op": "swiglu"}, {"kind": "budget", "op": "swiglu", "dtype": "float16"}):
         assert gpu_bench.proof(test | {"not_run": [unit]}, bench) == {}
     assert gpu_bench.proof(test | {"not_run": [{"kind": "budget", "op": "rope", "dtype": "float16"}]}, bench)
+    died = {"kind": "repeat", "op": "swiglu", "backend": "all", "problem": "the process died"}
+    assert gpu_bench.proof(test | {"rows": [*test["rows"], died]}, bench) == {}
     untimed = [r for r in bench["rows"] if (r["provider"], r["direction"]) != ("llama_fast:triton", "bwd")]
     found = gpu_bench.proof(test, {"rows": untimed})
     assert found == {"triton": {"swiglu_fwd": ["half"]}, "cuda": both}
@@ -342,9 +345,20 @@ def test_prove_of_several_files(tmp_path: Path) -> None:
     assert "triton" not in listed(files[0], files[2], files[1])
     assert "triton" not in listed(files[0], files[2], files[3])
     assert "triton" in listed(files[3], files[2], files[0], files[4])
+    files[3].write_text(json.dumps(test | {"not_run": [{"kind": "budget", "op": "swiglu", "dtype": "float16"}]}))
+    assert not listed(files[0], files[2], files[3])
+    assert "triton" in listed(files[3], files[0], files[2])
     for too_few in (files[:1], files[1:3]):
         with pytest.raises(SystemExit, match="expected results of test and of bench"):
             gpu.main(["prove", *map(str, too_few)])
+
+
+def test_dweight_by_blocks_of_classes_is_among_the_cases() -> None:
+    """On a GPU, with rows whose logits are computed again and without."""
+    dims = [case.dims for case in gpu_cases.test_cases("linear_cross_entropy", False)]
+    plans = [pieces.plan(d["..."][0], d["C"], d["V"], pieces.Sizes()) for d in dims]
+    assert {plan.end > plan.kept for plan in plans if plan} == {True, False}
+    assert any(unit.get("by_classes") for unit in gpu.units(["linear_cross_entropy"], True))
 
 
 def test_every_op_has_cases_of_both_kinds() -> None:

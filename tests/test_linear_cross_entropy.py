@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import subprocess
@@ -298,35 +299,42 @@ def test_large_new_tensors_are_announced(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.skipif(native._native is None, reason="the native library is not built")
-def test_the_cpu_sums_by_chunks_of_rows() -> None:
+def test_the_cpu_sums_by_chunks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a GPU would sum by blocks of classes."""
-    R, C, V = 2100, 1200, 640
-    assert pieces.plan(R, C, V) is not None
+    R, C, V = 600, 400, 640
+    monkeypatch.setattr(pieces, "SIZES", pieces.Sizes(8, 32, 4, math.inf))
+    assert pieces.plan(R, C, V, pieces.SIZES) is not None
     inputs = [*Case(OP, {"...": (R,), "C": C, "V": V}).inputs(torch.bfloat16).values(), torch.ones(R)]
     with linear.force("torch"), LiveBytes(*inputs) as memory:
         results = native.linear_cross_entropy_fwd(*inputs, -100, 0.0, 0.0, False, True)
-    assert memory.peak - sum(x.nbytes for x in results) == R // 4 * V * 2
+    assert memory.peak - sum(x.nbytes for x in results) == 256 * V * 2
 
 
 def test_plan_of_blocks_of_classes() -> None:
-    assert pieces.plan(8192, 4096, 128256) == pieces.Plan(4096, 7680, 8448)  # 8448 x 4096: eight turns of 132 tiles
-    assert pieces.plan(3000, 4096, 128256) == pieces.Plan(3000, 3000, 21120)
-    assert pieces.plan(4608, 4096, 128256) == pieces.Plan(4096, 4096, 14720)
-    for R, C, V in ((2048, 4096, 128256), (8193, 4096, 128256), (8192, 4096, 1919)):
-        assert pieces.plan(R, C, V) is None
-    for C in (1100, 2048, 2304, 4096, 8192):
-        for R in range(2049, 2 * C + 1, 509):
+    def plan(R: int, C: int, V: int) -> pieces.Plan | None:
+        return pieces.plan(R, C, V, pieces.Sizes())
+
+    assert plan(8192, 4096, 128256) == pieces.Plan(4096, 7680, 8448)  # 8448 x 4096: eight turns of 132 tiles
+    assert plan(8192, 8192, 128256) == pieces.Plan(8192, 8192, 4224)
+    assert plan(8193, 8192, 128256) == pieces.Plan(8192, 8192, 4224)
+    for too_few_or_many in ((4096, 4096, 128256), (8193, 4096, 128256), (8192, 4096, 8192), (8192, 4096, 100)):
+        assert plan(*too_few_or_many) is None
+    found = 0
+    for C in (2048, 2304, 4096, 8192):
+        for R in range(4097, 2 * C + 1, 509):
             for V in (1919, 5003, 32000, 128256):
-                found = pieces.plan(R, C, V)
-                if found is None:
-                    assert 128 * R > 512 * V
+                blocks = plan(R, C, V)
+                if blocks is None:
+                    assert V < 128256  # a block's products would leave multiprocessors idle
                     continue
-                assert found.end == R if R <= C else R - 512 <= found.end < R
-                assert found.end % 512 == 0 or R <= C
-                assert found.kept == min(found.end, C)
-                assert found.classes % 128 == 0
-                assert found.end * (found.classes + 256) >= 256 * V  # half of the scratch
-                assert found.end * found.classes <= 512 * V
+                found += 1
+                assert blocks.end == R if R <= C else R - 512 <= blocks.end < R
+                assert blocks.end % 512 == 0 or R <= C
+                assert blocks.kept == min(blocks.end, C)
+                assert blocks.classes % 128 == 0
+                assert blocks.end * (blocks.classes + 256) >= 256 * V  # half of the scratch
+                assert blocks.end * blocks.classes <= 512 * V
+    assert found > 40
 
 
 def test_no_gradient_no_gradient_work() -> None:

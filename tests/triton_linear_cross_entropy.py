@@ -117,9 +117,8 @@ def test_dweight_by_blocks_of_classes(small: list[int]) -> None:  # noqa: F811
     check_frozen_hidden("triton", small)
 
 
-@pytest.mark.usefixtures("small")
-def test_memory_by_blocks_of_classes() -> None:
-    check_memory("triton")
+def test_memory_by_blocks_of_classes(small: list[int]) -> None:  # noqa: F811
+    check_memory("triton", small)
 
 
 def test_classes_of_some_rows() -> None:

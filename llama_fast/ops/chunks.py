@@ -1,4 +1,4 @@
-"""linear_cross_entropy by chunks of rows, whose logits are the only ones that exist.
+"""linear_cross_entropy by chunks of rows, whose logits are the only ones that exist (but see pieces.py).
 
 A backend gives the kernel that turns a chunk's logits into losses and, in place, into their own gradient; the products
 are the vendor's (llama_fast/ops/linear.py). Reasons and derivation: docs/ops/linear_cross_entropy.md.
@@ -75,7 +75,7 @@ def primitives(
         if wants_dweight:
             by_classes = pieces.start(piece_kernel, hidden, weight, targets, lse, row_scale, dweight, options)
         if by_classes is not None:
-            step, accumulator = pieces.ROWS, False
+            step, accumulator = pieces.SIZES.rows, False
         logits_buffer = hidden.new_empty(step, V)
         total = hidden.new_empty(V, C, dtype=torch.float32) if accumulator else dweight
         for new in (logits_buffer, total):

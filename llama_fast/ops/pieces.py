@@ -15,6 +15,7 @@ Reasons, error and time: docs/ops/linear_cross_entropy.md.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,9 +28,26 @@ from llama_fast.ops import linear
 # None: overwrites the logits of the classes from `first` on with their gradient, which at the target is `dtarget`.
 PieceKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, int, float, float], None]
 
-ROWS = 512  # fewer make W, read once a chunk and a product, the bottleneck
-MOST_IN_CHUNKS = 4 * ROWS  # up to here four chunks of rows take no more memory, and three products in place of 3 + B/R
-CLASSES = 128  # K is a multiple: whole tiles of the products, and rows that start on 16-byte boundaries
+
+@dataclass(frozen=True)
+class Sizes:
+    """From which size on, and in what units; another one in `SIZES` is for tests.
+
+    Args:
+        rows: of a chunk; fewer make W, read once a chunk and a product, the bottleneck.
+        most_in_chunks: up to so many rows four chunks of rows take little more memory, and less time.
+        classes: K is a multiple: whole tiles of the products, and rows that start on 16-byte boundaries.
+        waste: what the products by blocks may take, over those of all classes at once: few classes leave
+            multiprocessors without a tile.
+    """
+
+    rows: int = 512
+    most_in_chunks: int = 4096
+    classes: int = 128
+    waste: float = 1.15
+
+
+SIZES = Sizes()
 _MULTIPROCESSORS = 132  # of a Hopper; with another number the last turn of a block's products is less full
 
 
@@ -42,29 +60,35 @@ class Plan:
     classes: int
 
 
-def plan(R: int, C: int, V: int) -> Plan | None:
+@functools.lru_cache
+def plan(R: int, C: int, V: int, sizes: Sizes) -> Plan | None:
     """The blocks, of those that fill more than half of the scratch, that keep the multiprocessors busiest.
 
     None: by chunks of rows.
     """
-    if R <= MOST_IN_CHUNKS or R > 2 * C:  # beyond, most rows would have their logits computed twice
+    if sizes.most_in_chunks >= R or R > 2 * C:  # beyond, most rows would have their logits computed twice
         return None
-    end = R if R <= C else (R - 1) // ROWS * ROWS
-    most = ROWS * V // end // CLASSES * CLASSES
-    if most == 0:
-        return None
+    end = R if R <= C else (R - 1) // sizes.rows * sizes.rows
     again = end - min(end, C)
+    most = sizes.rows * V // end // sizes.classes * sizes.classes
 
     def cost(K: int) -> int:
         blocks = (V // K, K), (1, V % K)
         return sum(n * (end * _turns(k, C) + C * _turns(again, k)) for n, k in blocks)
 
-    return Plan(min(end, C), end, min(range(most, most // 2, -CLASSES), key=cost))
+    K = min(range(most, most // 2, -sizes.classes), key=cost, default=0)
+    whole = (end * _tiles(V, C) + C * _tiles(again, V)) / _MULTIPROCESSORS
+    return Plan(min(end, C), end, K) if K and cost(K) <= sizes.waste * whole else None
+
+
+def _tiles(M: int, N: int) -> int:
+    """128 x 256 each, of a product [M, N]."""
+    return -(-M // 128) * -(-N // 256)
 
 
 def _turns(M: int, N: int) -> int:
-    """That the multiprocessors take to make a product [M, N] in tiles of 128 x 256."""
-    return -(-(-(-M // 128) * -(-N // 256)) // _MULTIPROCESSORS)
+    """That the multiprocessors take to make the tiles of a product."""
+    return -(-_tiles(M, N) // _MULTIPROCESSORS)
 
 
 class Pieces:
@@ -122,7 +146,7 @@ class Pieces:
             _copy(dlogits[:, blocks * K :], place)
 
     def finish(self, scratch: Tensor) -> None:
-        """The sum, block by block, through `scratch` of at least ROWS * V elements."""
+        """The sum, block by block, through `scratch` of at least SIZES.rows * V elements."""
         V, (A, E, K) = self.dweight.shape[0], (self.plan.kept, self.plan.end, self.plan.classes)
         scratch = scratch.view(-1)
         for first in range(0, V, K):
@@ -150,7 +174,7 @@ def start(
     """The sum of these sizes, or None: by chunks of rows. float32 is summed in place, by any number of chunks."""
     if kernel is None or row_scale is None or hidden.element_size() != 2:
         return None
-    found = plan(hidden.shape[0], hidden.shape[1], weight.shape[0])
+    found = plan(hidden.shape[0], hidden.shape[1], weight.shape[0], SIZES)
     return None if found is None else Pieces(found, kernel, hidden, weight, targets, lse, row_scale, dweight, options)
 
 
