@@ -14,6 +14,7 @@ import torch
 from numerics import LiveBytes, assert_within_budget
 from torch import Tensor
 
+import llama_fast as lf
 from llama_fast.ops import dispatch, linear, pieces
 from llama_fast.verify import Case
 
@@ -101,6 +102,23 @@ def check_frozen_hidden(backend: str, blocks: list[int]) -> None:
         assert torch.equal(both[3], one[3])
         assert one[2].numel() == 0
     assert len(blocks) == 6
+
+
+def check_compile(backend: str, blocks: list[int]) -> None:
+    """Bitwise as without torch.compile, which sees one op and no graph break."""
+    hidden, weight, _ = Case(OP, DIMS[2]).inputs(torch.bfloat16).values()
+    leaves, given = (hidden.requires_grad_(), weight.requires_grad_()), targets(DIMS[2])
+
+    def loss(reduction: str) -> Tensor:
+        return lf.linear_cross_entropy(*leaves, given, reduction=reduction).sum()
+
+    with lf.backend(backend):
+        for reduction in ("mean", "none"):
+            compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+            pair = [torch.autograd.grad(f(reduction), leaves) for f in (compiled, loss)]
+            for a, b in zip(*pair, strict=True):
+                assert torch.equal(a, b)
+    assert len(blocks) == 4
 
 
 def check_memory(backend: str, blocks: list[int]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_pieces import check_budget, check_frozen_hidden, check_memory, check_piece, small  # noqa: F401
+from loss_pieces import check_budget, check_compile, check_frozen_hidden, check_memory, check_piece, small  # noqa: F401
 from numerics import DTYPES, assert_bug_is_caught, assert_within_budget
 from torch import Tensor
 
@@ -115,6 +115,10 @@ def test_logits_are_left_alone_without_row_scale() -> None:
 def test_dweight_by_blocks_of_classes(small: list[int]) -> None:  # noqa: F811
     check_budget("triton", small)
     check_frozen_hidden("triton", small)
+
+
+def test_compiled_by_blocks_of_classes(small: list[int]) -> None:  # noqa: F811
+    check_compile("triton", small)
 
 
 def test_memory_by_blocks_of_classes(small: list[int]) -> None:  # noqa: F811
