@@ -116,18 +116,20 @@ def check_repeat(unit: Row, args: argparse.Namespace) -> Iterator[Row]:
     """Of each backend of ours: gradients repeat bitwise, and a captured graph gives the same bits."""
     op, sizes = unit["op"], pieces.SIZES
     inputs = _small(op, args.tiny, **unit.get("dims", {})).inputs(torch.bfloat16, args.device)
-    if unit.get("by_classes"):
-        pieces.SIZES = pieces.Sizes(rows=8, most_in_chunks=32, classes=4, waste=math.inf)
-    for backend in [b for b in backends_of(op, args.backends) if b in OURS]:
-        row = unit | {"backend": backend, "dtype": "bfloat16", "label": "repeats bitwise, in a graph too"}
-        try:
-            row["problem"] = _repeat_problem(Clock(torch.device(args.device)), op, inputs, backend)
-        except lf.NotSupported as error:
-            row["objection"] = str(error).splitlines()[-1].partition(": ")[2]
-        except Exception as error:
-            row["problem"] = first_line(error)
-        yield row
-    pieces.SIZES = sizes
+    try:
+        if unit.get("by_classes"):
+            pieces.SIZES = pieces.Sizes(rows=8, most_in_chunks=32, classes=4, waste=math.inf)
+        for backend in [b for b in backends_of(op, args.backends) if b in OURS]:
+            row = unit | {"backend": backend, "dtype": "bfloat16", "label": "repeats bitwise, in a graph too"}
+            try:
+                row["problem"] = _repeat_problem(Clock(torch.device(args.device)), op, inputs, backend)
+            except lf.NotSupported as error:
+                row["objection"] = str(error).splitlines()[-1].partition(": ")[2]
+            except Exception as error:
+                row["problem"] = first_line(error)
+            yield row
+    finally:
+        pieces.SIZES = sizes
 
 
 def _repeat_problem(clock: Clock, op: str, inputs: Mapping[str, Tensor], backend: str) -> str:
@@ -280,9 +282,7 @@ def command_sanitize(args: argparse.Namespace) -> int:
             ran = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
             names = sorted({f"{r['op']} {r['backend']}" for r in ran if "backend" in r and "objection" not in r})
             summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", text)
-            found = list(
-                dict.fromkeys(re.findall(r"^=+ *((?!.*SUMMARY)(?:Error:|Invalid|and (?:Read|Write)).*)", text, re.M))
-            )
+            found = list(dict.fromkeys(re.findall(r"^=+ *((?:Error:|Invalid|and (?:Read|Write)).*)", text, re.M)))
             row = {"tool": tool, "status": status, "ran": names, "summary": summary}
             result["rows"].append(row | {"found": found[:60], "log": text[:8000]})
             print(f"{tool}: exit {status}; {'; '.join(summary) or 'no summary'}; ran {', '.join(names) or 'nothing'}")
