@@ -20,7 +20,7 @@ import torch
 
 import llama_fast as lf
 from llama_fast import info
-from llama_fast.ops import cuda
+from llama_fast.ops import cuda, dispatch, proven, table
 
 FILES = sorted(Path(__file__).parent.glob("cuda_*.py"))
 
@@ -80,6 +80,32 @@ def test_without_the_library_the_backend_says_so(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "the CUDA library is not built" in done.stdout
     assert "nvcc" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "told"),
+    [
+        ("80-real 90a-real 100", (9, 0), False),
+        ("80", (9, 0), True),
+        ("80 90-real", (9, 0), True),
+        ("80", (8, 0), False),
+    ],
+)
+def test_a_build_without_the_kernels_that_were_timed_is_not_taken_by_default(
+    monkeypatch: pytest.MonkeyPatch, built: str, capability: tuple[int, int], told: bool
+) -> None:
+    monkeypatch.setattr(cuda, "architectures", built.split)
+    monkeypatch.setattr(dispatch, "unavailable", lambda module: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(proven, "device_class", lambda _: "sm_90")
+    backend = table.ATTENTION.backends[0]
+    assert backend.name == "cuda"
+    dims = {"B": 1, "T": 128, "S": 128, "H": 2, "G": 2, "D": 64}
+    text = dispatch._unproven(backend, "attention_fwd", dims, torch.bfloat16, torch.device("cuda"))
+    assert (text is not None) == told
+    if told:
+        expected = f'not timed where the library is built for {built}, without 90a-real: lf.backend("cuda")'
+        assert str(text).startswith(expected)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -125,6 +128,14 @@ def test_transforms_of_torch_func_are_refused_by_name(name: str) -> None:
             transformed()
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_a_batch_of_gradients_is_refused_by_name(name: str) -> None:
+    function, leaves = _call(name)
+    total = _sum(function(*leaves))
+    with pytest.raises(lf.NotSupported, match="is_grads_batched"):
+        torch.autograd.grad(total, leaves, torch.ones(3), is_grads_batched=True)
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, for a first tangent
 @pytest.mark.parametrize("name", [c for c in CALLS if c != "linear"])
 def test_a_tangent_of_forward_mode_is_not_lost(name: str) -> None:
@@ -202,3 +213,19 @@ def test_the_model_is_exported_for_any_sizes() -> None:
     for shape in ((2, 9), (3, 33)):
         tokens = torch.randint(TINY.vocab_size, shape)
         assert torch.equal(exported(tokens), model(tokens))
+
+
+def test_an_exported_program_is_loaded_where_the_ops_are_imported(tmp_path: Path) -> None:
+    file, tokens = tmp_path / "tiny.pt2", torch.arange(8)[None]
+    model = lf.Llama(TINY)
+    torch.export.save(torch.export.export(model, (tokens,)), file)
+    torch.save((tokens, model(tokens)), tmp_path / "logits.pt")
+    code = (
+        "import sys, torch, llama_fast.ops\n"
+        "tokens, logits = torch.load(sys.argv[2])\n"
+        "assert torch.equal(torch.export.load(sys.argv[1]).module()(tokens), logits)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, file, tmp_path / "logits.pt"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

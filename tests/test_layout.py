@@ -55,6 +55,7 @@ SHARED = {
         "pieces": "its dweight by blocks of classes, for GPUs",
         "cuda": "launchers of the CUDA library",
         "proven": "which GPU kernels are chosen by default",
+        "flops": "operations, for FlopCounterMode",
         "vendor": "PyTorch's own ops",
         "vendor_xformers": "xFormers'",
     },

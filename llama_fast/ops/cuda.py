@@ -62,6 +62,14 @@ def unavailable() -> str | None:
     return None
 
 
+def untimed(device: torch.device) -> str | None:
+    """What of this build is not what the timings behind proven.json speak for on the device, or None."""
+    if EMULATED or torch.cuda.get_device_capability(device) != (9, 0) or "90a-real" in architectures():
+        return None
+    # attention is another kernel there
+    return f"the library is built for {' '.join(architectures())}, without 90a-real"
+
+
 def _stream(x: Tensor) -> tuple[int, int]:
     """The current stream of the device of `x`, as the library takes it."""
     if EMULATED:

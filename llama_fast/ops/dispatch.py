@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from llama_fast.ops import proven
+from llama_fast.ops import flops, proven
 from llama_fast.ops.table import MOST_SHAPES, NUMBERS, OPS, Backend, Op
 
 _forced: ContextVar[str | None] = ContextVar("llama_fast_backend", default=os.environ.get("LLAMA_FAST_BACKEND") or None)
@@ -123,6 +123,9 @@ def _unproven(b: Backend, primitive: str, dims: dict[str, Any], dtype: torch.dty
     if not b.needs_proof:
         return None
     untimed = next((text for limit in b.timed if (text := limit(dims)) is not None), None)
+    if untimed is None and unavailable(b.module) is None:
+        asks: Callable[..., str | None] | None = getattr(importlib.import_module(b.module), "untimed", None)
+        untimed = None if asks is None else asks(device)
     return proven.objection(b.name, primitive, dtype, device, untimed)
 
 
@@ -221,7 +224,10 @@ class Primitive:
         return self.launch(args, backend or forced())
 
     def _registered(self, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-        results = getattr(torch.ops.llama_fast, self.name)(*args)
+        target = getattr(torch.ops.llama_fast, self.name)
+        if not torch.compiler.is_compiling():
+            flops.tell_counters(self.op, self.direction, target)
+        results = target(*args)
         return (results,) if self._single else results
 
     def launch(self, args: tuple[Any, ...], only: str | None) -> tuple[Tensor, ...]:
@@ -263,7 +269,8 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates the backward of an autograd.Function: to differentiate it again is an error.
 
     torch's decorator of this name lets the second derivative pass as zero where the incoming gradient is a constant.
-    It runs without autocast, wherever it is called: in the dtypes of the forward.
+    It runs without autocast, wherever it is called: in the dtypes of the forward. Raises NotSupported for a batch of
+    gradients.
     """
 
     @functools.wraps(backward)
@@ -271,6 +278,11 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         if torch.compiler.is_compiling():
             return backward(ctx, *gradients)
         first = next((g for g in gradients if g is not None), None)
+        if first is not None and torch._C._functorch.is_legacy_batchedtensor(first):
+            raise NotSupported(
+                "llama_fast's ops take one gradient at a time: expected torch.autograd.grad without is_grads_batched "
+                "(jacobian and hessian without vectorize), or plain PyTorch (llama_fast.ops.reference)"
+            )
         with torch.no_grad(), no_autocast(autocast_dtype(first), first):
             results = backward(ctx, *gradients)
         if not torch.is_grad_enabled():

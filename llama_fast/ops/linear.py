@@ -328,7 +328,7 @@ def _multiply(path: str, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _into(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> Tensor:
-    return out.addmm_(a, b) if accumulate else torch.mm(a, b, out=out)
+    return torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
 
 
 def _copied(a: Tensor, b: Tensor, out: Tensor | None, accumulate: bool) -> Tensor:

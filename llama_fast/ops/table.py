@@ -72,7 +72,8 @@ class Backend:
         limits: each gives None or the sentence that says why a call cannot be taken. Besides the sizes it sees the
             primitive's bool and int arguments by name.
         needs_proof: chosen without being asked for only where llama_fast/ops/proven.json lists it.
-        timed: as limits, for a backend that needs proof: the sizes that the timings behind that file speak for.
+        timed: as limits, for a backend that needs proof: the sizes that the timings behind that file speak for. A
+            module's `untimed` (device), if it has one, is asked after them.
     """
 
     name: str
