@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -51,21 +52,28 @@ def new_folder(path: Path, expected_bytes: int) -> Iterator[Path]:
     next. Every file is made durable before one rename.
 
     Args:
-        path: where it will be; its parent is created where that is missing.
+        path: where it will be, a symbolic link's target; its parent is created where that is missing.
         expected_bytes: of all files; more than are free is an error before anything is written.
 
     Raises:
-        FileExistsError: `path` is there, and no empty folder.
+        FileExistsError: `path` is there, and no empty folder; or one that a rename cannot replace: a mount point, the
+            current folder.
         OSError: the disk is full or fails.
     """
+    path = path.resolve()
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists: expected a new or an empty folder")
+    if path.is_mount() or path == Path.cwd():
+        what = "a mount point" if path.is_mount() else "the current folder"
+        raise FileExistsError(f"{path} is {what}, which nothing can take the place of: expected a folder in it")
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free
     if expected_bytes + _SPARE_BYTES > free:
         raise OSError(errno.ENOSPC, f"{expected_bytes + _SPARE_BYTES:,} bytes needed, {free:,} free in {path.parent}")
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
-        shutil.rmtree(left)
+    leftover = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]+\.tmp")  # not those of a name that goes on: "m.1"
+    for left in path.parent.iterdir():
+        if leftover.fullmatch(left.name):
+            shutil.rmtree(left)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         temporary.chmod(0o777 & ~_umask())

@@ -1,4 +1,4 @@
-"""Atomic writes."""
+"""Atomic writes, of files and of folders."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_fast.files import write_atomically
+from llama_fast.files import new_folder, write_atomically
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,3 +27,44 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     assert path.read_bytes() == b"new"
     with pytest.raises(FileNotFoundError):
         write_atomically(tmp_path / "missing" / "file", b"")
+
+
+def test_a_folder_takes_away_its_own_leftovers_alone(tmp_path: Path) -> None:
+    others = [".m.1.abcdefgh.tmp", ".mx.abcdefgh.tmp", ".n.abcdefgh.tmp", ".m.notes.txt"]
+    for name in (".m.abcdefgh.tmp", *others):
+        (tmp_path / name).mkdir()
+    for name in ("m", "[mn]", "*"):
+        with new_folder(tmp_path / name, 0) as folder:
+            (folder / "file").write_bytes(b"")
+        assert os.listdir(tmp_path / name) == ["file"]
+    assert {n for n in os.listdir(tmp_path) if n.startswith(".")} == set(others)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_behind_a_symbolic_link(tmp_path: Path, there: bool) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    if there:
+        real.mkdir()
+    link.symlink_to(real)
+    with new_folder(link, 0) as folder:
+        (folder / "file").write_bytes(b"")
+    assert link.is_symlink()
+    assert os.listdir(real) == ["file"]
+    assert sorted(os.listdir(tmp_path)) == ["link", "real"]
+
+
+def test_a_folder_that_cannot_be_replaced_is_seen_before_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(path: Path) -> None:
+        with new_folder(path, 0):
+            pytest.fail("the block ran")
+
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(FileExistsError, match=r"is the current folder, .*: expected a folder in it"):
+        write(Path("."))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "empty")
+    with pytest.raises(FileExistsError, match=r"is a mount point, .*: expected a folder in it"):
+        write(Path("empty"))
