@@ -459,7 +459,9 @@ def convert(
     to: Annotated[str, typer.Option(help="hf or meta.")] = "hf",
     shards: Annotated[int, typer.Option(help="Files of weights; for Meta, model-parallel ranks.")] = 1,
     dtype: Annotated[str | None, typer.Option(help="Of the weights written. Default: the source's.")] = None,
-    max_seq_len: Annotated[int | None, typer.Option(help="Context of a Meta source, which does not name it.")] = None,
+    max_seq_len: Annotated[
+        int | None, typer.Option(help="Context, in place of the source's; a Meta source names none.")
+    ] = None,
 ) -> None:
     """Rewrite a checkpoint in another program's format, one tensor at a time, with its tokenizer."""
     from llama_fast import terminal

@@ -69,6 +69,7 @@ class Llama(nn.Module):
         self.lm_head = Linear(config.dim, config.vocab_size, **like)
         self._rope: tuple[Tensor, Tensor] | None = None
         self._tie()
+        self.register_load_state_dict_post_hook(_tie_again)
         if device is None:
             device = torch.get_default_device()
         if torch.device(device).type != "meta":
@@ -179,7 +180,7 @@ class Llama(nn.Module):
             device: of the parameters; the default is torch's.
             dtype: of the parameters; the default is the checkpoint's, float32 for quantised weights.
             policy: what each block keeps for the backward.
-            max_seq_len: the context of a Meta folder, which does not name it (weights/meta.py).
+            max_seq_len: the context, in place of the checkpoint's; a Meta folder names none (weights/meta.py).
             progress: called after each tensor with its name, the bytes done and the bytes in all.
 
         Raises:
@@ -209,7 +210,8 @@ class Llama(nn.Module):
 
         Raises:
             FileExistsError: `path` is not empty.
-            ValueError: an argument is out of its range, or the format has no such model.
+            ValueError: an argument is out of its range, the format has no such model, or the model has other
+                parameters than its config says.
             OSError: the disk is full or fails.
         """
         weights.write(weights.ModelSource(self), path, format, shards=shards, dtype=dtype, progress=progress)
@@ -282,6 +284,11 @@ class Llama(nn.Module):
             self, tokens, max_new_tokens, sampler, _ids(eos_id),
             logprobs=logprobs, prefill_chunk=prefill_chunk, cache=cache,
         )  # fmt: skip
+
+
+def _tie_again(model: Llama, _: object) -> None:
+    """After load_state_dict(assign=True), which gives each name a parameter of its own."""
+    model._tie()
 
 
 def _ids(eos_id: int | Sequence[int] | None) -> Sequence[int]:

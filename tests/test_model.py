@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -21,6 +22,18 @@ def _batch(config: LlamaConfig, seed: int = 0) -> tuple[torch.Tensor, torch.Tens
     targets = tokens.roll(-1, dims=1)
     targets[:, -1] = -100
     return tokens, targets
+
+
+def test_tied_weights_stay_tied_when_parameters_are_put_in() -> None:
+    config = dataclasses.replace(TINY, tie_embeddings=True)
+    model, other = Llama(config), Llama(config)
+    other.reset_parameters(1)
+    outer = torch.nn.ModuleList([model])
+    for load, names in ((model.load_state_dict, ""), (outer.load_state_dict, "0.")):
+        load({names + n: t.clone() for n, t in other.state_dict().items()}, assign=True)
+        assert model.lm_head.weight is model.embed_tokens.weight
+        assert torch.equal(model.lm_head.weight, other.lm_head.weight)
+    assert copy.deepcopy(model).load_state_dict(other.state_dict(), assign=True) is not None
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -93,6 +93,33 @@ def test_dtype_and_policy_of_the_caller(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "half" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
+def test_the_context_of_the_caller(tmp_path: Path) -> None:
+    Llama(TINY).save_pretrained(tmp_path / "a")
+    assert Llama.from_pretrained(tmp_path / "a", max_seq_len=77).config.max_seq_len == 77
+    with pytest.raises(ValueError, match="max_seq_len = 0: expected an integer of 1 or more"):
+        Llama.from_pretrained(tmp_path / "a", max_seq_len=0)
+
+
+def test_a_model_that_was_changed_is_not_saved_in_part(tmp_path: Path) -> None:
+    tied = Llama(CONFIGS["tied"])
+    tied.lm_head.weight = torch.nn.Parameter(tied.lm_head.weight.detach().clone())
+    tied.save_pretrained(tmp_path / "equal")
+    assert_same(Llama(CONFIGS["tied"]), Llama.from_pretrained(tmp_path / "equal"))
+    with torch.no_grad():
+        tied.lm_head.weight.mul_(2)
+    short, more = Llama(TINY), Llama(TINY)
+    short.layers = short.layers[:1]
+    more.extra = torch.nn.Linear(2, 2)
+    for format in ("hf", "meta"):
+        with pytest.raises(ValueError, match=r"model: .*lm_head.weight differs from the embedding"):
+            tied.save_pretrained(tmp_path / "a", format)
+        with pytest.raises(ValueError, match=r"model: tensors do not fit its config: missing: layers\.1.input_layernorm"):
+            short.save_pretrained(tmp_path / "a", format)
+        with pytest.raises(ValueError, match=r"extra: extra\.bias, extra\.weight"):
+            more.save_pretrained(tmp_path / "a", format)
+    assert names(tmp_path) == ["equal"]
+
+
 def test_the_default_device_is_not_the_files(tmp_path: Path) -> None:
     model = Llama(TINY)
     model.save_pretrained(tmp_path / "a")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,14 +35,20 @@ def open_checkpoint(path: Path | str, max_seq_len: int | None = None) -> Source:
 
     Args:
         path: a Hugging Face folder (or a checkpoint of `llama-fast train`), a Meta folder, or a .gguf file.
-        max_seq_len: the context, for a Meta folder, which does not name it.
+        max_seq_len: the context, in place of the one that the checkpoint names; a Meta folder names none.
 
     Raises:
         FileNotFoundError: nothing is there, or a file of it is missing.
         ImportError: a .gguf file needs the extra `gguf`.
         ValueError: it is none of these, damaged, or not a LLaMA; the message names the file and the tensors.
     """
-    path = Path(path)
+    source = _open(Path(path))
+    if max_seq_len is not None:
+        source.config = replace(source.config, max_seq_len=max_seq_len)
+    return source
+
+
+def _open(path: Path) -> Source:
     if path.is_file():
         return GGUFSource(path)
     if not path.is_dir():
@@ -50,7 +57,7 @@ def open_checkpoint(path: Path | str, max_seq_len: int | None = None) -> Source:
     if (path / CONFIG).is_file():
         return HFSource(path)
     if (path / PARAMS).is_file():
-        return MetaSource(path, max_seq_len)
+        return MetaSource(path)
     found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
     raise FileNotFoundError(f"{path}: expected {CONFIG} or {PARAMS}, found {found}")
 

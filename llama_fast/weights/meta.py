@@ -84,7 +84,7 @@ def ffn_dim(dim: int, multiple_of: int, multiplier: float | None) -> int:
     return multiple_of * -(-hidden // multiple_of)
 
 
-def config_from_meta(params: Mapping[str, Any], vocab_size: int, max_seq_len: int | None = None) -> LlamaConfig:
+def config_from_meta(params: Mapping[str, Any], vocab_size: int) -> LlamaConfig:
     """The LlamaConfig of a `params.json`.
 
     It names neither the context nor Llama 3.2's scaling factor: both are those of the published model of the same sizes
@@ -94,7 +94,6 @@ def config_from_meta(params: Mapping[str, Any], vocab_size: int, max_seq_len: in
     Args:
         params: the file's contents.
         vocab_size: V, used where the file has -1.
-        max_seq_len: overrides the context.
 
     Raises:
         ValueError: a size is missing, or the vocabulary is not that of the weights.
@@ -127,7 +126,7 @@ def config_from_meta(params: Mapping[str, Any], vocab_size: int, max_seq_len: in
             like["rope_scaling"] = preset.rope_scaling
         if replace(config, **like) == preset:
             config = replace(preset, tie_embeddings=False)
-    return config if max_seq_len is None else replace(config, max_seq_len=max_seq_len)
+    return config
 
 
 def params_to_meta(config: LlamaConfig) -> dict[str, Any]:
@@ -178,16 +177,12 @@ def _axis(name: str, embedding_axis: int) -> int | None:
 class MetaSource(Source):
     """The folder `path`. Its files are mapped, not read, so that only what is being copied takes memory of the process.
 
-    Args:
-        path: the folder.
-        max_seq_len: the context; None for what `config_from_meta` says.
-
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is no whole weights_only file, or the tensors are not those of the params.
     """
 
-    def __init__(self, path: Path, max_seq_len: int | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         params = read_json(path / PARAMS)
         params = params.get("model", params)
         self._files = files = shard_files(path)
@@ -206,7 +201,7 @@ class MetaSource(Source):
             path / PARAMS,
             params,
             {name: name for name in _NUMBERS},
-            lambda: config_from_meta(params, self._vocab_size(params), max_seq_len),
+            lambda: config_from_meta(params, self._vocab_size(params)),
         )
         self._config = config
         # by the width of its rows; with one shard either axis is right

@@ -155,10 +155,21 @@ def main_dtype(sizes: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
 
 
 class ModelSource(Source):
-    """A model in memory as a checkpoint to be written."""
+    """A model in memory as a checkpoint to be written.
+
+    Raises:
+        ValueError: its parameters are not those of its config: one would be lost, or missed.
+    """
 
     def __init__(self, model: Llama) -> None:
         self._parameters = dict(model.named_parameters())
+        shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
+        head, embedding = (self._parameters.get(name) for name in (HEAD, EMBEDDING))
+        if model.config.tie_embeddings and head is not None and embedding is not None:
+            if not torch.equal(head, embedding):
+                raise ValueError("model: tie_embeddings = True, and lm_head.weight differs from the embedding")
+            shapes.pop(HEAD)
+        check_tensors(Path("model"), model.config, shapes, (), str)
         dtype = main_dtype((p.dtype, p.numel()) for p in self._parameters.values())
         super().__init__(Path("model"), model.config, dtype)
 
