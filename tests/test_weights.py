@@ -113,7 +113,7 @@ def test_a_model_that_was_changed_is_not_saved_in_part(tmp_path: Path) -> None:
     for format in ("hf", "meta"):
         with pytest.raises(ValueError, match=r"model: .*lm_head.weight differs from the embedding"):
             tied.save_pretrained(tmp_path / "a", format)
-        with pytest.raises(ValueError, match=r"model: tensors do not fit its config: missing: layers\.1.input_layernorm"):
+        with pytest.raises(ValueError, match=r"model: tensors do not fit its config: missing: layers\.1\.input"):
             short.save_pretrained(tmp_path / "a", format)
         with pytest.raises(ValueError, match=r"extra: extra\.bias, extra\.weight"):
             more.save_pretrained(tmp_path / "a", format)
