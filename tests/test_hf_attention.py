@@ -194,7 +194,7 @@ def test_another_attention_is_refused(name: str) -> None:
     attention.attention_forward(_Layer(), x, x, x, None, **{name: None})
 
 
-@pytest.mark.parametrize("kind", ["Mistral", "Qwen2"])
+@pytest.mark.parametrize("kind", ["Mistral", "Qwen2", "DeepseekV3"])
 def test_other_architectures_take_the_attention(kind: str) -> None:
     lf.hf.register()
     try:
@@ -202,6 +202,9 @@ def test_other_architectures_take_the_attention(kind: str) -> None:
                  "num_key_value_heads": 2, "vocab_size": 97, "max_position_embeddings": 64}  # fmt: skip
         if kind == "Mistral":
             sizes["sliding_window"] = 6
+        if kind == "DeepseekV3":  # keys of another width than values
+            sizes |= {"num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8,
+                      "qk_nope_head_dim": 8, "v_head_dim": 12, "first_k_dense_replace": 2}  # fmt: skip
         config = getattr(transformers, f"{kind}Config")(**sizes)
         torch.manual_seed(0)
         model = getattr(transformers, f"{kind}ForCausalLM")(config).double().eval()

@@ -243,7 +243,8 @@ def attention_forward(
     if wanted or forward_ad._current_level >= 0:  # which sdpa does not know
         out, weights = _with_weights(module, query, key, value, attention_mask, dropout, scaling, causal)
         return out, weights if wanted else None
-    if objection(attention_mask, dropout, kwargs) is None:
+    alike = value.shape[-1] == query.shape[-1]  # not where keys carry rotary beside what values have, as DeepSeek's
+    if alike and objection(attention_mask, dropout, kwargs) is None:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         if attention_mask is None:
             return attention(q, k, v, causal=causal, scale=scaling), None
