@@ -6,6 +6,7 @@ From a folder's `tokenizer.json`, from Llama 3's tiktoken file, or from the voca
 from __future__ import annotations
 
 import base64
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -55,10 +56,10 @@ class BPETokenizer:
             adds_bos and bos_id is not None,
         )
 
-    @property
+    @functools.cached_property
     def vocab_size(self) -> int:
-        """Number of tokens; ids are in [0, vocab_size)."""
-        return self.backend.get_vocab_size(with_added_tokens=True)
+        """Ids are in [0, vocab_size), where some vocabularies leave numbers out."""
+        return 1 + max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @property
     def eos_id(self) -> int | None:

@@ -125,8 +125,7 @@ def stream(
     _check(model.config, T, 0 if cache is None else cache.used, max_new_tokens, prefill_chunk)
     check_tokens(model.config, prompts)
     if cache is None:
-        dtype = weight.dtype if weight.dtype == torch.float64 else autocast_dtype(weight) or weight.dtype
-        cache = KVCache(model.config, B, T + max_new_tokens, weight.device, dtype, starts)
+        cache = KVCache(model.config, B, T + max_new_tokens, weight.device, cache_dtype(weight), starts)
     else:
         cache.grow(cache.used + T + max_new_tokens)
     if max_new_tokens == 0:
@@ -168,7 +167,7 @@ def generate(
     if isinstance(tokens, Tensor):
         return torch.cat([tokens, *(c.unsqueeze(1) for c in columns)], dim=1)
     added = torch.stack(columns, dim=1).tolist() if columns else [[] for _ in tokens]
-    return [[*prompt, *until(new, eos_ids)] for prompt, new in zip(tokens, added, strict=True)]
+    return [[*map(operator.index, prompt), *until(new, eos_ids)] for prompt, new in zip(tokens, added, strict=True)]
 
 
 def until(ids: Sequence[int], stops: Sequence[int]) -> list[int]:
@@ -195,6 +194,11 @@ def _aligned(tokens: Tensor | Sequence[Sequence[int]], device: torch.device) -> 
     T = max(lengths)
     prompts = torch.tensor([[0] * (T - len(row)) + row for row in rows], dtype=torch.int64, device=device)
     return prompts, [T - n for n in lengths]
+
+
+def cache_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of keys and values, by a weight of the model: autocast's, where that is on."""
+    return weight.dtype if weight.dtype == torch.float64 else autocast_dtype(weight) or weight.dtype
 
 
 def _check(config: LlamaConfig, T: int, used: int, max_new_tokens: int, prefill_chunk: int) -> None:

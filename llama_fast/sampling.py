@@ -10,6 +10,7 @@ Legend: B batch, V vocabulary.
 from __future__ import annotations
 
 import math
+import operator
 from numbers import Real
 from typing import SupportsIndex
 
@@ -64,7 +65,7 @@ class Sampler:
             raise ValueError(f"seed = {seed!r}: expected an integer from -2**63 to 2**64 - 1")
         self.temperature, self.top_k, self.top_p, self.min_p = temperature, top_k, top_p, min_p
         self.repetition_penalty = repetition_penalty
-        self.generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        self.generator = None if seed is None else torch.Generator(device).manual_seed(operator.index(seed))
 
     @property
     def penalises(self) -> bool:

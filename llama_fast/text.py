@@ -17,16 +17,16 @@ class StopStrings:
     """Cuts a stream of text at the first of `stops`, and holds back what may be the beginning of one.
 
     Args:
-        stops: strings, none empty. Where two end at the same character, the longer one counts.
+        stops: a string or several, none empty. Where two end at the same character, the longer one counts.
 
     Raises:
-        ValueError: one is empty.
+        ValueError: one is empty, or no string.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        if not all(stops):
-            raise ValueError(f"stop = {list(stops)!r}: expected strings of one character or more")
-        self._stops = tuple(stops)
+    def __init__(self, stops: str | Sequence[str]) -> None:
+        self._stops = (stops,) if isinstance(stops, str) else tuple(stops)
+        if not all(isinstance(s, str) and s for s in self._stops):
+            raise ValueError(f"stop = {list(self._stops)!r}: expected strings of one character or more")
         self._held = ""
         self.found: str | None = None
 
@@ -59,7 +59,7 @@ class TextStream:
         model, tokenizer: what generates.
         ids: the prompt.
         max_new_tokens: of the answer.
-        stop: strings at which it ends; they are no part of it.
+        stop: a string or several at which it ends; they are no part of it.
         continuation: it goes on from text, so that a space in front of it stays.
         logprobs: collect each token's log-probability.
         cache: of the tokens before `ids`.
@@ -79,7 +79,7 @@ class TextStream:
     tokenizer: AnyTokenizer
     ids: Sequence[int]
     max_new_tokens: int
-    stop: Sequence[str] = ()
+    stop: str | Sequence[str] = ()
     continuation: bool = True
     logprobs: bool = False
     cache: KVCache | None = None
@@ -105,7 +105,8 @@ class TextStream:
             if token in self.tokenizer.eos_ids:
                 self.reason = "eos"
                 break
-            yield from self._show(self._stops.feed(decoder.feed(token)))
+            if token < self.tokenizer.vocab_size:  # else of a row that only fills the embedding up, and no text
+                yield from self._show(self._stops.feed(decoder.feed(token)))
             if self._stops.found is not None:
                 self.reason = "stop"
                 return

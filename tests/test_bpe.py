@@ -100,6 +100,16 @@ def test_streams_of_random_ids_are_the_whole_decoding(tok: BPETokenizer) -> None
         tok.decode([1500])
 
 
+def test_a_vocabulary_that_leaves_numbers_out() -> None:
+    library = pytest.importorskip("tokenizers", reason="the extra chat is not installed")
+    alphabet = sorted(library.pre_tokenizers.ByteLevel.alphabet())
+    backend = library.Tokenizer(library.models.BPE({**{t: i for i, t in enumerate(alphabet)}, "zz": 300}, []))
+    backend.decoder = library.decoders.ByteLevel()
+    tok = BPETokenizer(backend, None, [], adds_bos=False)
+    assert tok.vocab_size == 301
+    assert tok.decode([300, 299, 300]) == "zzzz"
+
+
 def test_a_vocabulary_without_bos(digits: Any) -> None:
     tok = BPETokenizer(digits, None, [], adds_bos=True)
     assert not tok.adds_bos

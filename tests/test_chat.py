@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llama_fast.bpe import BPETokenizer
-from llama_fast.chat import Chat, ChatTemplate
+from llama_fast.chat import Answer, Chat, ChatTemplate
 from llama_fast.config import LlamaConfig
 from llama_fast.model import Llama
 
@@ -29,7 +29,16 @@ LLAMA2 = """{% if messages[0]['role'] == 'system' %}{% set system = messages[0][
 {%- else -%}{{- raise_exception('no role ' + message['role']) -}}{%- endif -%}
 {%- if loop.index > 99 -%}{%- break -%}{%- endif -%}
 {%- endfor -%}"""
-TOOLS = "{{ messages | tojson }}{{ messages | tojson(indent=2) }}{{ 'é<>&' | tojson }}"
+TOOLS = """{{ messages | tojson }}{{ messages | tojson(indent=2) }}{{ 'é<>&' | tojson }}
+{{ 'é' | tojson(ensure_ascii=True) }}{{ messages | tojson(ensure_ascii=False, sort_keys=True) }}"""
+GENERATION = """{% set n = 'outer' %}
+{% for message in messages %}
+    {% if message['role'] == 'assistant' %}
+        {% generation %}{% set n = 'inner' %}
+{{ n + message['content'] }} {% endgeneration %}
+
+    {% else %}{{ loop.index }}{{ message['content'] }}{% endif %}
+{% endfor %}{{ n }}"""
 MESSAGES = [
     {"role": "system", "content": "Say é."},
     {"role": "user", "content": " Hi <b>&amp;</b> "},
@@ -54,7 +63,7 @@ def tok() -> BPETokenizer:
     return BPETokenizer(backend(), 0, [2], adds_bos=False)
 
 
-@pytest.mark.parametrize("source", [CHATML, LLAMA2, TOOLS])
+@pytest.mark.parametrize("source", [CHATML, LLAMA2, TOOLS, GENERATION])
 def test_transformers_renders_the_same(source: str) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend(), bos_token="<s>", eos_token="<|im_end|>")
@@ -75,6 +84,19 @@ def test_templates_are_sandboxed_and_their_errors_are_named() -> None:
     for escape in ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}"):
         with pytest.raises(ValueError, match=r"chat template: .*(unsafe|immutable|not safely callable)"):
             ChatTemplate(escape).render(MESSAGES)
+    for failing in ("{{ 'a' + 1 }}", "{{ 1 // 0 }}", "{{ messages[0]['content']['x'].y }}", "{{ {}.popitem() }}"):
+        with pytest.raises(ValueError, match="chat template: "):
+            ChatTemplate(failing).render(MESSAGES)
+
+
+def test_an_old_sandbox_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version, message in (("3.1.5", "jinja2 3.1.5 has known ways out of its sandbox"), ("3.2rc1", None)):
+        monkeypatch.setattr("llama_fast.chat.version", lambda _, version=version: version)
+        if message is None:
+            ChatTemplate(CHATML)
+        else:
+            with pytest.raises(ImportError, match=message):
+                ChatTemplate(CHATML)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +142,59 @@ def test_an_answer_that_is_broken_off_counts(model: Llama, tok: BPETokenizer) ->
     list(answer)
     alone = model.generate(torch.tensor([prompt]), max_new_tokens=5, eos_id=tok.eos_id)[0, len(prompt) :]
     assert answer.stream.new_ids == alone.tolist()
+
+
+def test_a_message_breaks_off_the_answer_before_it(model: Llama, tok: BPETokenizer) -> None:
+    """An iterator that is kept would otherwise go on in the cache of the next answer."""
+    chat = Chat(model, tok, CHATML)
+    list(chat.say("One", max_new_tokens=9))
+    kept = iter(chat.say("Two", max_new_tokens=9))
+    said = next(kept)
+    answer = chat.say("Three", max_new_tokens=9)
+    assert chat.messages[2:] == [{"role": "user", "content": "Two"}, {"role": "assistant", "content": said}]
+    assert list(kept) == []
+    prompt = chat.prompt("Three")
+    assert _ids(answer) == _alone(model, tok, prompt)
+    assert [m["role"] for m in chat.messages] == ["user", "assistant"] * 3
+
+
+def test_answers_in_any_order_are_right(model: Llama, tok: BPETokenizer) -> None:
+    chat = Chat(model, tok, CHATML)
+    prompts = [chat.prompt(text) for text in ("One", "Two", "Three")]
+    answers = [chat.say(text, max_new_tokens=9) for text in ("One", "Two", "Three")]
+    for i in (1, 0, 2):
+        assert _ids(answers[i]) == _alone(model, tok, prompts[i])
+
+
+def test_an_answer_that_fails_does_not_count(model: Llama, tok: BPETokenizer) -> None:
+    chat = Chat(model, tok, CHATML)
+    list(chat.say("One", max_new_tokens=9))
+    before = list(chat.messages)
+    for wrong in ({"temperature": -1.0}, {"max_new_tokens": -1}):
+        with pytest.raises(ValueError, match="= -1"):
+            list(chat.say("Two", **wrong))
+        assert chat.messages == before
+    assert _alone(model, tok, chat.prompt("Two")) == _ids(chat.say("Two", max_new_tokens=9))
+
+
+def test_under_autocast(model: Llama, tok: BPETokenizer) -> None:
+    chat = Chat(model, tok, CHATML)
+    for enabled in (False, True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            prompt = chat.prompt("One")
+            answer = chat.say("One", max_new_tokens=9)
+            assert _ids(answer) == _alone(model, tok, prompt)
+            assert answer.computed == len(prompt)  # of another dtype than those before
+
+
+def _ids(answer: Answer) -> list[int]:
+    assert "".join(answer) == answer.stream.text
+    return answer.stream.new_ids
+
+
+def _alone(model: Llama, tok: BPETokenizer, prompt: list[int]) -> list[int]:
+    whole = model.generate(torch.tensor([prompt]), max_new_tokens=9, eos_id=tok.eos_id)
+    return whole[0, len(prompt) :].tolist()
 
 
 def test_a_full_context_is_named(model: Llama, tok: BPETokenizer) -> None:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -228,6 +229,13 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Llama, Any]:
     theirs.generation_config.pad_token_id = 0
     theirs.generation_config.eos_token_id = None
     return model, theirs
+
+
+def test_prompts_of_any_integers_give_plain_ones(model: Llama) -> None:
+    for prompts in ([torch.tensor([1, 2]), torch.tensor([3])], [np.array([1, 2]), np.array([3])], ((1, 2), (3,))):
+        got = model.generate(prompts, max_new_tokens=2)
+        assert got == model.generate([[1, 2], [3]], max_new_tokens=2)
+        assert {type(i) for row in got for i in row} == {int}
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ def test_draws_repeat_by_seed_and_follow_the_probabilities() -> None:
     draw = Sampler(temperature=1.0, seed=3)(logits)
     assert torch.equal(draw, Sampler(temperature=1.0, seed=3)(logits))
     assert not torch.equal(draw, Sampler(temperature=1.0, seed=4)(logits))
+    assert torch.equal(draw, Sampler(temperature=1.0, seed=np.int64(3))(logits))  # type: ignore[arg-type]
     share = draw.bincount(minlength=5) / 4000
     torch.testing.assert_close(share, logits[0].softmax(-1), rtol=0.0, atol=0.03)
     hot = Sampler(temperature=2.0, seed=3)(logits).bincount(minlength=5) / 4000

@@ -46,6 +46,9 @@ def test_text_that_cannot_begin_a_stop_string_is_shown_at_once() -> None:
     assert filter.found == "\n\n"
     with pytest.raises(ValueError, match=r"stop = \['a', ''\]: expected strings of one character or more"):
         StopStrings(["a", ""])
+    with pytest.raises(ValueError, match=r"stop = \[3\]: expected strings"):
+        StopStrings([3])  # type: ignore[list-item]
+    assert StopStrings("END").feed("sEND it: tEND") == "s"
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,14 @@ def test_an_answer_and_why_it_ended(tok: Tokenizer) -> None:
         assert stream.new_ids == ids[: script.given]
         assert stream.token_logprobs == [-0.5] * script.given
     assert "".join(TextStream(Script(ids), tok, [1], 99, continuation=False)) == text.removeprefix(" ")  # type: ignore[arg-type]
+
+
+def test_ids_that_the_tokenizer_lacks_are_no_text(tok: Tokenizer) -> None:
+    """Embeddings have more rows than the vocabulary, for sizes that divide well; a model may sample such an id."""
+    ids = tok.encode("the quick fox", eos=True)
+    stream = TextStream(Script([ids[0], tok.vocab_size, *ids[1:3], tok.vocab_size + 7, *ids[3:]]), tok, [1], 99)  # type: ignore[arg-type]
+    assert "".join(stream) == " the quick fox"
+    assert (stream.reason, len(stream.new_ids)) == ("eos", len(ids) + 2)
 
 
 def test_with_a_model(tok: Tokenizer) -> None:
