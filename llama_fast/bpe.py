@@ -290,7 +290,15 @@ def _shown(token: bytes, characters: Mapping[int, str]) -> str:
 
 def save(tokenizer: BPETokenizer, folder: Path, chat_template: str | None) -> None:
     """Writes `tokenizer.json` and a `tokenizer_config.json` that transformers reads."""
-    (folder / "tokenizer.json").write_text(tokenizer.backend.to_str(), encoding="utf-8")
+    library = _tokenizers(folder)
+    backend = library.Tokenizer.from_str(tokenizer.backend.to_str())
+    bos_id = tokenizer.bos_id
+    if tokenizer.adds_bos and bos_id is not None and backend.encode("a").ids[:1] != [bos_id]:
+        bos = tokenizer.token(bos_id)
+        backend.post_processor = library.processors.TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, bos_id)]
+        )
+    (folder / "tokenizer.json").write_text(backend.to_str(), encoding="utf-8")
     named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     config |= {name: tokenizer.token(i) for name, i in named.items() if i is not None}

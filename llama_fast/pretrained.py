@@ -20,6 +20,7 @@ from llama_fast.tokenizer import Tokenizer
 from llama_fast.weights.gguf import read_fields
 
 AnyTokenizer = Tokenizer | BPETokenizer
+GENERATION = "generation_config.json"
 # What a tokenizer or a chat needs, beside the weights; a conversion takes these along.
 _COMPANIONS = (
     "tokenizer.model",
@@ -27,7 +28,7 @@ _COMPANIONS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
-    "generation_config.json",
+    GENERATION,
 )
 
 
@@ -90,6 +91,9 @@ def write_companions(path: Path, folder: Path) -> None:
         for name in _COMPANIONS:
             if (path / name).is_file():
                 shutil.copyfile(path / name, folder / name)
+    if not (folder / GENERATION).is_file():  # without it transformers knows no end of an answer, or LLaMA 1's
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.eos_ids) or None}
+        write_json(folder / GENERATION, ids)
     if isinstance(tokenizer, BPETokenizer):
         if not (folder / "tokenizer.json").is_file():
             bpe.save(tokenizer, folder, template)

@@ -197,6 +197,22 @@ def test_llama3_file_gives_tiktokens_ids(llama3: tuple[Path, dict[bytes, int]]) 
         assert tok.decode(ids) == text
 
 
+def test_llama3_file_converted_keeps_its_ends_and_its_beginning(
+    llama3: tuple[Path, dict[bytes, int]], tmp_path: Path
+) -> None:
+    write_companions(llama3[0], tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    tok, again = load_tokenizer(llama3[0]), load_tokenizer(tmp_path)
+    assert again.encode("a") == tok.encode("a")
+    assert again.adds_bos
+    assert (again.bos_id, again.eos_ids) == (tok.bos_id, tok.eos_ids)
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs(TEXTS[3])["input_ids"] == tok.encode(TEXTS[3], bos=True)
+    ends = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert (ends.bos_token_id, ends.eos_token_id) == (tok.bos_id, list(tok.eos_ids))
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [("not base64! 7", r"tokenizer.model:2: b'not base64! 7': expected a token"), ("IQ== 5", "ranks of 2 tokens")],

@@ -101,3 +101,4 @@ def test_companions_of_a_sentencepiece_checkpoint(model_path: Path, tmp_path: Pa
     assert chat_template(tmp_path) == "{{ messages }}"
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert (config["bos_token"], config["eos_token"], config["tokenizer_class"]) == ("<s>", "</s>", "LlamaTokenizer")
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"bos_token_id": 1, "eos_token_id": [2]}
