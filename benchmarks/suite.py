@@ -59,6 +59,12 @@ def chosen(ops: Sequence[str], device: str) -> list[str]:
     return [name for name in known if name in ops or (not ops and (name in OPS or device == "cuda"))]
 
 
+def case_names(ops: Sequence[str], device: str) -> list[str]:
+    """The names of the cases of these ops, as `--case` looks into them."""
+    kernels = collect([op for op in ops if op in OPS])
+    return [*(b.name for b in kernels), *(s.name for s in model.scenarios(device) if s.op in ops)]
+
+
 def table_of(lines: Iterable[Line]) -> Table:
     """One row a line that was measured or is wrong."""
     table = Table(Column("op", no_wrap=True), "case", "dtype", "direction", "provider")
@@ -319,8 +325,7 @@ def main(arguments: Sequence[str]) -> int:
     except ValueError as error:
         parser.error(str(error))
     if a.list:
-        scenarios = [s.name for s in model.scenarios(a.device) if s.op in ops]
-        print("\n".join([*(b.name for b in collect([op for op in ops if op in OPS])), *scenarios]))
+        print("\n".join(case_names(ops, a.device)))
         return 0
     console = Console(width=None if sys.stdout.isatty() else 170)
     try:

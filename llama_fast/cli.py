@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -206,6 +207,7 @@ def bench(
         str | None, typer.Option("--vs", metavar="REVISION", help="Take turns with this older revision, built for it.")
     ] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Write a result file too.")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="The names of the cases, and no more.")] = False,
 ) -> None:
     """Time every op against what people would use instead, interleaved in one process, beside the machine's limits.
 
@@ -214,6 +216,9 @@ def bench(
     """
     suite = _benchmarks("suite")
     ops = suite.chosen(op or (), device)
+    if listed:
+        print("\n".join(suite.case_names(ops, device)))
+        return
     _benchmarks("harness").pin_threads()
     found = suite.run(
         ops,
@@ -249,7 +254,9 @@ def plan(
     tensor: Annotated[
         int | None, typer.Option(help="Devices that split each layer. Default: several, beside each other.")
     ] = None,
-    sequence: Annotated[bool, typer.Option("--sequence/--no-sequence", help="With --tensor: split rows too.")] = True,
+    sequence: Annotated[
+        bool, typer.Option("--sequence/--no-sequence", help="Where layers are split: rows between them too.")
+    ] = True,
     shard: Annotated[str, typer.Option(help="full (FSDP), states (ZeRO 1) or none (DDP).")] = "full",
     policy: Annotated[str | None, typer.Option(help="One policy of the block. Default: all.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Default: 2048, or the preset's longest if that is less.")] = None,
@@ -267,7 +274,8 @@ def plan(
     config = LlamaConfig.preset(preset)
     chosen, T = planner.device(device), min(2048, config.max_seq_len) if seq_len is None else seq_len
     if tensor is None:
-        spread = [dataclasses.replace(x, shard=shard) for x in planner.layouts(config, world)]
+        found = planner.layouts(config, world)
+        spread = [dataclasses.replace(x, sequence=sequence and x.sequence, shard=shard) for x in found]
     else:
         spread = [planner.Layout(world, tensor, sequence and tensor > 1, shard)]
     policies = planner.POLICIES if policy is None else (policy,)
@@ -312,8 +320,8 @@ def _plan_speed(config: Any, device: Any, world: int, T: int, share: float, toke
     from llama_fast import plan as planner
     from llama_fast.config import LlamaConfig
 
-    if not tokens > 0:
-        raise ValueError(f"tokens = {tokens:g}: expected a number above 0")
+    if not 0 < tokens < math.inf:
+        raise ValueError(f"tokens = {tokens:g}: expected a finite number above 0")
     flops, attention = config.flops_per_token(T), 12 * config.n_layers * config.n_heads * config.head_dim * T
     rate = planner.tokens_per_second(config, device, T, share)
     twice = {p: planner.recomputed_flops_per_token(config, T, p) for p in planner.POLICIES}
@@ -388,9 +396,10 @@ def train(
         checkpoint_every=checkpoint_every,
         keep=keep,
     )
-    sources = run.sources_of(data or [])
+    token_folder = tokens or out / "data"
+    sources = run.sources_of(data or [], (out, token_folder))
     model = run.build_model(sizes, plain=plain, policy=policy, seed=seed)
-    tokenizer, dataset = run.prepare(sources, sizes.vocab_size, tokens or out / "data")
+    tokenizer, dataset = run.prepare(sources, sizes.vocab_size, token_folder)
     run.keep_tokenizer(tokenizer, out)
     trainer = Trainer(model, run.RunData(dataset, batch_size, seq_len, seed), settings, out, resume=resume)
     report = trainer.run()

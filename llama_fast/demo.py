@@ -47,7 +47,7 @@ def main(out: Path, *, steps: int, data: Sequence[str], console: Console) -> Non
     start = time.perf_counter()
     # what cannot be used is said before anything runs
     _settings(steps)
-    sources = run.sources_of(data)
+    sources = run.sources_of(data, (out,))
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("matplotlib is missing: pip install 'llama_fast[demo]'")
     out.mkdir(parents=True, exist_ok=True)

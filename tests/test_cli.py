@@ -210,7 +210,8 @@ def test_plain_starts_from_the_same_loss(llama_fast_program: Any, text: Path, tm
         (["convert", "OUT", "elsewhere"], "no such folder or file, expected a folder of Hugging Face or Meta"),
         (["plan", "--preset", "tiny", "--seq-len", "0"], "seq_len = 0: expected 1 .. max_seq_len"),
         (["plan", "--preset", "tiny", "--tensor", "0"], "tensor = 0: expected 1 or more"),
-        (["plan", "--preset", "tiny", "--tokens", "-5"], "tokens = -5: expected a number above 0"),
+        (["plan", "--preset", "tiny", "--tokens", "-5"], "tokens = -5: expected a finite number above 0"),
+        (["plan", "--preset", "tiny", "--tokens", "inf"], "tokens = inf: expected a finite number above 0"),
         (["demo", "--out", "OUT", "--steps", "0"], "steps = 0: expected 1 or more"),
         (["demo", "--out", "OUT", "--data", "/no/such/file"], "'/no/such/file' does not exist"),
     ],
@@ -226,6 +227,36 @@ def test_errors_are_one_line_and_status_2(
     assert found.err.startswith("llama-fast: ")
     assert len(found.err.splitlines()) == 1
     assert not out.exists(), "something was written before the error"
+
+
+def test_a_run_is_not_put_into_its_own_text(
+    llama_fast_program: Any, monkeypatch: pytest.MonkeyPatch, text: Path, tmp_path: Path
+) -> None:
+    """Its log and the like would be text when it is resumed, and the data others than it began with."""
+    monkeypatch.chdir(tmp_path)
+    elsewhere = str(tmp_path.with_name("elsewhere"))
+    for out, *more in (["run"], [elsewhere, "--tokens", "run"], ["run", "--tokens", elsewhere]):
+        found = llama_fast_program("train", "--data", ".", "--out", out, *more)
+        assert found.status == 2
+        assert "data '.': run" in found.err
+        assert "lies in it, and what is written there would be read as text" in found.err
+    found = llama_fast_program("demo", "--data", str(tmp_path))
+    assert (found.status, "demo lies in it" in found.err) == (2, True)
+    assert [p.name for p in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_bench_lists_the_names_that_case_looks_into(llama_fast_program: Any) -> None:
+    assert "rope bfloat16 B1" in llama_fast_program("bench", "--list", "--op", "rope").out
+    names = llama_fast_program("bench", "--list", "--op", "decode").out.splitlines()
+    assert names
+    assert all(name.startswith("decode ") for name in names)
+
+
+def test_plan_without_sequence_splits_no_rows(llama_fast_program: Any) -> None:
+    found = llama_fast_program("plan", "--preset", "llama-7b", "--world", "8", "--no-sequence").out
+    assert "tensor 8, FSDP 1" in found
+    assert "+sequence" not in found
+    assert "tensor 8+sequence" in llama_fast_program("plan", "--preset", "llama-7b", "--world", "8").out
 
 
 def test_a_narrow_terminal_gets_whole_cells(llama_fast_program: Any, monkeypatch: pytest.MonkeyPatch) -> None:

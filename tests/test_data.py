@@ -150,6 +150,22 @@ def test_bad_arguments_are_named(folder: Path, tmp_path: Path, make: Callable[[P
         parse_data_args(make(tmp_path))
 
 
+def test_what_is_written_is_no_text(folder: Path, tmp_path: Path) -> None:
+    (folder / "link").symlink_to(tmp_path)
+    for inside in (folder, folder / "run", folder / "sub" / "run", tmp_path / "x" / ".." / folder.name / "run"):
+        with pytest.raises(ValueError, match=r"data '.*' *: .* lies in it, and what is written there would be read"):
+            parse_data_args([str(folder)], [tmp_path / "out", inside])
+    outside = (
+        tmp_path,
+        tmp_path / f"{folder.name}-run",
+        folder / ".run",
+        folder / ".a" / "run",
+        folder / "link" / "run",
+    )
+    assert parse_data_args([str(folder)], outside) == parse_data_args([str(folder)])
+    assert parse_data_args([str(folder / "0.txt")], [folder / "run"])  # a file alone: its folder is no text
+
+
 def test_a_source_checks_itself(tmp_path: Path) -> None:
     for name, paths, weight in [
         ("a/b", (tmp_path,), 1.0),

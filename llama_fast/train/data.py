@@ -268,7 +268,8 @@ class Mixture:
         """
         for key, value in self._setup().items():
             if state.get(key) != value:
-                raise ValueError(f"sampler state: {key} is {state.get(key)!r}; expected {value!r}")
+                why = ": the text, what is held out of it or the tokenizer is not the same" if key == "dataset" else ""
+                raise ValueError(f"sampler state: {key} is {state.get(key)!r}; expected {value!r}{why}")
         step, used = state.get("step"), state.get("windows")
         if not (
             isinstance(step, int)

@@ -54,9 +54,13 @@ class RunData:
         self._mixture.load_state_dict(state)
 
 
-def sources_of(data: Sequence[str]) -> list[Source]:
-    """The sources that `--data` names, or Python's own standard library where it names none."""
-    return parse_data_args(data) if data else default_sources()
+def sources_of(data: Sequence[str], written: Sequence[Path] = ()) -> list[Source]:
+    """The sources that `--data` names, or Python's own standard library where it names none.
+
+    Raises:
+        ValueError: as `parse_data_args`; a folder of `written` lies in a folder of text, say.
+    """
+    return parse_data_args(data, written) if data else default_sources()
 
 
 def prepare(sources: Sequence[Source], vocab_size: int, folder: Path) -> tuple[Tokenizer, TokenDataset]:

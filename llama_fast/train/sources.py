@@ -88,7 +88,7 @@ def default_sources() -> list[Source]:
     ]
 
 
-def parse_data_args(args: Sequence[str]) -> list[Source]:
+def parse_data_args(args: Sequence[str], written: Sequence[Path] = ()) -> list[Source]:
     """Sources from "PATH" or "PATH:WEIGHT" (weight 1 if left out), each a file or a folder.
 
     An argument that exists as a path is that path, colon or not; else what follows the last colon is the weight. A
@@ -96,10 +96,15 @@ def parse_data_args(args: Sequence[str]) -> list[Source]:
     files are passed over and counted. A file named itself must be text. The source is named after the last part of
     the path; a second one of that name gets "-2".
 
+    Args:
+        args: see above.
+        written: folders that the program writes. Below a folder of text, what stands there would be text too the next
+            time, and a run could not go on with the data that it began with.
+
     Raises:
         ValueError: no arguments, a path that is missing, empty, unreadable or no UTF-8 text, a folder without text, a
-            weight that is not a positive finite number, or a file that two arguments name; the message quotes the
-            argument, the value found and what was expected.
+            weight that is not a positive finite number, a file that two arguments name, or a folder of `written` that
+            would be read as text; the message quotes the argument, the value found and what was expected.
     """
     if not args:
         raise ValueError("no data arguments; expected PATH or PATH:WEIGHT, a text file or a folder of text files")
@@ -108,6 +113,12 @@ def parse_data_args(args: Sequence[str]) -> list[Source]:
     for i, arg in enumerate(args):
         path, weight = _path_and_weight(arg)
         if path.is_dir():
+            for folder in written:
+                if _walks_into(path, folder):
+                    raise ValueError(
+                        f"data {arg!r}: {folder} lies in it, and what is written there would be read as text the next "
+                        "time; expected a folder outside, or a hidden one"
+                    )
             root = path
             paths, skipped = _text_files(_walk(path, set()))
             if not paths:
@@ -167,6 +178,12 @@ def _walk(root: Path, leave_out: set[str]) -> list[Path]:
         folders[:] = [name for name in folders if name not in leave_out and not name.startswith(".")]
         found += [Path(folder, name) for name in files if not name.startswith(".")]
     return sorted(found)
+
+
+def _walks_into(root: Path, folder: Path) -> bool:
+    """Whether `_walk` of `root` finds, or would find, the files of `folder`."""
+    inside, root = folder.resolve(), root.resolve()
+    return inside.is_relative_to(root) and not any(part.startswith(".") for part in inside.relative_to(root).parts)
 
 
 def _text_files(paths: Iterable[Path]) -> tuple[list[Path], int]:

@@ -38,6 +38,7 @@ from llama_fast.train.recipe import Recipe, build_optimizer, set_learning_rate
 
 LOG = "log.jsonl"
 IGNORE_INDEX = -100
+_NO_HELD_OUT = "data has no held-out batches: expected some, or eval_every = 0"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -163,8 +164,9 @@ class Trainer:
         progress: what shows the run; the default is a bar on a terminal and plain lines elsewhere.
 
     Raises:
-        ValueError: a parameter is not float32; the state of `data` could not be saved; `run_dir` holds checkpoints and
-            `resume` is False; the checkpoint was trained with other settings or does not fit the model.
+        ValueError: a parameter is not float32; the state of `data` could not be saved; there is nothing to evaluate on;
+            `run_dir` holds checkpoints and `resume` is False; the checkpoint was trained with other settings or does
+            not fit the model.
     """
 
     def __init__(
@@ -182,6 +184,8 @@ class Trainer:
             if p.dtype != torch.float32:
                 raise ValueError(f"{name} is {p.dtype}: expected float32; dtype = 'bfloat16' trains with autocast")
         checkpoint.state_bytes(data.state_dict(), "data.state_dict()")  # better now than at the first checkpoint
+        if settings.eval_every:
+            self._expect_held_out()  # better now than after eval_every steps
         self.device = next(model.parameters()).device
         self.optimizer = build_optimizer(model, settings.recipe)
         self.step = 0
@@ -249,8 +253,18 @@ class Trainer:
                     count += n
         self.model.train()
         if count == 0:
-            raise ValueError("data has no held-out batches: expected some, or eval_every = 0")
+            raise ValueError(_NO_HELD_OUT)
         return total / count
+
+    def _expect_held_out(self) -> None:
+        s = self.settings
+        try:
+            batches = self.data.valid_batches(s.batch_size, s.seq_len, s.eval_batches)
+            some = any(_count(targets) for _, targets in batches)
+        except ValueError as error:
+            raise ValueError(f"{error}; or eval_every = 0 (--eval-every 0)") from error
+        if not some:
+            raise ValueError(_NO_HELD_OUT)
 
     def _due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self.settings.recipe.steps)
@@ -351,11 +365,21 @@ class Trainer:
         changed = [f"{k} = {now.get(k)!r} (was {before.get(k)!r})" for k in now if now[k] != before.get(k)]
         if changed:
             raise ValueError(f"{path} was trained with other settings: {'; '.join(changed)}; expected the same")
+        self._expect_config(path)
         checkpoint.load_into(self.model, saved.weights)
         self.optimizer.load_state_dict(saved.state["optimizer"])
         self.data.load_state_dict(saved.state["data"])
         _set_generator_states(saved.state["generators"])
         self.step, self.seconds = saved.step, saved.state["seconds"]
+
+    def _expect_config(self, path: Path) -> None:
+        """Refuses another model whose weights have the same shapes: with other heads, rotary wavelengths or epsilon."""
+        config = getattr(self.model, "config", None)
+        if isinstance(config, LlamaConfig) and (path / checkpoint.CONFIG).is_file():
+            before, now = checkpoint.load_config(path).to_dict(), config.to_dict()
+            changed = [f"{k} = {now[k]!r} (was {before[k]!r})" for k in now if now[k] != before[k]]
+            if changed:
+                raise ValueError(f"{path} is of another model: {'; '.join(changed)}; expected the same")
 
     def _report(self, first: int, seconds: float, stopped_by: int | None) -> Report:
         rows = [json.loads(line) for line in self._log_path.read_text(encoding="utf-8").splitlines()]
