@@ -147,9 +147,9 @@ def _utilisation(x: Line, r: Results) -> str:
 def main() -> int:
     """Rewrites README.md."""
     path = ROOT / "README.md"
-    old = path.read_text()
+    old = path.read_text(encoding="utf-8")
     new = replaced(old, text(committed()))
-    path.write_text(new)
+    path.write_text(new, encoding="utf-8")
     print("README.md: " + ("as it was" if new == old else "rewritten"))
     return 0
 

@@ -27,14 +27,15 @@ def write(paths: Sequence[Path], out: Path, png: Path | None = None) -> list[Pat
         The files written.
 
     Raises:
-        ValueError: no file, or one that is no result file; matplotlib is missing.
+        ValueError: no file, one that is no result file, or `out` is one of them; matplotlib is missing.
         OSError: a file cannot be read or written.
     """
     if not paths:
         raise ValueError("report: no result file is given")
-    found = [(path.stem, results.read(path)) for path in paths]
-    page, drawn = build(found)
-    out.write_text(page)
+    if out.resolve() in [path.resolve() for path in paths]:
+        raise ValueError(f"{out}: is one of the result files, expected another file for the page")
+    page, drawn = build([(path.stem, results.read(path)) for path in paths])
+    out.write_text(page, encoding="utf-8")
     written = [out]
     if png is not None:
         png.mkdir(parents=True, exist_ok=True)
@@ -45,7 +46,8 @@ def write(paths: Sequence[Path], out: Path, png: Path | None = None) -> list[Pat
 
 
 def build(files: Sequence[tuple[str, Results]]) -> tuple[str, list[Plot]]:
-    """(the page, its plots) of result files by name."""
+    """(the page, its plots) of result files by name; a second one of a name is called name-2, and so are its plots."""
+    files = list(zip(_distinct([name for name, _ in files]), [r for _, r in files], strict=True))
     ops = list(dict.fromkeys(x.op for _, r in files for x in r.lines))
     drawn: list[Plot] = []
     sections = []
@@ -69,7 +71,7 @@ def build(files: Sequence[tuple[str, Results]]) -> tuple[str, list[Plot]]:
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta name="color-scheme" content="light dark"><title>llama_fast: benchmark report</title>'
-        f"<style>{_STYLE.read_text()}</style>"
+        f"<style>{_STYLE.read_text(encoding='utf-8')}</style>"
     )
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>{body}</body></html>\n', drawn
 
@@ -291,6 +293,18 @@ def _environment(name: str, r: Results) -> str:
         facts[f"limit: {limit.name}"] = f"{limit.rate / 1e9:,.1f} {unit} ({limit.how})"
     rows = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in facts.items() if v)
     return f'<h3>{escape(name)}</h3><table class="facts"><tbody>{rows}</tbody></table>'
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    """The names, numbered where their plots would be called the same."""
+    given: dict[str, str] = {}
+    for name in names:
+        free, number = name, 1
+        while _slug(free) in given:
+            number += 1
+            free = f"{name}-{number}"
+        given[_slug(free)] = free
+    return list(given.values())
 
 
 def _slug(name: str) -> str:

@@ -263,7 +263,7 @@ def write(results: Results, path: Path) -> None:
     for name, end in (("limits", ","), ("lines", "")):
         rows = ",\n".join(f"  {json.dumps(row, allow_nan=False)}" for row in parts[name])
         text.append(f' "{name}": [\n{rows}\n ]{end}')
-    path.write_text("{\n" + "\n".join(text) + "\n}\n")
+    path.write_text("{\n" + "\n".join(text) + "\n}\n", encoding="utf-8")
 
 
 def read(path: Path) -> Results:
@@ -275,7 +275,7 @@ def read(path: Path) -> Results:
     """
     try:
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"is no JSON ({error}), expected a result file, as `--json` writes it") from None
         if not isinstance(values, dict) or values.get("format") != FORMAT:
@@ -493,7 +493,7 @@ def _version(name: str) -> str | None:
 
 def _package_version(root: Path) -> str | None:
     try:
-        text = (root / "llama_fast" / "__init__.py").read_text()
+        text = (root / "llama_fast" / "__init__.py").read_text(encoding="utf-8")
     except OSError:
         return None
     return next((line.split('"')[1] for line in text.splitlines() if line.startswith("__version__")), None)

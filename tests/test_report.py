@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -202,6 +203,41 @@ def test_ids_are_not_used_twice(page: tuple[Path, Path]) -> None:
     used = set(re.findall(r"url\(#(.*?)\)", text)) | set(re.findall(r'href="#(.*?)"', text))
     assert used <= set(ids)
     assert [i for i in used if ids.count(i) > 1] == []
+
+
+def test_files_of_one_name_do_not_hide_each_other(tmp_path: Path) -> None:
+    few = dataclasses.replace(made_up(), lines=made_up().lines[:4])
+    paths = [tmp_path / folder / f"{name}.json" for folder, name in (("a", "ops"), ("b", "ops"), ("b", "OPS"))]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        results.write(few, path)
+    out, *pictures = report.write(paths, tmp_path / "r.html", tmp_path / "png")
+    assert len(set(pictures)) == len(pictures) == len(list((tmp_path / "png").iterdir()))
+    text = out.read_text(encoding="utf-8")
+    figures = re.findall(r"<figure id='(.*?)'>", text)
+    assert len(set(figures)) == len(figures) == len(pictures)
+    assert [text.count(f"<h3>{name}</h3>") for name in ("ops", "ops-2", "OPS-3")] == [1, 1, 1]
+
+
+def test_a_result_file_is_not_written_over(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    results.write(gpu(), path)
+    before = path.read_bytes()
+    (tmp_path / "x").mkdir()
+    with pytest.raises(ValueError, match=r"a.json: is one of the result files, expected another file for the page"):
+        report.write([path], tmp_path / "x" / ".." / "a.json")
+    assert path.read_bytes() == before
+
+
+def test_the_page_is_utf_8_whatever_the_locale(tmp_path: Path) -> None:
+    results.write(gpu(), tmp_path / "a.json")
+    program = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from benchmarks import report; "
+        f"report.write([Path('a.json')], Path('r.html'))"
+    )
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env={**os.environ, **plain}, check=True)
+    assert "\u2013" in (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
 def test_the_same_lines_give_the_same_plots() -> None:
