@@ -1,0 +1,79 @@
+"""What the trainer refuses, and that it does so before the first step: nothing is lost by an error that comes late."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_trainer import CONFIG, RECIPE, SETTINGS, Rows, train
+from torch import Tensor
+
+from llama_fast.plain import PlainLlama
+
+
+def test_data_state_that_cannot_be_saved(tmp_path: Path) -> None:
+    data = Rows()
+    data.row = np.int64(3)  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"data.state_dict\(\)\['row'\] is a int64"):
+        train(tmp_path, data=data)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_data_is_named(tmp_path: Path) -> None:
+    class Bad(Rows):
+        def __init__(self, *batches: tuple[Tensor, Tensor]) -> None:
+            super().__init__()
+            self.list = batches
+
+        def batches(self, batch_size: int, seq_len: int) -> Iterator[tuple[Tensor, Tensor]]:
+            return iter(self.list)
+
+        def valid_batches(self, batch_size: int, seq_len: int, n: int) -> Iterator[tuple[Tensor, Tensor]]:
+            return iter(())
+
+    good = torch.zeros(2, 16, dtype=torch.int64)
+    none = torch.full_like(good, -100)
+    once = dataclasses.replace(SETTINGS, accumulate=1, eval_every=0)
+    for i, (batches, message) in enumerate(
+        [
+            ([], r"data ended in step 1"),
+            ([(good, good[:1])], r"data gave targets \(1, 16\) torch.int64: expected \(2, 16\)"),
+            ([(good.int(), good)], r"data gave tokens \(2, 16\) torch.int32: expected"),
+            ([(good, none)], r"step 1: the batches have no target that counts"),
+        ]
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path / str(i), settings=once, data=Bad(*batches))
+
+
+def test_nothing_to_evaluate_on_is_said_before_the_first_step(tmp_path: Path) -> None:
+    class NoneHeldOut(Rows):
+        def valid_batches(self, batch_size: int, seq_len: int, n: int) -> Iterator[tuple[Tensor, Tensor]]:
+            for tokens, targets in super().valid_batches(batch_size, seq_len, n):
+                yield tokens, torch.full_like(targets, -100)
+
+    class TooShort(Rows):
+        def valid_batches(self, batch_size: int, seq_len: int, n: int) -> Iterator[tuple[Tensor, Tensor]]:
+            raise ValueError("9 valid tokens are too few")
+
+    for data, message in (
+        (NoneHeldOut(), r"no held-out batches: expected some, or eval_every = 0"),
+        (TooShort(), r"9 valid tokens are too few; or eval_every = 0 \(--eval-every 0\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path, data=data)
+        assert list(tmp_path.iterdir()) == []
+    assert train(tmp_path, settings=dataclasses.replace(SETTINGS, eval_every=0), data=TooShort()).step == RECIPE.steps
+
+
+def test_another_model_of_the_same_shapes_is_refused(tmp_path: Path) -> None:
+    train(tmp_path, settings=dataclasses.replace(SETTINGS, checkpoint_every=6))
+    for changed in ({"n_heads": 4, "n_kv_heads": 2}, {"rope_theta": 5e5}, {"norm_eps": 1e-6}):
+        other = dataclasses.replace(CONFIG, **changed)  # type: ignore[arg-type]
+        named = ".*".join(f"{k} = .* \\(was" for k in changed)
+        with pytest.raises(ValueError, match=f"step_0000012 is of another model: {named}"):
+            train(tmp_path, model=PlainLlama(other), resume=True)
