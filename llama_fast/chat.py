@@ -193,7 +193,7 @@ class Answer:
         chat, stream = self._chat, self.stream
         cache, common = chat._reuse(self._ids)
         self.computed = len(self._ids) - common
-        stream.cache, stream.ids = cache, self._ids[common:]
+        stream.cache, stream.before, stream.ids = cache, self._ids[:common], self._ids[common:]
         counts = True
         try:
             yield from stream

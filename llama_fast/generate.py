@@ -103,6 +103,7 @@ def stream(
     logprobs: bool = False,
     prefill_chunk: int = PREFILL_CHUNK,
     cache: KVCache | None = None,
+    before: Sequence[int] = (),
 ) -> Iterator[Step]:
     """The new tokens, one step after the other; see `Llama.stream`.
 
@@ -115,6 +116,7 @@ def stream(
         logprobs: give them in each step.
         prefill_chunk: tokens of the prompt in one pass.
         cache: of the tokens that stand before the prompt (B = 1); it is left with those of all but the last new token.
+        before: these tokens, for the repetition penalty.
 
     Raises:
         ValueError: an argument is out of its range, or the prompt and the new tokens exceed max_seq_len.
@@ -122,15 +124,22 @@ def stream(
     weight = model.lm_head.weight
     prompts, starts = _aligned(tokens, weight.device)
     B, T = prompts.shape
-    _check(model.config, T, 0 if cache is None else cache.used, max_new_tokens, prefill_chunk)
+    used = 0 if cache is None else cache.used
+    _check(model.config, T, used, max_new_tokens, prefill_chunk)
     check_tokens(model.config, prompts)
     if cache is None:
         cache = KVCache(model.config, B, T + max_new_tokens, weight.device, cache_dtype(weight), starts)
+    elif B != 1:
+        raise ValueError(f"tokens has {B} rows: expected one beside a cache")
     else:
-        cache.grow(cache.used + T + max_new_tokens)
+        cache.grow(used + T + max_new_tokens)
+    if sampler.penalises and len(before) != used:
+        raise ValueError(f"before has {len(before)} ids: expected the {used} of the cache, for the repetition penalty")
     if max_new_tokens == 0:
         return
     seen_BV = _seen(prompts, starts, model.config.vocab_size) if sampler.penalises else None
+    if seen_BV is not None:
+        seen_BV[:, list(before)] = True
     stops = torch.tensor(list(eos_ids), device=prompts.device)
     done = torch.zeros(B, dtype=torch.bool, device=prompts.device)
     for at in range(0, T - prefill_chunk, prefill_chunk):

@@ -263,6 +263,7 @@ class Llama(nn.Module):
         logprobs: bool = False,
         prefill_chunk: int = generation.PREFILL_CHUNK,
         cache: KVCache | None = None,
+        before: Sequence[int] = (),
         **sampling: Any,
     ) -> Iterator[generation.Step]:
         """As `generate`, a step at a time: the next token of each row is computed when it is asked for.
@@ -271,6 +272,7 @@ class Llama(nn.Module):
             tokens, max_new_tokens, eos_id, prefill_chunk: as for `generate`.
             logprobs: give each token's log-probability too, under the model, before temperature and filters.
             cache: of earlier tokens, which the prompt goes on from (B = 1).
+            before: these earlier tokens, where repetition_penalty is given, which counts them.
             sampling: temperature, top_k, top_p, min_p, repetition_penalty, seed.
 
         Returns:
@@ -282,7 +284,7 @@ class Llama(nn.Module):
         sampler = Sampler(**sampling, device=self.lm_head.weight.device)
         return generation.stream(
             self, tokens, max_new_tokens, sampler, _ids(eos_id),
-            logprobs=logprobs, prefill_chunk=prefill_chunk, cache=cache,
+            logprobs=logprobs, prefill_chunk=prefill_chunk, cache=cache, before=before,
         )  # fmt: skip
 
 

@@ -63,6 +63,7 @@ class TextStream:
         continuation: it goes on from text, so that a space in front of it stays.
         logprobs: collect each token's log-probability.
         cache: of the tokens before `ids`.
+        before: these tokens.
         sampling: temperature, top_k, top_p, min_p, repetition_penalty, seed.
 
     While and after iterating:
@@ -83,6 +84,7 @@ class TextStream:
     continuation: bool = True
     logprobs: bool = False
     cache: KVCache | None = None
+    before: Sequence[int] = ()
     sampling: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -94,7 +96,7 @@ class TextStream:
     def __iter__(self) -> Iterator[str]:
         steps = self.model.stream(
             [list(self.ids)], max_new_tokens=self.max_new_tokens, eos_id=self.tokenizer.eos_ids,
-            logprobs=self.logprobs, cache=self.cache, **self.sampling,
+            logprobs=self.logprobs, cache=self.cache, before=self.before, **self.sampling,
         )  # fmt: skip
         decoder = self.tokenizer.stream_decoder(continuation=self.continuation)
         for step in steps:

@@ -187,6 +187,16 @@ def test_under_autocast(model: Llama, tok: BPETokenizer) -> None:
             assert answer.computed == len(prompt)  # of another dtype than those before
 
 
+def test_the_repetition_penalty_counts_what_the_cache_holds(model: Llama, tok: BPETokenizer) -> None:
+    chat = Chat(model, tok, CHATML)
+    for text in ("One", "Two", "Three"):
+        prompt = chat.prompt(text)
+        answer = chat.say(text, max_new_tokens=9, repetition_penalty=1.5)
+        whole = model.generate([prompt], max_new_tokens=9, eos_id=tok.eos_id, repetition_penalty=1.5)
+        assert _ids(answer) == whole[0][len(prompt) :]
+    assert answer.computed < len(prompt) / 2
+
+
 def _ids(answer: Answer) -> list[int]:
     assert "".join(answer) == answer.stream.text
     return answer.stream.new_ids

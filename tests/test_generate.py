@@ -146,6 +146,10 @@ def test_a_cache_goes_on_from_earlier_tokens(model: Llama) -> None:
     assert new == expected[0, 20:].tolist()
     with pytest.raises(ValueError, match=r"with a prompt of 47 tokens, expected at most 81"):
         next(model.stream(tokens, max_new_tokens=100, cache=cache))
+    with pytest.raises(ValueError, match="tokens has 2 rows: expected one beside a cache"):
+        next(model.stream([[1], [2, 3]], max_new_tokens=1, cache=KVCache(TINY, 2, 0, "cpu", torch.float32)))
+    with pytest.raises(ValueError, match=r"before has 0 ids: expected the \d+ of the cache"):
+        next(model.stream(tokens[:, :1], max_new_tokens=1, cache=cache, repetition_penalty=1.2))
 
 
 def test_end_of_sequence_fills_and_stops(model: Llama) -> None:
