@@ -13,7 +13,8 @@ Legend: B batch, T tokens, C width, V vocabulary, N scored tokens.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ try:
     from lm_eval.api.registry import register_model
 except ImportError as error:
     raise ImportError(f"{error}: the harness is an extra: pip install 'llama_fast[eval]'") from None
+
+
+_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first that is given counts
+_SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")
 
 
 @torch.no_grad()
@@ -93,6 +98,20 @@ def rolling_windows(ids: Sequence[int], prefix: int, longest: int) -> Iterator[t
         scored = list(ids[at : at + longest])
         before = [prefix, *ids[:at]]
         yield before[max(0, len(before) - (longest + 1 - len(scored))) :], scored
+
+
+def _generation_options(options: Mapping[str, Any], longest: int) -> tuple[str | Sequence[str], int, dict[str, Any]]:
+    """Stop strings, the most new tokens and the sampling of a task's options, which mean what they mean to the
+    harness's own models: a temperature alone is sampling, and a top_k of 0 is none."""
+    given = {name: value for name, value in options.items() if value is not None}
+    until = given.pop("until", ())
+    limits = [given.pop(name) for name in _LIMITS if name in given]
+    temperature = float(given.pop("temperature", 0.0))
+    sampling: dict[str, Any] = {"temperature": temperature if given.pop("do_sample", True) else 0.0}
+    sampling |= {name: value for name in _SAMPLING if (value := given.pop(name, None))}
+    if given:
+        warnings.warn(f"generation options that llama_fast does not know: {', '.join(sorted(given))}", stacklevel=3)
+    return until, int(limits[0] if limits else longest), sampling
 
 
 @register_model("llama_fast")
@@ -175,15 +194,11 @@ class LlamaFastLM(TemplateLM):
         answers = []
         for request in requests:
             context, options = request.args[:2]
-            until = options.get("until") or []
-            limit = int(options.get("max_gen_toks", self.max_gen_toks))
-            temperature = options.get("temperature", 0.0) if options.get("do_sample", False) else 0.0
-            sampling = {"temperature": temperature, "top_p": options.get("top_p"), "top_k": options.get("top_k")}
+            until, limit, sampling = _generation_options(options, self.max_gen_toks)
             room = self.max_length - min(limit, self.max_length - 1)
             ids = self.tok_encode(context)[-room:]
             stream = TextStream(
-                self.model, self.text_tokenizer, ids, min(limit, self.max_length - len(ids)),
-                [until] if isinstance(until, str) else until, sampling=sampling,
+                self.model, self.text_tokenizer, ids, min(limit, self.max_length - len(ids)), until, sampling=sampling
             )  # fmt: skip
             answers.append("".join(stream))
         return answers

@@ -144,6 +144,24 @@ def test_the_class(evaluation: Any, folder: Path) -> None:
     new = lm.model.generate([tok.encode("the", bos=True)], max_new_tokens=12, eos_id=2)[0]
     assert free == tok.decode(new[2:], continuation=True)
     assert "dogs" not in cut
+    context = tok.encode("the", bos=True)
+    for options, same in (
+        ({"max_new_tokens": 5}, {"max_new_tokens": 5}),
+        ({"max_tokens": 4, "max_gen_toks": 6, "do_sample": False, "temperature": 2.0}, {"max_new_tokens": 6}),
+        ({"temperature": 5.0, "top_k": 0}, {"max_new_tokens": 9, "temperature": 5.0}),
+        (
+            {"temperature": 5.0, "do_sample": True, "min_p": 0.2},
+            {"max_new_tokens": 9, "temperature": 5.0, "min_p": 0.2},
+        ),
+        ({"repetition_penalty": 3.0, "top_p": None}, {"max_new_tokens": 9, "repetition_penalty": 3.0}),
+    ):
+        torch.manual_seed(0)
+        (found,) = lm.generate_until([Request("the", {"max_completion_tokens": 9} | options)])
+        torch.manual_seed(0)
+        new = lm.model.generate([context], eos_id=2, **same)[0]
+        assert found == tok.decode(new[len(context) :], continuation=True), options
+    with pytest.warns(UserWarning, match="options that llama_fast does not know: num_beams"):
+        lm.generate_until([Request("the", {"max_gen_toks": 1, "num_beams": 2})])
     with pytest.raises(ValueError, match="has no chat template"):
         lm.apply_chat_template([{"role": "user", "content": "Hi"}])
 
