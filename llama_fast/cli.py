@@ -403,12 +403,14 @@ def train(
     run.keep_tokenizer(tokenizer, out)
     trainer = Trainer(model, run.RunData(dataset, batch_size, seq_len, seed), settings, out, resume=resume)
     report = trainer.run()
-    loss = f"loss {report.losses[-1]:.4f}, " if report.losses else ""
-    valid = f"held-out loss {list(report.valid_losses.values())[-1]:.4f}, " if report.valid_losses else ""
-    print(
-        f"step {report.step}: {loss}{valid}{report.tokens_per_s:,.0f} tokens/s, "
-        f"peak memory {report.peak_memory_bytes / 1e6:,.0f} MB; {report.checkpoint}"
-    )
+    facts = [f"loss {report.losses[-1]:.4f}"] if report.losses else []
+    if report.valid_losses:
+        step, valid = list(report.valid_losses.items())[-1]
+        facts.append(f"held-out loss {valid:.4f}" + (f" after step {step}" if step != report.step else ""))
+    if report.tokens_per_s:  # 0 where all steps had been done before
+        facts.append(f"{report.tokens_per_s:,.0f} tokens/s")
+    facts.append(f"peak memory {report.peak_memory_bytes / 1e6:,.0f} MB")
+    print(f"step {report.step}: {', '.join(facts)}; {report.checkpoint}")
     if report.signal is not None:
         print("interrupted and saved; the same command with --resume goes on")
         raise typer.Exit(128 + report.signal)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import llama_fast.verify
 from llama_fast import cli, demo
 from llama_fast.config import LlamaConfig
 from llama_fast.ops.table import OPS
+from llama_fast.tokenizer import Tokenizer
 from llama_fast.train import run as training
 from llama_fast.train.trainer import Report, Trainer
 from llama_fast.verify import Case
@@ -165,7 +167,7 @@ def test_a_train_that_a_signal_ends_says_so_by_its_status(
         return step(self, batches)
 
     run = tmp_path / "run"
-    sizes = ["--config", "tiny", "--vocab-size", "320", "--batch-size", "2", "--seq-len", "32", "--eval-every", "0"]
+    sizes = ["--config", "tiny", "--vocab-size", "320", "--batch-size", "2", "--seq-len", "32", "--eval-every", "1"]
     common = ["train", "--out", str(run), "--data", str(text), *sizes, "--steps", "4"]
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_train_step", in_step_2)
@@ -173,8 +175,36 @@ def test_a_train_that_a_signal_ends_says_so_by_its_status(
     assert found.status == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
     assert "interrupted and saved; the same command with --resume goes on" in found.out
     assert [p.name for p in run.glob("step_*")] == ["step_0000002"]
-    assert llama_fast_program(*common, "--resume").status == 0
+    assert re.match(r"step 2: loss [\d.]+, held-out loss [\d.]+, [\d,]+ tokens/s, peak", found.out)
+    # the last held-out loss is of another step than the last
+    found = llama_fast_program(*common, "--resume", "--eval-every", "0")
+    assert found.status == 0
+    assert re.match(r"step 4: loss [\d.]+, held-out loss [\d.]+ after step 2, [\d,]+ tokens/s, peak", found.out)
     assert len((run / "log.jsonl").read_text().splitlines()) == 4
+    found = llama_fast_program(*common, "--resume")
+    assert re.match(r"step 4: loss [\d.]+, held-out loss [\d.]+ after step 2, peak memory", found.out), (
+        "no step was done"
+    )
+
+
+def test_a_tokenizer_that_cannot_be_kept_leaves_no_half_of_it(
+    monkeypatch: pytest.MonkeyPatch, text: Path, tmp_path: Path
+) -> None:
+    """Half of one would be "not the tokenizer of this data" ever after."""
+    tokenizer = Tokenizer.train([text.read_text()], tmp_path / "tokenizer.model", 320)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        patch.setattr("shutil.copyfileobj", full)
+        with pytest.raises(OSError, match="No space left"):
+            training.keep_tokenizer(tokenizer, tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+    training.keep_tokenizer(tokenizer, tmp_path / "run")
+    training.keep_tokenizer(tokenizer, tmp_path / "run")
+    assert (tmp_path / "run" / "tokenizer.model").read_bytes() == (tmp_path / "tokenizer.model").read_bytes()
 
 
 def test_plain_starts_from_the_same_loss(llama_fast_program: Any, text: Path, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ checkpoints `step_N/`: all that `llama-fast generate` needs.
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from llama_fast import checkpoint
 from llama_fast.config import LlamaConfig
+from llama_fast.files import write_atomically
 from llama_fast.tokenizer import Tokenizer
 from llama_fast.train.data import Source, TokenDataset, build_token_file, default_sources, parse_data_args
 
@@ -118,7 +118,7 @@ def keep_tokenizer(tokenizer: Tokenizer, run_dir: Path) -> None:
             raise ValueError(f"{target} is not the tokenizer of this data: expected that, or an unused folder")
         return
     run_dir.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(tokenizer.path, target)
+    write_atomically(target, tokenizer.path.read_bytes())  # half a file would be another tokenizer at the next start
 
 
 def config_for(name: str, seq_len: int, vocab_size: int | None) -> LlamaConfig:
