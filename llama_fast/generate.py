@@ -215,6 +215,8 @@ def _check(config: LlamaConfig, T: int, used: int, max_new_tokens: int, prefill_
         if not isinstance(value, SupportsIndex) or value < least:
             raise ValueError(f"{name} = {value!r}: expected an integer of {least} or more")
     left = config.max_seq_len - used - T
+    if left < 0:
+        raise ValueError(f"the prompt has {used + T} tokens: expected at most max_seq_len = {config.max_seq_len}")
     if max_new_tokens > left:
         raise ValueError(
             f"max_new_tokens = {max_new_tokens}: with a prompt of {used + T} tokens, expected at most {left} "

@@ -88,7 +88,8 @@ def keep_host_memory() -> HostMemory:
     By default glibc maps each large tensor anew and unmaps it when it is freed, and the system hands over every page
     zeroed, at its first touch: for the memory-bound ops that costs several times what the op itself does. This turns it
     off for the whole process, with three documented mallopt settings. The process then never becomes smaller, and can
-    become larger than its tensors ever were together: docs/memory.md has figures. Meant for programs, early in their run; the library never calls it on import.
+    become larger than its tensors ever were together: docs/memory.md has figures. Meant for programs, early in their
+    run; the library never calls it on import.
 
     Returns:
         What was done; print it. Where the C library is not glibc (musl, macOS, Windows) or malloc is another library's

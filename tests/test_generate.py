@@ -146,6 +146,8 @@ def test_a_cache_goes_on_from_earlier_tokens(model: Llama) -> None:
     assert new == expected[0, 20:].tolist()
     with pytest.raises(ValueError, match=r"with a prompt of 47 tokens, expected at most 81"):
         next(model.stream(tokens, max_new_tokens=100, cache=cache))
+    with pytest.raises(ValueError, match=r"the prompt has 147 tokens: expected at most max_seq_len = 128"):
+        next(model.stream(prompts(1, 120), max_new_tokens=1, cache=cache))  # 27 tokens stand in the cache
     with pytest.raises(ValueError, match="tokens has 2 rows: expected one beside a cache"):
         next(model.stream([[1], [2, 3]], max_new_tokens=1, cache=KVCache(TINY, 2, 0, "cpu", torch.float32)))
     with pytest.raises(ValueError, match=r"before has 0 ids: expected the \d+ of the cache"):
