@@ -9,6 +9,7 @@ is faster. The noise of a machine is what `--vs HEAD` gives on an unchanged tree
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -101,9 +102,9 @@ def checkout(revision: str, root: Path = ROOT) -> tuple[Path, str]:
     commit = git("rev-parse", "--verify", f"{revision}^{{commit}}")
     folder = root / "build" / "revisions" / commit[:12]
     if not (folder / "built").exists():
+        shutil.rmtree(folder, ignore_errors=True)  # what Ctrl-C or a failed build left may be half of it
         git("worktree", "prune")
-        if not folder.exists():
-            git("worktree", "add", "--detach", "--force", str(folder), commit)
+        git("worktree", "add", "--detach", "--force", "--force", str(folder), commit)  # twice: over a locked one too
         command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -491,6 +491,13 @@ def test_a_revision_is_checked_out_and_built_once(tmp_path: Path) -> None:
     (tmp_path / "setup.py").write_text("raise SystemExit('no compiler')\n")
     subprocess.run([*git, "commit", "-qam", "broken"], check=True)
     folder, commit = compare.checkout("HEAD~1", tmp_path)
+    (folder / "built").unlink()  # as after Ctrl-C in the middle of it
+    for left in (folder / "setup.py", folder / ".git"):
+        left.unlink()
+        subprocess.run([*git, "worktree", "lock", str(folder)], check=True)  # git's own, while it checks out
+        assert compare.checkout("HEAD~1", tmp_path) == (folder, commit)
+        (folder / "built").unlink()
+    assert compare.checkout("HEAD~1", tmp_path) == (folder, commit)
     assert len(commit) == 40
     assert folder == tmp_path / "build" / "revisions" / commit[:12]
     assert compare.checkout("HEAD~1", tmp_path) == (folder, commit)
