@@ -89,8 +89,10 @@ def checkout(revision: str, root: Path = ROOT) -> tuple[Path, str]:
     """(folder, commit) of a built revision, in build/revisions; kept for the next time.
 
     Raises:
-        ValueError: no such revision, or it does not build.
+        ValueError: `root` is no clone; no such revision, or it does not build.
     """
+    if not (root / "setup.py").is_file():  # installed below a clone, in its .venv, git would take it for the clone
+        raise ValueError(f"revision {revision!r}: {root} is an installed copy; run `python -m benchmarks` in a clone")
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)

@@ -504,6 +504,11 @@ def test_a_revision_is_checked_out_and_built_once(tmp_path: Path) -> None:
     assert (folder / "made").read_text() == "x"
     with pytest.raises(ValueError, match="revision 'HEAD' does not build: no compiler"):
         compare.checkout("HEAD", tmp_path)
+    installed = tmp_path / ".venv" / "lib" / "llama_fast"
+    installed.mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"revision 'HEAD': .*llama_fast is an installed copy; run `python -m bench"):
+        compare.checkout("HEAD", installed)
+    assert list(installed.iterdir()) == []
     with pytest.raises(ValueError, match="revision 'v9': git says 'Needed a single revision'; expected a commit"):
         compare.checkout("v9", tmp_path)
 
