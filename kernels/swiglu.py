@@ -1,7 +1,8 @@
 """swiglu: y = gate s up, s = sigmoid(gate), elementwise over [R, F].
 
 Everything is computed in float32 from the rounded inputs and rounded once. The backward reads dy, gate and up once and
-writes dgate and dup; nothing accumulates, nothing is overwritten.
+writes dgate and dup; nothing accumulates. A program reads all that it needs before it writes: the results may take the
+place of arguments.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from torch import Tensor
 from llama_fast.kernels.launch import cdiv, choose, on_device_of, rows, start, unavailable
 from llama_fast.ops import table
 
-__all__ = ["swiglu_bwd", "swiglu_fwd", "unavailable"]
+__all__ = ["INPLACE", "swiglu_bwd", "swiglu_fwd", "unavailable"]
+
+INPLACE = frozenset({"swiglu_fwd", "swiglu_bwd"})
 
 
 @dataclass(frozen=True)
@@ -97,13 +100,13 @@ def _launch(name: str, kernel: triton.JITFunction, inputs: tuple[Tensor, ...], o
         run(choose(name, (first.dtype, R, F), first.device, HEURISTIC, lambda: CANDIDATES, run))
 
 
-def swiglu_fwd(gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
-    results = table.SWIGLU.allocate("fwd", (gate, up))
+def swiglu_fwd(gate: Tensor, up: Tensor, *, into: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
+    results = into or table.SWIGLU.allocate("fwd", (gate, up))
     _launch("swiglu_fwd", _swiglu_fwd_kernel, (rows(gate), rows(up)), results)
     return results
 
 
-def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
-    results = table.SWIGLU.allocate("bwd", (dy, gate, up))
+def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor, *, into: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
+    results = into or table.SWIGLU.allocate("bwd", (dy, gate, up))
     _launch("swiglu_bwd", _swiglu_bwd_kernel, (rows(dy), rows(gate), rows(up)), results)
     return results

@@ -14,7 +14,8 @@ What a policy keeps between forward and backward, a layer; all else is computed 
                         product again but the last, and not the attention, which costs most where T is long
     "recompute-all"     x alone, C numbers a token; the backward runs the forward again, up to the last product
 
-Contract of the backward: saved tensors are never overwritten; each gradient is rounded once to the dtype of the
+Contract of the backward: saved tensors are freed as they are used, and gate and up overwritten, where the graph is not
+retained, and left alone where it is; each gradient is rounded once to the dtype of the
 computation; gradients of weights that need none are not computed. Under autocast the block computes in autocast's dtype
 (with `keep_residual`: x, h, y, the norms and their gradients in x's) and casts the weights in the forward and again in
 the backward, so that no copy of them is kept.
@@ -43,7 +44,9 @@ from llama_fast.ops.dispatch import (
     no_autocast,
     once_differentiable,
     primitives,
+    recorded,
     refuse_transforms,
+    release,
 )
 from llama_fast.parallel import Collectives, Single
 
@@ -132,32 +135,41 @@ class Cache(NamedTuple):
         return self.k_BSGD[:, :end], self.v_BSGD[:, :end]
 
 
-class _Activations(NamedTuple):
-    n1_RC: Tensor
-    rstd1_R: Tensor
-    q_BTHD: Tensor
-    k_BTGD: Tensor
-    v_BTGD: Tensor
-    out_BTHD: Tensor
-    lse_BHT: Tensor
-    h_RC: Tensor
-    n2_RC: Tensor
-    rstd2_R: Tensor
-    gate_RF: Tensor
-    up_RF: Tensor
-    act_RF: Tensor
+class _Activations:
+    """What the forward makes, each None where it is not kept or has been taken."""
+
+    NAMES = (
+        *("n1_RC", "rstd1_R", "q_BTHD", "k_BTGD", "v_BTGD", "out_BTHD", "lse_BHT"),
+        *("h_RC", "n2_RC", "rstd2_R", "gate_RF", "up_RF", "act_RF"),
+    )
+
+    def __init__(self, *tensors: Tensor | None) -> None:
+        self.held = dict(zip(self.NAMES, tensors or (None,) * len(self.NAMES), strict=True))
+
+    def __getitem__(self, name: str) -> Any:
+        return self.held[name]
+
+    def take(self, name: str) -> Any:
+        """The tensor, no longer held here: its memory is free as soon as the caller is done with it."""
+        tensor, self.held[name] = self.held[name], None
+        return tensor
+
+    def put(self, kept: frozenset[str], **tensors: Tensor) -> None:
+        """Holds those whose names are in `kept`."""
+        self.held.update({name: t for name, t in tensors.items() if name in kept})
 
 
 # What stays of the activations, by policy
 _KEPT = {
-    "save": frozenset(_Activations._fields),
-    "recompute-cheap": frozenset(_Activations._fields) - {"n1_RC", "n2_RC", "act_RF"},
+    "save": frozenset(_Activations.NAMES),
+    "recompute-cheap": frozenset(_Activations.NAMES) - {"n1_RC", "n2_RC", "act_RF"},
     "recompute-linear": frozenset({"out_BTHD", "lse_BHT"}),
     "recompute-all": frozenset(),
 }
+_KEYS = frozenset({"k_BTGD", "v_BTGD"})
 
 
-def _activations(
+def _forward(
     x_BTC: Tensor,
     w: Weights,
     cos: Tensor,
@@ -167,44 +179,61 @@ def _activations(
     backend: str | None,
     spans: Spans | None = None,
     cache: AnyCache | None = None,
+    kept: frozenset[str] = frozenset(),
     attended: tuple[Tensor, Tensor] | None = None,
-) -> _Activations:
-    """The forward up to the last product; `attended`: the attention's results, where they are known."""
+) -> tuple[_Activations, Tensor, Tensor]:
+    """The forward up to the last product: the activations that are `kept`, and act and h, which `_result` takes.
+
+    All else is freed as soon as it has been used. `attended`: the attention's results, where they are known.
+    """
     B, T, C = x_BTC.shape
     D, join = options.head_dim, options.collectives
     stream, dtype = x_BTC.dtype, w.wq_HDxC.dtype  # of the residual stream, and of all else
+    a = _Activations()
     x_RC = x_BTC.reshape(B * T, C)
     n1_RC, rstd1_R = _rms_norm_fwd(x_RC, w.norm1_C, options.eps, backend=backend)
     n1_RC = n1_RC.to(dtype)
+    a.put(kept, n1_RC=n1_RC, rstd1_R=rstd1_R)
     n1_all = join.gather(n1_RC)
+    del n1_RC
     tokens = cos.shape[1]  # of the whole sequence, where x holds a part of it
-    q, k, v_BTGD = (linear.nt(n1_all, m).view(B, tokens, m.shape[0] // D, D) for m in (w.wq_HDxC, w.wk_GDxC, w.wv_GDxC))
-    q_BTHD, k_BTGD = _rope_fwd(q, k, cos, sin, options.interleaved, backend=backend)
-    keys, values = (k_BTGD, v_BTGD) if cache is None else cache.append(k_BTGD, v_BTGD)
+    q, k, v = (linear.nt(n1_all, w.wq_HDxC), linear.nt(n1_all, w.wk_GDxC), linear.nt(n1_all, w.wv_GDxC))
+    del n1_all
+    q, k, v = (t.view(B, tokens, t.shape[1] // D, D) for t in (q, k, v))
+    q, k = _rope_fwd(q, k, cos, sin, options.interleaved, backend=backend)
+    a.put(kept, q_BTHD=q, k_BTGD=k, v_BTGD=v)
+    k, v = (k, v) if cache is None else cache.append(k, v)
     if isinstance(cache, Cache) and cache.starts is not None:
-        spans = tuple((start, keys.shape[1]) for start in cache.starts)
+        S = k.shape[1]  # no generator holds on to what is deleted below: torch.compile does not follow it
+        spans = tuple((start, S) for start in cache.starts)
     if attended is not None:
         out_BTHD, lse_BHT = attended
     elif spans is not None:
-        out_BTHD, lse_BHT = _attend_spans(spans, q_BTHD, keys, values, options, backend)
+        out_BTHD, lse_BHT = _attend_spans(spans, q, k, v, options, backend)
     else:
-        out_BTHD, lse_BHT = _attention_fwd(
-            q_BTHD, keys, values, cu_seqlens, D**-0.5, True, options.window, backend=backend
-        )
-    attended_RC = join.reduce(linear.nt(out_BTHD.flatten(2).flatten(0, 1), w.wo_CxHD))
-    n2_RC, h_RC, rstd2_R = _add_rms_norm_fwd(attended_RC.to(stream), x_RC, w.norm2_C, options.eps, backend=backend)
+        out_BTHD, lse_BHT = _attention_fwd(q, k, v, cu_seqlens, D**-0.5, True, options.window, backend=backend)
+    a.put(kept, out_BTHD=out_BTHD, lse_BHT=lse_BHT)
+    del q, k, v
+    attended_RC = join.reduce(linear.nt(out_BTHD.flatten(2).flatten(0, 1), w.wo_CxHD)).to(stream)
+    del out_BTHD
+    n2_RC, h_RC, rstd2_R = _add_rms_norm_fwd(attended_RC, x_RC, w.norm2_C, options.eps, backend=backend)
+    del attended_RC
     n2_RC = n2_RC.to(dtype)
+    a.put(kept, h_RC=h_RC, n2_RC=n2_RC, rstd2_R=rstd2_R)
     n2_all = join.gather(n2_RC)
+    del n2_RC
     gate_RF, up_RF = linear.nt(n2_all, w.wgate_FC), linear.nt(n2_all, w.wup_FC)
-    (act_RF,) = _swiglu_fwd(gate_RF, up_RF, backend=backend)
-    return _Activations(
-        n1_RC, rstd1_R, q_BTHD, k_BTGD, v_BTGD, out_BTHD, lse_BHT, h_RC, n2_RC, rstd2_R, gate_RF, up_RF, act_RF
-    )
+    del n2_all
+    a.put(kept, gate_RF=gate_RF, up_RF=up_RF)
+    into = () if "gate_RF" in kept else (gate_RF,)
+    (act_RF,) = _swiglu_fwd(gate_RF, up_RF, backend=backend, into=into)
+    a.put(kept, act_RF=act_RF)
+    return a, act_RF, h_RC
 
 
-def _result(a: _Activations, w: Weights, options: BlockOptions, shape: torch.Size) -> Tensor:
+def _result(act_RF: Tensor, h_RC: Tensor, w: Weights, options: BlockOptions, shape: torch.Size) -> Tensor:
     """The last product and sum of the forward: y, [B, T, C] = `shape`."""
-    y_RC = options.collectives.reduce(linear.nt(a.act_RF, w.wdown_CF)).to(a.h_RC.dtype).add_(a.h_RC)
+    y_RC = options.collectives.reduce(linear.nt(act_RF, w.wdown_CF)).to(h_RC.dtype).add_(h_RC)
     # no view to autograd: an in-place change of a view would drop the hook that FSDP2 puts on what a layer gives
     return torch.ops.aten._unsafe_view(y_RC, shape)
 
@@ -238,14 +267,20 @@ def _attend_spans(
 
 
 def _attend_spans_bwd(
-    spans: Spans, dout_BTHD: Tensor, a: _Activations, options: BlockOptions, backend: str | None
+    spans: Spans,
+    dout_BTHD: Tensor,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    out_BTHD: Tensor,
+    lse_BHT: Tensor,
+    options: BlockOptions,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of `_attend_spans`."""
     _, T, _, D = dout_BTHD.shape
-    dq_BTHD, dk_BTGD, dv_BTGD = (torch.zeros_like(t) for t in (a.q_BTHD, a.k_BTGD, a.v_BTGD))
+    dq_BTHD, dk_BTGD, dv_BTGD = (torch.zeros_like(t) for t in qkv)
     for row, queries, keys, causal in _calls(spans, T, T):
-        dout, q, out = (t[row, queries] for t in (dout_BTHD, a.q_BTHD, a.out_BTHD))
-        k, v, lse = a.k_BTGD[row, keys], a.v_BTGD[row, keys], a.lse_BHT[row, :, queries].contiguous()
+        dout, q, out = (t[row, queries] for t in (dout_BTHD, qkv[0], out_BTHD))
+        k, v, lse = qkv[1][row, keys], qkv[2][row, keys], lse_BHT[row, :, queries].contiguous()
         dq, dk, dv = _attention_bwd(
             dout, q, k, v, out, lse, None, D**-0.5, causal, options.window, backend=backend
         )  # fmt: skip
@@ -266,13 +301,15 @@ def _backward(
     needs: Weights,
     options: BlockOptions,
     backend: str | None,
-    spans: Spans | None = None,
+    spans: Spans | None,
+    own: bool,
     dk_BTGD: Tensor | None = None,
     dv_BTGD: Tensor | None = None,
 ) -> tuple[Tensor, Weights]:
     """Gradients of x and of the weights; `needs` holds a bool for each weight, `None` stands where it is False.
 
-    dk, dv: gradients of the keys after rotary and of the values from outside the block.
+    Takes each activation out of `a` for its last use. dk, dv: gradients of the keys after rotary and of the values from
+    outside the block. own: nobody else reads gate and up any more, so that their gradients may take their place.
     """
     B, T, C = x_BTC.shape
     join, eps = options.collectives, options.eps
@@ -280,51 +317,64 @@ def _backward(
     x_RC, dy_RC = x_BTC.reshape(B * T, C), dy_BTC.reshape(B * T, C)
 
     dy_all = join.gather(dy_RC.to(dtype))
-    dact_RF = linear.nn(dy_all, w.wdown_CF)
-    act_RF = a.act_RF
+    gate_RF, up_RF, act_RF = a.take("gate_RF"), a.take("up_RF"), a.take("act_RF")
     if act_RF is None and needs.wdown_CF:
-        (act_RF,) = _swiglu_fwd(a.gate_RF, a.up_RF, backend=backend)
+        (act_RF,) = _swiglu_fwd(gate_RF, up_RF, backend=backend)
     dwdown = linear.tn(dy_all, act_RF) if needs.wdown_CF else None
-    dgate_RF, dup_RF = _swiglu_bwd(dact_RF, a.gate_RF, a.up_RF, backend=backend)
-    del dact_RF, act_RF
+    del act_RF
+    dact_RF = linear.nn(dy_all, w.wdown_CF)
+    del dy_all
+    into = (gate_RF, up_RF) if own else ()
+    dgate_RF, dup_RF = _swiglu_bwd(dact_RF, gate_RF, up_RF, backend=backend, into=into)
+    del dact_RF, gate_RF, up_RF, into
     dwgate = dwup = None
+    n2_RC = a.take("n2_RC")
     if needs.wgate_FC or needs.wup_FC:
-        n2_RC = a.n2_RC if a.n2_RC is not None else _rms_norm_fwd(a.h_RC, w.norm2_C, eps, backend=backend)[0]
+        n2_RC = n2_RC if n2_RC is not None else _rms_norm_fwd(a["h_RC"], w.norm2_C, eps, backend=backend)[0]
         n2_all = join.gather(n2_RC.to(dtype))
         dwgate = linear.tn(dgate_RF, n2_all) if needs.wgate_FC else None
         dwup = linear.tn(dup_RF, n2_all) if needs.wup_FC else None
-        del n2_RC, n2_all
+        del n2_all
+    del n2_RC
     dn2_RC = linear.nn(dgate_RF, w.wgate_FC)
-    dn2_RC = join.reduce(linear.nn(dup_RF, w.wup_FC, out=dn2_RC, accumulate=True))
-    del dgate_RF, dup_RF
-    dh_RC, dnorm2 = _add_rms_norm_bwd(dn2_RC.to(stream), dy_RC, a.h_RC, w.norm2_C, a.rstd2_R, backend=backend)
+    del dgate_RF
+    dn2_RC = join.reduce(linear.nn(dup_RF, w.wup_FC, out=dn2_RC, accumulate=True)).to(stream)
+    del dup_RF
+    dh_RC, dnorm2 = _add_rms_norm_bwd(dn2_RC, dy_RC, a.take("h_RC"), w.norm2_C, a["rstd2_R"], backend=backend)
+    del dn2_RC, dy_RC
 
     dh_all = join.gather(dh_RC.to(dtype))
-    dwo = linear.tn(dh_all, a.out_BTHD.flatten(2).flatten(0, 1)) if needs.wo_CxHD else None
-    dout_BTHD = linear.nn(dh_all, w.wo_CxHD).view(a.out_BTHD.shape)
+    out_BTHD, lse_BHT, qkv = a.take("out_BTHD"), a["lse_BHT"], (a.take("q_BTHD"), a.take("k_BTGD"), a.take("v_BTGD"))
+    dwo = linear.tn(dh_all, out_BTHD.flatten(2).flatten(0, 1)) if needs.wo_CxHD else None
+    dout_BTHD = linear.nn(dh_all, w.wo_CxHD).view(out_BTHD.shape)
+    del dh_all
     if spans is not None:
-        dq, dk, dv = _attend_spans_bwd(spans, dout_BTHD, a, options, backend)
+        dq, dk, dv = _attend_spans_bwd(spans, dout_BTHD, qkv, out_BTHD, lse_BHT, options, backend)
     else:
         dq, dk, dv = _attention_bwd(
-            dout_BTHD, a.q_BTHD, a.k_BTGD, a.v_BTGD, a.out_BTHD, a.lse_BHT, cu_seqlens,
+            dout_BTHD, *qkv, out_BTHD, lse_BHT, cu_seqlens,
             options.head_dim**-0.5, True, options.window, backend=backend,
         )  # fmt: skip
+    del dout_BTHD, qkv, out_BTHD, lse_BHT
     dk = dk if dk_BTGD is None else dk + dk_BTGD
     dv = dv if dv_BTGD is None else dv + dv_BTGD
     dq, dk = _rope_bwd(dq, dk, cos, sin, options.interleaved, backend=backend)
     dq, dk, dv = (d.flatten(2).flatten(0, 1) for d in (dq, dk, dv))
     dwq = dwk = dwv = None
+    n1_RC = a.take("n1_RC")
     if needs.wq_HDxC or needs.wk_GDxC or needs.wv_GDxC:
-        n1_RC = a.n1_RC if a.n1_RC is not None else _rms_norm_fwd(x_RC, w.norm1_C, eps, backend=backend)[0]
+        n1_RC = n1_RC if n1_RC is not None else _rms_norm_fwd(x_RC, w.norm1_C, eps, backend=backend)[0]
         n1_all = join.gather(n1_RC.to(dtype))
         dwq = linear.tn(dq, n1_all) if needs.wq_HDxC else None
         dwk = linear.tn(dk, n1_all) if needs.wk_GDxC else None
         dwv = linear.tn(dv, n1_all) if needs.wv_GDxC else None
-        del n1_RC, n1_all
+        del n1_all
+    del n1_RC
     dn1_RC = linear.nn(dq, w.wq_HDxC)
     linear.nn(dk, w.wk_GDxC, out=dn1_RC, accumulate=True)
-    dn1_RC = join.reduce(linear.nn(dv, w.wv_GDxC, out=dn1_RC, accumulate=True))
-    dx_RC, dnorm1 = _add_rms_norm_bwd(dn1_RC.to(stream), dh_RC, x_RC, w.norm1_C, a.rstd1_R, backend=backend)
+    dn1_RC = join.reduce(linear.nn(dv, w.wv_GDxC, out=dn1_RC, accumulate=True)).to(stream)
+    del dq, dk, dv
+    dx_RC, dnorm1 = _add_rms_norm_bwd(dn1_RC, dh_RC, x_RC, w.norm1_C, a["rstd1_R"], backend=backend)
     return dx_RC.view(B, T, C), Weights(dnorm1, dwq, dwk, dwv, dwo, dnorm2, dwgate, dwup, dwdown)  # type: ignore[arg-type]
 
 
@@ -349,30 +399,35 @@ class _Block(torch.autograd.Function):
     ) -> Tensor | tuple[Tensor, ...]:
         backend = forced()
         w = _cast(Weights(*weights), dtype, x_BTC.dtype)
-        activations = _activations(x_BTC, w, cos, sin, cu_seqlens, options, backend, spans)
-        y_BTC = _result(activations, w, options, x_BTC.shape)
         names = _KEPT[options.policy]
-        kept = [t if name in names else None for name, t in activations._asdict().items()]
-        ctx.save_for_backward(x_BTC, cos, sin, cu_seqlens, *weights, *kept)
+        kept = names | _KEYS if with_keys else names
+        a, act_RF, h_RC = _forward(x_BTC, w, cos, sin, cu_seqlens, options, backend, spans, kept=kept)
+        y_BTC = _result(act_RF, h_RC, w, options, x_BTC.shape)
+        saved = [t if name in names else None for name, t in a.held.items()]
+        ctx.save_for_backward(x_BTC, cos, sin, cu_seqlens, *weights, *saved)
         ctx.options, ctx.backend, ctx.dtype, ctx.spans = options, backend, dtype, spans
         ctx.set_materialize_grads(False)
-        return (y_BTC, activations.k_BTGD, activations.v_BTGD) if with_keys else y_BTC
+        return (y_BTC, a["k_BTGD"], a["v_BTGD"]) if with_keys else y_BTC
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_BTC: Tensor | None, *dkv: Tensor | None) -> tuple[Tensor | None, ...]:
         x_BTC, cos, sin, cu_seqlens, *rest = ctx.saved_tensors
+        own = release(ctx)
         dy_BTC = torch.zeros_like(x_BTC) if dy_BTC is None else dy_BTC
         n = len(Weights._fields)
-        parameters, kept = rest[:n], rest[n:]
+        parameters, a = rest[:n], _Activations(*rest[n:])
+        del rest
         options, backend, spans = ctx.options, ctx.backend, ctx.spans
         w = _cast(Weights(*parameters), ctx.dtype, x_BTC.dtype)
-        activations = _Activations(*kept)
         if options.policy in ("recompute-linear", "recompute-all"):
-            attended = None if activations.out_BTHD is None else (activations.out_BTHD, activations.lse_BHT)
-            activations = _activations(x_BTC, w, cos, sin, cu_seqlens, options, backend, spans, attended=attended)
+            attended = None if a["out_BTHD"] is None else (a.take("out_BTHD"), a.take("lse_BHT"))
+            kept = _KEPT["recompute-cheap"] | {"act_RF"}
+            a, *_ = _forward(x_BTC, w, cos, sin, cu_seqlens, options, backend, spans, kept=kept, attended=attended)
+            del attended, _
+            own = not torch.compiler.is_compiling()
         needs = Weights(*ctx.needs_input_grad[8:])
-        dx, dw = _backward(dy_BTC, x_BTC, w, cos, sin, cu_seqlens, activations, needs, options, backend, spans, *dkv)
+        dx, dw = _backward(dy_BTC, x_BTC, w, cos, sin, cu_seqlens, a, needs, options, backend, spans, own, *dkv)
         gradients = (None if g is None else g.to(p.dtype) for g, p in zip(dw, parameters, strict=True))
         return dx, None, None, None, None, None, None, None, *gradients
 
@@ -510,9 +565,12 @@ def transformer_block(
             raise ValueError("block: return_keys is True beside a cache, expected one of the two")
         if isinstance(cache, Cache):
             _check_cache(cache, x, weights.wk_GDxC.shape[0] // options.head_dim, options.head_dim, dtype)
-        w = _cast(weights, dtype, stream)
-        with no_autocast(autocast, x):
-            a = _activations(x.to(stream), w, cos, sin, cu_seqlens, options, forced(), spans, cache)
-            return _result(a, w, options, x.shape)
     with no_autocast(autocast, x):
-        return _Block.apply(x.to(stream), cos, sin, cu_seqlens, spans, options, dtype, return_keys, *weights)
+        x = x.to(stream)
+        if cache is None and (recorded(x, *weights) or torch.compiler.is_compiling()):
+            return _Block.apply(x, cos, sin, cu_seqlens, spans, options, dtype, return_keys, *weights)
+        kept = _KEYS if return_keys else frozenset()
+        w = _cast(weights, dtype, stream)
+        a, act_RF, h_RC = _forward(x, w, cos, sin, cu_seqlens, options, forced(), spans, cache, kept)
+        y = _result(act_RF, h_RC, w, options, x.shape)
+        return (y, a["k_BTGD"], a["v_BTGD"]) if return_keys else y

@@ -156,19 +156,20 @@ def workspace_bytes_per_token(
 ) -> float:
     """Bytes a token at the peak of one block's backward, besides what it kept and the weights' gradients.
 
-    The incoming gradient, and four tensors of the ffn's width: silu(gate) up, and the gradients of it, of gate and of
-    up. "save" still has silu(gate) up; "recompute-linear" and "recompute-all" first make the block's activations again.
-    With rows that are split, a product's whole input stands beside. Measured: up to a tensor as wide as x more.
+    The incoming gradient and one tensor of the ffn's width, silu(gate) up and then its gradient: those of gate and up
+    take the place of gate and up. "save" has kept silu(gate) up, whose place is free again; "recompute-linear" and
+    "recompute-all" first make again what "recompute-cheap" keeps. With rows that are split, a product's whole input
+    stands beside. A retained graph takes two tensors of the ffn's width more. Measured: up to a tensor as wide as x
+    more.
     """
     _check_policy(policy)
     rows = tensor if sequence else 1
-    wide = (3 if policy == "save" else 4) * config.ffn_dim * itemsize / tensor
+    wide = 0.0 if policy == "save" else config.ffn_dim * itemsize / tensor
     gathered = config.dim * itemsize if rows > 1 else 0
     again = 0.0
     if policy in ("recompute-linear", "recompute-all"):
         kept = block_bytes_per_token(config, policy, itemsize, tensor, sequence)
-        again = block_bytes_per_token(config, "save", itemsize, tensor, sequence) - kept
-        wide -= config.ffn_dim * itemsize / tensor
+        again = block_bytes_per_token(config, "recompute-cheap", itemsize, tensor, sequence) - kept
     return config.dim * itemsize / rows + wide + gathered + again
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from loss_pieces import check_budget, check_frozen_hidden, check_memory, check_piece, small  # noqa: F401
-from numerics import DTYPES, assert_bug_is_caught, assert_within_budget
+from numerics import DTYPES, assert_bug_is_caught, assert_results_may_replace_arguments, assert_within_budget
 from torch import Tensor
 
 import llama_fast as lf
@@ -211,6 +211,13 @@ def test_infinite_gates() -> None:
 
 def _last_row_of_dweight_forgotten(results: tuple[Tensor, ...], args: Any) -> None:
     results[1].sub_(args["dy"][-1] * args["x"][-1] * args["rstd"][-1])
+
+
+@pytest.mark.parametrize("shape", [(5, 515), (3, 4096)])
+def test_swiglus_results_may_take_the_place_of_gate_and_up(shape: tuple[int, int]) -> None:
+    for dtype in DTYPES:
+        assert_results_may_replace_arguments("swiglu_fwd", shape, (0,), "cuda", dtype)
+        assert_results_may_replace_arguments("swiglu_bwd", shape, (1, 2), "cuda", dtype)
 
 
 def _last_element_forgotten(results: tuple[Tensor, ...], args: Any) -> None:

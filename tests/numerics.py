@@ -102,8 +102,8 @@ def assert_bug_is_caught(
     assert_within_budget(case, target_name, dtype)
     launch = Primitive.launch
 
-    def with_bug(self: Primitive, args: tuple[Any, ...], only: str | None) -> tuple[Tensor, ...]:
-        results = launch(self, args, only)
+    def with_bug(self: Primitive, args: tuple[Any, ...], only: str | None, *into: Any) -> tuple[Tensor, ...]:
+        results = launch(self, args, only, *into)
         if self.name == primitive:
             names = [arg.name for arg in self.op.schema(self.direction).args]
             bug(results, dict(zip(names, args, strict=True)))
@@ -111,3 +111,16 @@ def assert_bug_is_caught(
 
     monkeypatch.setattr(Primitive, "launch", with_bug)
     assert over_budget(case, target_name, dtype), f"{case}: the bug planted in {primitive} went unseen"
+
+
+def assert_results_may_replace_arguments(
+    primitive: str, shape: tuple[int, ...], replaced: tuple[int, ...], target_name: str, dtype: torch.dtype
+) -> None:
+    """A primitive of tensors of one `shape` writes the same bits in place of those arguments."""
+    args = [torch.randn(shape).to(dtype) for _ in dispatch.primitives[primitive].op.schema(primitive[-3:]).args]
+    with target(target_name) as backend:
+        expected = dispatch.primitives[primitive](*args, backend=backend)
+        into = tuple(args[i] for i in replaced)
+        found = dispatch.primitives[primitive](*args, backend=backend, into=into)
+    assert all(a is b for a, b in zip(found, into, strict=True)), "the results are elsewhere"
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), f"{target_name} {dtype} {shape}"

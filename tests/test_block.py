@@ -10,6 +10,7 @@ import torch
 from numerics import TARGETS, target
 from torch import Tensor
 
+from benchmarks import harness
 from llama_fast import block, plain
 from llama_fast.block import POLICIES, BlockOptions, Cache, Weights, transformer_block
 from llama_fast.config import LlamaConfig, rope_cos_sin
@@ -167,6 +168,38 @@ def test_backward_leaves_saved_tensors_alone_and_repeats(policy: str) -> None:
     first = torch.autograd.grad(y, inputs, dy, retain_graph=True)
     second = torch.autograd.grad(y, inputs, dy)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_graph_that_is_not_retained_is_released_and_says_so() -> None:
+    layer = _plain_block(WIDE, torch.float32).layers[0]
+    x, dy = _inputs(WIDE, torch.float32)
+    y = transformer_block(x, _weights(layer), *rope_cos_sin(WIDE, T), BlockOptions(WIDE.head_dim))
+    y.backward(dy)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        y.backward(dy)
+    y = transformer_block(x, _weights(layer), *rope_cos_sin(WIDE, T), BlockOptions(WIDE.head_dim))
+    (dx,) = torch.autograd.grad(y, x, dy, create_graph=True, retain_graph=False)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("return_keys", [False, True])
+def test_without_gradients_nothing_is_kept(return_keys: bool) -> None:
+    """At the peak, before SwiGLU, x's sum and norm and the two products beside each other, whatever the policy."""
+    layer, rows = _plain_block(WIDE, torch.float32).layers[0], 512
+    cos, sin = rope_cos_sin(WIDE, rows)
+    x = torch.randn(1, rows, WIDE.dim)
+    options = BlockOptions(WIDE.head_dim, policy="save")
+
+    def run() -> Any:
+        with torch.no_grad():
+            return transformer_block(x, _weights(layer), cos, sin, options, return_keys=return_keys)
+
+    peak, held, _ = harness.allocations(run)
+    keys = 2 * WIDE.n_kv_heads * WIDE.head_dim * return_keys
+    statistics = 4 * rows * (2 + WIDE.n_heads)
+    assert held <= 4 * rows * (WIDE.dim + keys) + 64
+    assert peak <= 4 * rows * (2 * WIDE.dim + 2 * WIDE.ffn_dim + keys) + statistics
 
 
 def test_frozen_weights_get_no_gradient_and_others_stay_right() -> None:

@@ -74,9 +74,12 @@ def test_a_dispatch_mode_sees_the_ops_and_changes_nothing(name: str) -> None:
 def test_a_forced_backend_is_forced_under_a_dispatch_mode(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str | None] = []
     launch = lf.ops.dispatch.Primitive.launch
-    monkeypatch.setattr(
-        lf.ops.dispatch.Primitive, "launch", lambda self, args, only: asked.append(only) or launch(self, args, only)
-    )
+
+    def watched(self: Any, args: Any, only: str | None, *into: Any) -> Any:
+        asked.append(only)
+        return launch(self, args, only, *into)
+
+    monkeypatch.setattr(lf.ops.dispatch.Primitive, "launch", watched)
     function, leaves = _call(name)
     with _Seen():
         with lf.backend("reference"):

@@ -64,9 +64,10 @@ def test_a_backwards_workspace_is_its_measured_peak(policy: str) -> None:
     options = BlockOptions(config.head_dim, policy=policy)
     x = torch.randn(1, rows, config.dim).requires_grad_()
     dy = torch.randn(1, rows, config.dim)
-    y = transformer_block(x, layer.weights(), cos, sin, options)
+    # of what was made unseen the profiler does not see the end either
+    _, _, y = harness.allocations(lambda: transformer_block(x, layer.weights(), cos, sin, options))
     inputs = [x, *layer.parameters()]
-    peak, _, _ = harness.allocations(lambda: torch.autograd.grad(y, inputs, dy, retain_graph=True))
+    peak, _, _ = harness.allocations(lambda: torch.autograd.grad(y, inputs, dy))
     expected = rows * plan.workspace_bytes_per_token(config, policy, 4)
     more = sum(p.nbytes for p in layer.parameters()) + x.nbytes  # the weights' gradients, and one tensor as x
     assert expected < peak + dy.nbytes < 1.05 * expected + more

@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import DTYPES, TARGETS, assert_bug_is_caught, assert_within_budget, target
+from numerics import (
+    DTYPES,
+    TARGETS,
+    assert_bug_is_caught,
+    assert_results_may_replace_arguments,
+    assert_within_budget,
+    target,
+)
 
 import llama_fast as lf
 from llama_fast.ops import native
@@ -144,3 +151,12 @@ def test_bad_input_names_argument_value_and_expectation() -> None:
         lf.swiglu(gate, up.bfloat16())
     with pytest.raises(ValueError, match=r"up has shape \(8,\), expected leading dimensions"):
         lf.swiglu(gate, up[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("target_name", [t for t in TARGETS if t != "reference"])
+def test_results_may_take_the_place_of_gate_and_up(target_name: str, dtype: torch.dtype) -> None:
+    passes_the_caches = (2100, 4096)
+    for shape in ((5, 515), (1, 3), *([passes_the_caches] if dtype == torch.bfloat16 else [])):
+        assert_results_may_replace_arguments("swiglu_fwd", shape, (0,), target_name, dtype)
+        assert_results_may_replace_arguments("swiglu_bwd", shape, (1, 2), target_name, dtype)

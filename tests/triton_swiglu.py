@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import DTYPES, assert_bug_is_caught, assert_within_budget
+from numerics import DTYPES, assert_bug_is_caught, assert_results_may_replace_arguments, assert_within_budget
 
 import llama_fast as lf
 from llama_fast.kernels import launch, swiglu
@@ -49,6 +49,12 @@ def test_infinite_gates() -> None:
     with lf.backend("triton"):
         y = lf.swiglu(gate, torch.full_like(gate, 2.0))
     torch.testing.assert_close(y, torch.nn.functional.silu(gate) * 2.0, equal_nan=True)
+
+
+def test_results_may_take_the_place_of_gate_and_up() -> None:
+    for shape in ((5, 515), (3, 4100)):
+        assert_results_may_replace_arguments("swiglu_fwd", shape, (0,), "triton", torch.bfloat16)
+        assert_results_may_replace_arguments("swiglu_bwd", shape, (1, 2), "triton", torch.bfloat16)
 
 
 def _slope_is_the_sigmoid(results: tuple[torch.Tensor, ...], args: Any) -> None:

@@ -1,6 +1,6 @@
 // swiglu on the CPU: y = silu(gate) up. All arithmetic is float32 and each output is rounded once; the backward
-// recomputes the sigmoid and overwrites dgate and dup. Elementwise, so independent of the threads. Derivation:
-// docs/ops/swiglu.md.
+// recomputes the sigmoid. Elementwise, so independent of the threads, and an output may be the memory of an input.
+// Derivation: docs/ops/swiglu.md.
 #ifndef LF_ISA
 
 #include "memory.h"
@@ -46,10 +46,11 @@ void fwd_row(const T* gate, const T* up, T* y, int64_t n) {
 template <bool kStream, class T>
 void bwd_row(const T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t n) {
   for_each_vector(kStream ? lanes_before_boundary(dgate) : 0, n, [&](int64_t c, auto lanes) {
-    const VecF g = load_lanes(gate + c, lanes), d = load_lanes(dy + c, lanes), s = sigmoid<T>(g);
+    const VecF g = load_lanes(gate + c, lanes), u = load_lanes(up + c, lanes), d = load_lanes(dy + c, lanes);
+    const VecF s = sigmoid<T>(g);
     write_lanes<kStream>(dup + c, d * (g * s), lanes);
     const VecF slope = s * fma(g, VecF(1.0F) - s, VecF(1.0F));
-    write_lanes<kStream>(dgate + c, d * load_lanes(up + c, lanes) * slope, lanes);
+    write_lanes<kStream>(dgate + c, d * u * slope, lanes);
   });
 }
 

@@ -18,6 +18,7 @@ from llama_fast.ops import chunks, library, table
 from llama_fast.ops.native import rows
 from llama_fast.ops.table import Op
 
+INPLACE = frozenset({"swiglu_fwd", "swiglu_bwd"})  # whose results may be the memory of arguments
 EMULATED = os.environ.get("LLAMA_FAST_EMULATE") == "1"
 
 _library, _reason = library.load("_native_cuda_emulated" if EMULATED else "_native_cuda")
@@ -86,12 +87,12 @@ def _launcher(op: Op, direction: str, scratch: Scratch | None = None) -> Callabl
     name = f"{op.name}_{direction}"
     tensors = [i for i, arg in enumerate(op.schema(direction).args) if arg.type == "Tensor"]
 
-    def launch(*arguments: Any) -> tuple[Tensor, ...]:
+    def launch(*arguments: Any, into: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
         args = list(arguments)
         for i in tensors:
             if args[i].stride(-1) != 1:
                 args[i] = rows(args[i])
-        results = op.allocate(direction, args)
+        results = into or op.allocate(direction, args)
         temporary = () if scratch is None else (scratch(args),)
         getattr(_library, name)(*args, *results, *temporary, _stream(args[0]))
         return results

@@ -215,13 +215,15 @@ class Primitive:
         self._leader = next(i for i in self._tensors if op.base(schema.args[i].name) not in op.dtypes)
         self._chosen: dict[tuple[Any, ...], Any] = {}
 
-    def __call__(self, *args: Any, backend: str | None = None) -> tuple[Tensor, ...]:
+    def __call__(self, *args: Any, backend: str | None = None, into: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
+        """`into`: contiguous tensors, arguments too, that the results may take the place of, where a backend can do so
+        (its module's INPLACE has the name): who calls reads the results only, wherever they are."""
         if torch.compiler.is_compiling():
             return self._registered(args)
         if not plain(*args):
             with _forcing(backend):
                 return self._registered(args)
-        return self.launch(args, backend or forced())
+        return self.launch(args, backend or forced(), into)
 
     def _registered(self, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
         target = getattr(torch.ops.llama_fast, self.name)
@@ -230,7 +232,7 @@ class Primitive:
         results = target(*args)
         return (results,) if self._single else results
 
-    def launch(self, args: tuple[Any, ...], only: str | None) -> tuple[Tensor, ...]:
+    def launch(self, args: tuple[Any, ...], only: str | None, into: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
         leader = args[self._leader]
         shapes = [None if args[i] is None else args[i].shape for i in self._tensors]
         key = (only, leader.dtype, leader.device, *[args[i] for i in self._switches], *shapes)
@@ -241,6 +243,8 @@ class Primitive:
             dims = self.op.bind(self.direction, args)
             module = importlib.import_module(_choose(self, dims, leader.dtype, leader.device, only).module)
             self._chosen[key] = module
+        if into and self.name in getattr(module, "INPLACE", ()) and all([t.is_contiguous() for t in into]):
+            return getattr(module, self.name)(*args, into=into)
         return getattr(module, self.name)(*args)
 
     def register(self, library: torch.library.Library) -> None:
@@ -277,6 +281,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(ctx: Any, *gradients: Any) -> Any:
         if torch.compiler.is_compiling():
             return backward(ctx, *gradients)
+        saved = ctx.saved_tensors if torch.is_grad_enabled() else ()  # before it may be released
         first = next((g for g in gradients if g is not None), None)
         if first is not None and torch._C._functorch.is_legacy_batchedtensor(first):
             raise NotSupported(
@@ -287,11 +292,20 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
             results = backward(ctx, *gradients)
         if not torch.is_grad_enabled():
             return results
-        causes = [x for x in (*gradients, *ctx.saved_tensors) if isinstance(x, Tensor) and x.requires_grad]
+        causes = [x for x in (*gradients, *saved) if isinstance(x, Tensor) and x.requires_grad]
         name = type(ctx).__name__.removesuffix("Backward").lstrip("_")
         return _Once.apply(name, len(results), *results, *causes) if causes else results
 
     return wrapper
+
+
+def release(ctx: Any) -> bool:
+    """Gives up what `ctx` has saved, unless the graph is retained, so that its memory is free as soon as the caller of
+    `ctx.saved_tensors` is done with it. Whether it did: the caller alone has these tensors then."""
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+        return False
+    ctx.maybe_clear_saved_tensors()
+    return True
 
 
 class _Once(torch.autograd.Function):

@@ -15,6 +15,8 @@ from llama_fast.ops.table import Op
 
 _native, _reason = library.load("_native")
 
+INPLACE = frozenset({"swiglu_fwd", "swiglu_bwd"})  # whose results may be the memory of arguments
+
 
 def unavailable() -> str | None:
     """Why the native library cannot be used, or None."""
@@ -44,9 +46,9 @@ def set_isa(name: str) -> None:
 def _launcher(op: Op, direction: str) -> Callable[..., tuple[Tensor, ...]]:
     name = f"{op.name}_{direction}"
 
-    def launch(*args: Any) -> tuple[Tensor, ...]:
+    def launch(*args: Any, into: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
         args = tuple(rows(a) if isinstance(a, Tensor) and a.ndim > 0 else a for a in args)
-        results = op.allocate(direction, args)
+        results = into or op.allocate(direction, args)
         getattr(_native.cpu, name)(*args, *results)
         return results
 
