@@ -485,6 +485,10 @@ def cpu_memory() -> int:
 
 
 def _version(name: str) -> str | None:
+    if name == "torch":
+        import torch
+
+        return str(torch.__version__)  # a wheel of PyPI is "2.13.0" to pip, and "2.13.0+cu130" to itself
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
