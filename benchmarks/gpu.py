@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -56,6 +57,7 @@ from benchmarks.gpu_run import (
 from benchmarks.gpu_time import Clock, forward_and_backward
 from benchmarks.harness import first_line
 from llama_fast.ops import pieces
+from llama_fast.ops.dispatch import primitives
 from llama_fast.ops.table import OPS
 from llama_fast.verify import VENDORS, Case, expect, measure
 
@@ -113,7 +115,8 @@ def _small(op: str, tiny: bool, **dims: int) -> Case:
 
 
 def check_repeat(unit: Row, args: argparse.Namespace) -> Iterator[Row]:
-    """Of each backend of ours: gradients repeat bitwise, and a captured graph gives the same bits."""
+    """Of each backend of ours: gradients repeat bitwise, and a captured graph gives the same bits; so do results that
+    take the place of arguments."""
     op, sizes = unit["op"], pieces.SIZES
     inputs = _small(op, args.tiny, **unit.get("dims", {})).inputs(torch.bfloat16, args.device)
     try:
@@ -122,7 +125,8 @@ def check_repeat(unit: Row, args: argparse.Namespace) -> Iterator[Row]:
         for backend in [b for b in backends_of(op, args.backends) if b in OURS]:
             row = unit | {"backend": backend, "dtype": "bfloat16", "label": "repeats bitwise, in a graph too"}
             try:
-                row["problem"] = _repeat_problem(Clock(torch.device(args.device)), op, inputs, backend)
+                problem = _repeat_problem(Clock(torch.device(args.device)), op, inputs, backend)
+                row["problem"] = problem or _replacing_problem(op, backend, args.device)
             except lf.NotSupported as error:
                 row["objection"] = str(error).splitlines()[-1].partition(": ")[2]
             except Exception as error:
@@ -150,6 +154,22 @@ def _repeat_problem(clock: Clock, op: str, inputs: Mapping[str, Tensor], backend
         prepared.run()
         clock.wait()
         return "" if _same(first, prepared.kept) else "the graph's results differ"
+
+
+def _replacing_problem(op: str, backend: str, device: str) -> str:
+    """Of the backend's primitives that write in place: what comes of it in place of their last arguments."""
+    (module,) = (importlib.import_module(b.module) for b in OPS[op].backends if b.name == backend)
+    for name in sorted(n for n in getattr(module, "INPLACE", ()) if n.startswith(f"{op}_")):
+        for shape in ((37, 515), (300, 4096)):
+            args = [torch.randn(shape, device=device).bfloat16() for _ in primitives[name].op.schema(name[-3:]).args]
+            expected = primitives[name](*args, backend=backend)
+            into = tuple(args[-len(expected) :])
+            found = primitives[name](*args, backend=backend, into=into)
+            if any(a is not b for a, b in zip(found, into, strict=True)):
+                return f"{name}: results in place of arguments are elsewhere"
+            if not _same(expected, found):
+                return f"{name}: results in place of arguments differ"
+    return ""
 
 
 def _same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
