@@ -15,10 +15,10 @@ What a policy keeps between forward and backward, a layer; all else is computed 
     "recompute-all"     x alone, C numbers a token; the backward runs the forward again, up to the last product
 
 Contract of the backward: saved tensors are freed as they are used, and gate and up overwritten, where the graph is not
-retained, and left alone where it is; each gradient is rounded once to the dtype of the
-computation; gradients of weights that need none are not computed. Under autocast the block computes in autocast's dtype
-(with `keep_residual`: x, h, y, the norms and their gradients in x's) and casts the weights in the forward and again in
-the backward, so that no copy of them is kept.
+retained, and left alone where it is; each gradient is rounded once to the dtype of the computation; gradients of
+weights that need none are not computed. Under autocast the block computes in autocast's dtype (with `keep_residual`: x,
+h, y, the norms and their gradients in x's) and casts each weight for its product, in the forward and again in the
+backward, so that one copy at a time is held.
 
 Source: Touvron et al. 2023, arXiv:2302.13971, section 2.4. Derivation: docs/block.md.
 
@@ -172,6 +172,7 @@ _KEYS = frozenset({"k_BTGD", "v_BTGD"})
 def _forward(
     x_BTC: Tensor,
     w: Weights,
+    dtype: torch.dtype,
     cos: Tensor,
     sin: Tensor,
     cu_seqlens: Tensor | None,
@@ -184,20 +185,25 @@ def _forward(
 ) -> tuple[_Activations, Tensor, Tensor]:
     """The forward up to the last product: the activations that are `kept`, and act and h, which `_result` takes.
 
-    All else is freed as soon as it has been used. `attended`: the attention's results, where they are known.
+    All else is freed as soon as it has been used, a weight's copy in the `dtype` of the computation too. attended: the
+    attention's results, where they are known.
     """
     B, T, C = x_BTC.shape
     D, join = options.head_dim, options.collectives
-    stream, dtype = x_BTC.dtype, w.wq_HDxC.dtype  # of the residual stream, and of all else
+    stream = x_BTC.dtype
     a = _Activations()
     x_RC = x_BTC.reshape(B * T, C)
-    n1_RC, rstd1_R = _rms_norm_fwd(x_RC, w.norm1_C, options.eps, backend=backend)
+    n1_RC, rstd1_R = _rms_norm_fwd(x_RC, w.norm1_C.to(stream), options.eps, backend=backend)
     n1_RC = n1_RC.to(dtype)
     a.put(kept, n1_RC=n1_RC, rstd1_R=rstd1_R)
     n1_all = join.gather(n1_RC)
     del n1_RC
     tokens = cos.shape[1]  # of the whole sequence, where x holds a part of it
-    q, k, v = (linear.nt(n1_all, w.wq_HDxC), linear.nt(n1_all, w.wk_GDxC), linear.nt(n1_all, w.wv_GDxC))
+    q, k, v = (
+        linear.nt(n1_all, w.wq_HDxC.to(dtype)),
+        linear.nt(n1_all, w.wk_GDxC.to(dtype)),
+        linear.nt(n1_all, w.wv_GDxC.to(dtype)),
+    )
     del n1_all
     q, k, v = (t.view(B, tokens, t.shape[1] // D, D) for t in (q, k, v))
     q, k = _rope_fwd(q, k, cos, sin, options.interleaved, backend=backend)
@@ -214,15 +220,15 @@ def _forward(
         out_BTHD, lse_BHT = _attention_fwd(q, k, v, cu_seqlens, D**-0.5, True, options.window, backend=backend)
     a.put(kept, out_BTHD=out_BTHD, lse_BHT=lse_BHT)
     del q, k, v
-    attended_RC = join.reduce(linear.nt(out_BTHD.flatten(2).flatten(0, 1), w.wo_CxHD)).to(stream)
+    attended_RC = join.reduce(linear.nt(out_BTHD.flatten(2).flatten(0, 1), w.wo_CxHD.to(dtype))).to(stream)
     del out_BTHD
-    n2_RC, h_RC, rstd2_R = _add_rms_norm_fwd(attended_RC, x_RC, w.norm2_C, options.eps, backend=backend)
+    n2_RC, h_RC, rstd2_R = _add_rms_norm_fwd(attended_RC, x_RC, w.norm2_C.to(stream), options.eps, backend=backend)
     del attended_RC
     n2_RC = n2_RC.to(dtype)
     a.put(kept, h_RC=h_RC, n2_RC=n2_RC, rstd2_R=rstd2_R)
     n2_all = join.gather(n2_RC)
     del n2_RC
-    gate_RF, up_RF = linear.nt(n2_all, w.wgate_FC), linear.nt(n2_all, w.wup_FC)
+    gate_RF, up_RF = linear.nt(n2_all, w.wgate_FC.to(dtype)), linear.nt(n2_all, w.wup_FC.to(dtype))
     del n2_all
     a.put(kept, gate_RF=gate_RF, up_RF=up_RF)
     into = () if "gate_RF" in kept else (gate_RF,)
@@ -233,7 +239,7 @@ def _forward(
 
 def _result(act_RF: Tensor, h_RC: Tensor, w: Weights, options: BlockOptions, shape: torch.Size) -> Tensor:
     """The last product and sum of the forward: y, [B, T, C] = `shape`."""
-    y_RC = options.collectives.reduce(linear.nt(act_RF, w.wdown_CF)).to(h_RC.dtype).add_(h_RC)
+    y_RC = options.collectives.reduce(linear.nt(act_RF, w.wdown_CF.to(act_RF.dtype))).to(h_RC.dtype).add_(h_RC)
     # no view to autograd: an in-place change of a view would drop the hook that FSDP2 puts on what a layer gives
     return torch.ops.aten._unsafe_view(y_RC, shape)
 
@@ -294,6 +300,7 @@ def _backward(
     dy_BTC: Tensor,
     x_BTC: Tensor,
     w: Weights,
+    dtype: torch.dtype,
     cos: Tensor,
     sin: Tensor,
     cu_seqlens: Tensor | None,
@@ -313,16 +320,16 @@ def _backward(
     """
     B, T, C = x_BTC.shape
     join, eps = options.collectives, options.eps
-    stream, dtype = x_BTC.dtype, w.wq_HDxC.dtype
+    stream = x_BTC.dtype
     x_RC, dy_RC = x_BTC.reshape(B * T, C), dy_BTC.reshape(B * T, C)
 
     dy_all = join.gather(dy_RC.to(dtype))
     gate_RF, up_RF, act_RF = a.take("gate_RF"), a.take("up_RF"), a.take("act_RF")
     if act_RF is None and needs.wdown_CF:
         (act_RF,) = _swiglu_fwd(gate_RF, up_RF, backend=backend)
-    dwdown = linear.tn(dy_all, act_RF) if needs.wdown_CF else None
+    dwdown = linear.tn(dy_all, act_RF).to(w.wdown_CF.dtype) if needs.wdown_CF else None
     del act_RF
-    dact_RF = linear.nn(dy_all, w.wdown_CF)
+    dact_RF = linear.nn(dy_all, w.wdown_CF.to(dtype))
     del dy_all
     into = (gate_RF, up_RF) if own else ()
     dgate_RF, dup_RF = _swiglu_bwd(dact_RF, gate_RF, up_RF, backend=backend, into=into)
@@ -330,23 +337,25 @@ def _backward(
     dwgate = dwup = None
     n2_RC = a.take("n2_RC")
     if needs.wgate_FC or needs.wup_FC:
-        n2_RC = n2_RC if n2_RC is not None else _rms_norm_fwd(a["h_RC"], w.norm2_C, eps, backend=backend)[0]
+        n2_RC = n2_RC if n2_RC is not None else _rms_norm_fwd(a["h_RC"], w.norm2_C.to(stream), eps, backend=backend)[0]
         n2_all = join.gather(n2_RC.to(dtype))
-        dwgate = linear.tn(dgate_RF, n2_all) if needs.wgate_FC else None
-        dwup = linear.tn(dup_RF, n2_all) if needs.wup_FC else None
+        dwgate = linear.tn(dgate_RF, n2_all).to(w.wgate_FC.dtype) if needs.wgate_FC else None
+        dwup = linear.tn(dup_RF, n2_all).to(w.wup_FC.dtype) if needs.wup_FC else None
         del n2_all
     del n2_RC
-    dn2_RC = linear.nn(dgate_RF, w.wgate_FC)
+    dn2_RC = linear.nn(dgate_RF, w.wgate_FC.to(dtype))
     del dgate_RF
-    dn2_RC = join.reduce(linear.nn(dup_RF, w.wup_FC, out=dn2_RC, accumulate=True)).to(stream)
+    dn2_RC = join.reduce(linear.nn(dup_RF, w.wup_FC.to(dtype), out=dn2_RC, accumulate=True)).to(stream)
     del dup_RF
-    dh_RC, dnorm2 = _add_rms_norm_bwd(dn2_RC, dy_RC, a.take("h_RC"), w.norm2_C, a["rstd2_R"], backend=backend)
+    dh_RC, dnorm2 = _add_rms_norm_bwd(
+        dn2_RC, dy_RC, a.take("h_RC"), w.norm2_C.to(stream), a["rstd2_R"], backend=backend
+    )
     del dn2_RC, dy_RC
 
     dh_all = join.gather(dh_RC.to(dtype))
     out_BTHD, lse_BHT, qkv = a.take("out_BTHD"), a["lse_BHT"], (a.take("q_BTHD"), a.take("k_BTGD"), a.take("v_BTGD"))
-    dwo = linear.tn(dh_all, out_BTHD.flatten(2).flatten(0, 1)) if needs.wo_CxHD else None
-    dout_BTHD = linear.nn(dh_all, w.wo_CxHD).view(out_BTHD.shape)
+    dwo = linear.tn(dh_all, out_BTHD.flatten(2).flatten(0, 1)).to(w.wo_CxHD.dtype) if needs.wo_CxHD else None
+    dout_BTHD = linear.nn(dh_all, w.wo_CxHD.to(dtype)).view(out_BTHD.shape)
     del dh_all
     if spans is not None:
         dq, dk, dv = _attend_spans_bwd(spans, dout_BTHD, qkv, out_BTHD, lse_BHT, options, backend)
@@ -363,24 +372,20 @@ def _backward(
     dwq = dwk = dwv = None
     n1_RC = a.take("n1_RC")
     if needs.wq_HDxC or needs.wk_GDxC or needs.wv_GDxC:
-        n1_RC = n1_RC if n1_RC is not None else _rms_norm_fwd(x_RC, w.norm1_C, eps, backend=backend)[0]
+        n1_RC = n1_RC if n1_RC is not None else _rms_norm_fwd(x_RC, w.norm1_C.to(stream), eps, backend=backend)[0]
         n1_all = join.gather(n1_RC.to(dtype))
-        dwq = linear.tn(dq, n1_all) if needs.wq_HDxC else None
-        dwk = linear.tn(dk, n1_all) if needs.wk_GDxC else None
-        dwv = linear.tn(dv, n1_all) if needs.wv_GDxC else None
+        dwq = linear.tn(dq, n1_all).to(w.wq_HDxC.dtype) if needs.wq_HDxC else None
+        dwk = linear.tn(dk, n1_all).to(w.wk_GDxC.dtype) if needs.wk_GDxC else None
+        dwv = linear.tn(dv, n1_all).to(w.wv_GDxC.dtype) if needs.wv_GDxC else None
         del n1_all
     del n1_RC
-    dn1_RC = linear.nn(dq, w.wq_HDxC)
-    linear.nn(dk, w.wk_GDxC, out=dn1_RC, accumulate=True)
-    dn1_RC = join.reduce(linear.nn(dv, w.wv_GDxC, out=dn1_RC, accumulate=True)).to(stream)
+    dn1_RC = linear.nn(dq, w.wq_HDxC.to(dtype))
+    linear.nn(dk, w.wk_GDxC.to(dtype), out=dn1_RC, accumulate=True)
+    dn1_RC = join.reduce(linear.nn(dv, w.wv_GDxC.to(dtype), out=dn1_RC, accumulate=True)).to(stream)
     del dq, dk, dv
-    dx_RC, dnorm1 = _add_rms_norm_bwd(dn1_RC, dh_RC, x_RC, w.norm1_C, a["rstd1_R"], backend=backend)
+    dx_RC, dnorm1 = _add_rms_norm_bwd(dn1_RC, dh_RC, x_RC, w.norm1_C.to(stream), a["rstd1_R"], backend=backend)
+    dnorm1, dnorm2 = dnorm1.to(w.norm1_C.dtype), dnorm2.to(w.norm2_C.dtype)
     return dx_RC.view(B, T, C), Weights(dnorm1, dwq, dwk, dwv, dwo, dnorm2, dwgate, dwup, dwdown)  # type: ignore[arg-type]
-
-
-def _cast(weights: Weights, dtype: torch.dtype, stream: torch.dtype) -> Weights:
-    """The parameters as the block computes with them: the norms' in the residual stream's dtype."""
-    return Weights(*(p.to(stream if name.startswith("norm") else dtype) for name, p in weights._asdict().items()))
 
 
 class _Block(torch.autograd.Function):
@@ -398,10 +403,10 @@ class _Block(torch.autograd.Function):
         *weights: Tensor,
     ) -> Tensor | tuple[Tensor, ...]:
         backend = forced()
-        w = _cast(Weights(*weights), dtype, x_BTC.dtype)
+        w = Weights(*weights)
         names = _KEPT[options.policy]
         kept = names | _KEYS if with_keys else names
-        a, act_RF, h_RC = _forward(x_BTC, w, cos, sin, cu_seqlens, options, backend, spans, kept=kept)
+        a, act_RF, h_RC = _forward(x_BTC, w, dtype, cos, sin, cu_seqlens, options, backend, spans, kept=kept)
         y_BTC = _result(act_RF, h_RC, w, options, x_BTC.shape)
         saved = [t if name in names else None for name, t in a.held.items()]
         ctx.save_for_backward(x_BTC, cos, sin, cu_seqlens, *weights, *saved)
@@ -416,20 +421,20 @@ class _Block(torch.autograd.Function):
         own = release(ctx)
         dy_BTC = torch.zeros_like(x_BTC) if dy_BTC is None else dy_BTC
         n = len(Weights._fields)
-        parameters, a = rest[:n], _Activations(*rest[n:])
+        w, a = Weights(*rest[:n]), _Activations(*rest[n:])
         del rest
-        options, backend, spans = ctx.options, ctx.backend, ctx.spans
-        w = _cast(Weights(*parameters), ctx.dtype, x_BTC.dtype)
+        options, backend, dtype, spans = ctx.options, ctx.backend, ctx.dtype, ctx.spans
         if options.policy in ("recompute-linear", "recompute-all"):
             attended = None if a["out_BTHD"] is None else (a.take("out_BTHD"), a.take("lse_BHT"))
             kept = _KEPT["recompute-cheap"] | {"act_RF"}
-            a, *_ = _forward(x_BTC, w, cos, sin, cu_seqlens, options, backend, spans, kept=kept, attended=attended)
+            a, *_ = _forward(
+                x_BTC, w, dtype, cos, sin, cu_seqlens, options, backend, spans, kept=kept, attended=attended
+            )
             del attended, _
             own = not torch.compiler.is_compiling()
         needs = Weights(*ctx.needs_input_grad[8:])
-        dx, dw = _backward(dy_BTC, x_BTC, w, cos, sin, cu_seqlens, a, needs, options, backend, spans, own, *dkv)
-        gradients = (None if g is None else g.to(p.dtype) for g, p in zip(dw, parameters, strict=True))
-        return dx, None, None, None, None, None, None, None, *gradients
+        dx, dw = _backward(dy_BTC, x_BTC, w, dtype, cos, sin, cu_seqlens, a, needs, options, backend, spans, own, *dkv)
+        return dx, None, None, None, None, None, None, None, *dw
 
 
 def _check_spans(spans: Spans, B: int, cu_seqlens: Tensor | None, options: BlockOptions) -> None:
@@ -570,7 +575,6 @@ def transformer_block(
         if cache is None and (recorded(x, *weights) or torch.compiler.is_compiling()):
             return _Block.apply(x, cos, sin, cu_seqlens, spans, options, dtype, return_keys, *weights)
         kept = _KEYS if return_keys else frozenset()
-        w = _cast(weights, dtype, stream)
-        a, act_RF, h_RC = _forward(x, w, cos, sin, cu_seqlens, options, forced(), spans, cache, kept)
-        y = _result(act_RF, h_RC, w, options, x.shape)
+        a, act_RF, h_RC = _forward(x, weights, dtype, cos, sin, cu_seqlens, options, forced(), spans, cache, kept)
+        y = _result(act_RF, h_RC, weights, options, x.shape)
         return (y, a["k_BTGD"], a["v_BTGD"]) if return_keys else y

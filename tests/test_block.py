@@ -183,23 +183,30 @@ def test_a_graph_that_is_not_retained_is_released_and_says_so() -> None:
         dx.sum().backward()
 
 
+def _without_gradients(dtype: torch.dtype, return_keys: bool = False, autocast: bool = False) -> tuple[int, int]:
+    """Bytes of 512 tokens at the peak and held at the end."""
+    layer, (cos, sin) = _plain_block(WIDE, dtype).layers[0], rope_cos_sin(WIDE, 512)
+    x, options = torch.randn(1, 512, WIDE.dim).to(dtype), BlockOptions(WIDE.head_dim, policy="save")
+
+    def run() -> Any:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return transformer_block(x, _weights(layer), cos, sin, options, return_keys=return_keys)
+
+    return harness.allocations(run)[:2]
+
+
 @pytest.mark.parametrize("return_keys", [False, True])
 def test_without_gradients_nothing_is_kept(return_keys: bool) -> None:
     """At the peak, before SwiGLU, x's sum and norm and the two products beside each other, whatever the policy."""
-    layer, rows = _plain_block(WIDE, torch.float32).layers[0], 512
-    cos, sin = rope_cos_sin(WIDE, rows)
-    x = torch.randn(1, rows, WIDE.dim)
-    options = BlockOptions(WIDE.head_dim, policy="save")
-
-    def run() -> Any:
-        with torch.no_grad():
-            return transformer_block(x, _weights(layer), cos, sin, options, return_keys=return_keys)
-
-    peak, held, _ = harness.allocations(run)
+    peak, held = _without_gradients(torch.float32, return_keys)
     keys = 2 * WIDE.n_kv_heads * WIDE.head_dim * return_keys
-    statistics = 4 * rows * (2 + WIDE.n_heads)
-    assert held <= 4 * rows * (WIDE.dim + keys) + 64
-    assert peak <= 4 * rows * (2 * WIDE.dim + 2 * WIDE.ffn_dim + keys) + statistics
+    assert held <= 4 * 512 * (WIDE.dim + keys) + 64
+    assert peak <= 4 * 512 * (2 * WIDE.dim + 2 * WIDE.ffn_dim + keys + 2 + WIDE.n_heads)
+
+
+def test_autocast_holds_a_copy_of_one_weight_at_a_time() -> None:
+    bare, cast = _without_gradients(torch.bfloat16)[0], _without_gradients(torch.float32, autocast=True)[0]
+    assert cast <= bare + 2 * 512 * WIDE.dim + 2 * WIDE.ffn_dim * WIDE.dim
 
 
 def test_frozen_weights_get_no_gradient_and_others_stay_right() -> None:
