@@ -111,6 +111,7 @@ def test_rope_takes_counts_and_positions() -> None:
     assert torch.equal(cos_at, cos[positions])
     assert torch.equal(sin_at, sin[positions])
     assert rope_cos_sin(config, 0)[0].shape == (0, 8)
+    assert rope_cos_sin(dataclasses.replace(config, rope_theta=10**30), 2)[0].isfinite().all()  # beyond 64 bits
     assert rope_cos_sin(config, 5, "meta")[0].is_meta
     with pytest.raises(ValueError, match="positions = -1"):
         rope_cos_sin(config, -1)

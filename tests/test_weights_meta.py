@@ -177,6 +177,10 @@ PARAMS: dict[str, dict[str, Any]] = {
 def test_published_params_give_the_presets(name: str) -> None:
     preset = dataclasses.replace(PRESETS[name], tie_embeddings=False)  # Meta's files always have both matrices
     assert meta.config_from_meta({"vocab_size": -1, **PARAMS[name]}, preset.vocab_size) == preset
+    absent = dict.fromkeys(
+        {"vocab_size", "n_kv_heads", "ffn_dim_multiplier", "multiple_of", "rope_theta"} - {*PARAMS[name]}
+    )
+    assert meta.config_from_meta({**absent, **PARAMS[name]}, preset.vocab_size) == preset  # null: not there
 
 
 @pytest.mark.parametrize("name", PRESETS)
