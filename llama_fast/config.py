@@ -217,7 +217,7 @@ def rope_cos_sin(
         raise ValueError(f"positions of dtype {positions.dtype}: expected an integer dtype")
     device = positions.device if device is None else device
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=device) / config.head_dim
-    freqs = config.rope_theta**-exponent
+    freqs = float(config.rope_theta) ** -exponent  # torch takes no integer beyond 64 bits
     if config.rope_scaling is not None:
         freqs = config.rope_scaling.scale(freqs)
     angles = positions.to(device=device, dtype=torch.float64)[..., None] * freqs

@@ -138,12 +138,7 @@ def converse(
             chat = Chat(model, tokenizer, template, system)
         elif text:
             try:
-                answer = chat.say(text, max_new_tokens, stop, **sampling)
-            except ValueError as full:  # the conversation fills the context
-                print(f"{full}: /new")
-                continue
-            try:
-                show(answer)
+                show(chat.say(text, max_new_tokens, stop, **sampling))
             except KeyboardInterrupt:
                 print()
 

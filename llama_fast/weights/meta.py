@@ -92,12 +92,13 @@ def config_from_meta(params: Mapping[str, Any], vocab_size: int) -> LlamaConfig:
     with use_scaled_rope), and the factor Llama 3.1's 8.
 
     Args:
-        params: the file's contents.
+        params: the file's contents; null is as good as a missing key.
         vocab_size: V, used where the file has -1.
 
     Raises:
         ValueError: a size is missing, or the vocabulary is not that of the weights.
     """
+    params = {name: value for name, value in params.items() if value is not None}
     try:
         dim, heads = params["dim"], params["n_heads"]
         stated = params.get("vocab_size", -1)
