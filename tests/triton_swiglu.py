@@ -57,6 +57,21 @@ def test_results_may_take_the_place_of_gate_and_up() -> None:
         assert_results_may_replace_arguments("swiglu_bwd", shape, (1, 2), "triton", torch.bfloat16)
 
 
+def test_measuring_leaves_the_arguments_that_results_replace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To measure launch parameters runs the kernel many times, in place of its arguments not twice with one result."""
+    timed: list[Any] = []
+
+    def measure(*_: Any) -> Any:
+        run = _[-1]
+        timed.append([run(swiglu.HEURISTIC) for _ in range(3)])
+        return swiglu.HEURISTIC
+
+    monkeypatch.setattr(swiglu, "choose", measure)
+    assert_results_may_replace_arguments("swiglu_fwd", (5, 515), (0,), "triton", torch.bfloat16)
+    assert_results_may_replace_arguments("swiglu_bwd", (5, 515), (1, 2), "triton", torch.bfloat16)
+    assert len(timed) == 4
+
+
 def _slope_is_the_sigmoid(results: tuple[torch.Tensor, ...], args: Any) -> None:
     results[0].copy_(args["dy"] * args["up"] * args["gate"].sigmoid())
 
