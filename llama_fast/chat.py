@@ -107,9 +107,8 @@ class Chat:
         self._model, self._tokenizer = model, tokenizer
         self._cache: KVCache | None = None
         self._cached: list[int] = []
-        self._pieces: Callable[[], Generator[str, None, None] | None] = lambda: (
-            None
-        )  # of the answer that is being given
+        # of the answer that is being given
+        self._pieces: Callable[[], Generator[str, None, None] | None] = lambda: None
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
 
     def prompt(self, text: str) -> list[int]:

@@ -138,7 +138,12 @@ def converse(
             chat = Chat(model, tokenizer, template, system)
         elif text:
             try:
-                show(chat.say(text, max_new_tokens, stop, **sampling))
+                answer = chat.say(text, max_new_tokens, stop, **sampling)
+            except ValueError as full:  # the conversation fills the context
+                print(f"{full}: /new")
+                continue
+            try:
+                show(answer)
             except KeyboardInterrupt:
                 print()
 

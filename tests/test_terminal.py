@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -134,7 +135,7 @@ def test_chat_at_the_prompt_and_in_one_go(
     file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": TEMPLATE}))
     status, once, err = program(*chat, "--prompt", "the fox")
     assert (status, err) == (0, "")
-    lines = iter(["the fox", "", "/new", "the fox"])
+    lines = iter(["the fox", "", "the fox " * 2000, "/new", "the fox"])
 
     def typed(prompt: str) -> str:
         try:
@@ -145,7 +146,10 @@ def test_chat_at_the_prompt_and_in_one_go(
     monkeypatch.setattr("builtins.input", typed)
     status, out, _ = program(*chat)
     assert status == 0
-    assert out == f"Ctrl-C ends an answer, Ctrl-D the conversation; /new begins a new one.\n{once}{once}\n"
+    full = re.search("the conversation has .*; begin a new one: /new\n", out)
+    assert full is not None
+    began = "Ctrl-C ends an answer, Ctrl-D the conversation; /new begins a new one.\n"
+    assert out == f"{began}{once}{full[0]}{once}\n"
     assert program(*chat, "--prompt", "the fox", "--system", "lazy dogs")[1] != once
 
 
