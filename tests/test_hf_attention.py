@@ -73,7 +73,9 @@ def test_packed_sequences_are_row_numbers() -> None:
         same = _PACKED.unsqueeze(2) == _PACKED.unsqueeze(1)
         assert torch.equal(_allowed(found, T, T), _causal(T, T) & same)
     one = m.packed_sequence_mask_function(torch.zeros_like(_PACKED))
-    assert _mask(T, T, mask_function=m.and_masks(m.causal_mask_function, one), allow_is_causal_skip=False) is None
+    found = _mask(T, T, mask_function=m.and_masks(m.causal_mask_function, one), allow_is_causal_skip=False)
+    assert attention.is_causal_alone(found)
+    assert torch.equal(_allowed(found, T, T), _causal(T, T))
 
 
 def test_any_other_mask_is_transformers_own() -> None:
@@ -117,7 +119,7 @@ class _Layer(torch.nn.Module):
     is_causal = True
 
 
-@pytest.mark.parametrize("kind", ["none", "chunk", "padding", "packed", "own", "not causal"])
+@pytest.mark.parametrize("kind", ["none", "chunk", "padding", "packed", "one each", "own", "not causal"])
 def test_attention_equals_sdpa_on_the_whole_mask(kind: str) -> None:
     length, keys = (7, S) if kind == "chunk" else (T, T)
     torch.manual_seed(0)
@@ -126,10 +128,11 @@ def test_attention_equals_sdpa_on_the_whole_mask(kind: str) -> None:
     mask = {
         "padding": _mask(T, T, attention_mask=_PADDED),
         "packed": attention._row_numbers(_PACKED),
+        "one each": torch.zeros(1, 1, 1, 1, dtype=torch.int32),  # causal, whatever the layer says
         "own": (_PADDED[:, None, None] & _causal(T, T)[:, None]),
     }.get(kind)
-    causal = {"is_causal": False} if kind == "not causal" else {}
-    allowed = torch.ones(B, T, T, dtype=torch.bool) if causal else _allowed(mask, length, keys)
+    causal = {"is_causal": False} if kind in ("not causal", "one each") else {}
+    allowed = torch.ones(B, T, T, dtype=torch.bool) if kind == "not causal" else _allowed(mask, length, keys)
     wide = [t.repeat_interleave(2, dim=1) for t in (k, v)]
     want = torch.nn.functional.scaled_dot_product_attention(q, *wide, attn_mask=allowed[:, None], scale=0.3)
     dout = torch.randn(want.shape, dtype=torch.float64)
@@ -152,17 +155,27 @@ def test_attention_equals_sdpa_on_the_whole_mask(kind: str) -> None:
 
 @pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
 def test_layers_that_are_not_causal(packed: bool) -> None:
-    """Without a mask such a layer sees all keys; what transformers makes of packed sequences is causal all the same."""
+    """Without a mask such a layer sees all keys; what transformers makes of packed sequences is causal all the same,
+    and without a cache transformers 4.x takes rows for packed sequences, one each."""
     stock = make().double()
     for layer in stock.model.layers:
         layer.self_attn.is_causal = False
     ours = patched(stock)
-    call = {"use_cache": False}
-    if packed:
-        call["position_ids"] = torch.cat([torch.arange(n) for n in (7, 12, 19, 3, 5, 11)]).view(B, T)
-    torch.testing.assert_close(ours(tokens(), **call).logits, stock(tokens(), **call).logits, rtol=1e-5, atol=1e-5)
-    assert ran(ours) == "self_attn is not causal"
+    for use_cache in (False, True):
+        call = {"use_cache": use_cache}
+        if packed:
+            call["position_ids"] = torch.cat([torch.arange(n) for n in (7, 12, 19, 3, 5, 11)]).view(B, T)
+        torch.testing.assert_close(ours(tokens(), **call).logits, stock(tokens(), **call).logits, rtol=1e-5, atol=1e-5)
+        assert ran(ours) == "self_attn is not causal"
     assert "ops, for self_attn is not causal" in lf.hf.report(ours)
+
+
+def test_a_mask_that_is_causal_alone_is_none_to_the_block() -> None:
+    stock = make().double()
+    ours = patched(stock)
+    call = {"attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.int32), "use_cache": False}
+    torch.testing.assert_close(ours(tokens(), **call).logits, stock(tokens()).logits, rtol=1e-5, atol=1e-5)
+    assert ran(ours) == "block"
 
 
 def test_dropout_is_transformers_own() -> None:

@@ -3,6 +3,8 @@
 What the mask function gives, and what it means; transformers hands on as it is whatever has four dimensions:
 
     None               each query sees the keys up to its own; the last query stands at the last key
+    [1,1,1,1] int32    as None, in layers too whose `is_causal` is False: with no cache and no mask transformers 4.x
+                       takes the rows for packed sequences, one each, and such a mask is causal
     [1,1,1,N+1] int32  sequences packed in the rows of the batch laid end to end, causal within each: where each begins
     [B,1,1,2] int64    as None, and row b sees only its keys from the first number up to the second: padding. It stays
                        on the CPU, since each layer reads the numbers
@@ -88,7 +90,7 @@ def mask(
         sequences = _sequence_numbers(mask_function)
         if sequences is not None and not _hidden(sequences):
             if bool((sequences[:, -1] == sequences[:, 0]).all()):
-                return None
+                return sequences.new_zeros((1, 1, 1, 1), dtype=torch.int32)
             return _row_numbers(sequences.expand(batch_size, -1))
     if mask_function is causal_mask_function and allow_is_causal_skip and kv_offset == 0:
         offset = kwargs.get("q_offset", 0) if positions is None else positions[0]
@@ -138,6 +140,11 @@ def four_dimensional(mask: Tensor | None, B: int, T: int, S: int, device: torch.
         return causal & (begin <= key) & (key < end)
     sequence = torch.bucketize(torch.arange(B * T, device=device), mask.flatten()[1:], right=True).view(B, 1, T)
     return causal & (sequence.unsqueeze(3) == sequence.unsqueeze(2))
+
+
+def is_causal_alone(mask: Tensor | None) -> bool:
+    """Whether a mask says no more than that attention is causal. Its shape tells: to read numbers breaks a graph."""
+    return mask is not None and mask.dtype == torch.int32 and tuple(mask.shape) == (1, 1, 1, 1)
 
 
 def is_short(mask: Tensor) -> bool:
@@ -237,6 +244,8 @@ def attention_forward(
             'expected attn_implementation="eager", or another that the model supports'
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if is_causal_alone(attention_mask):
+        attention_mask, causal = None, True
     B, _, T, _ = query.shape
     config = getattr(module, "config", None)
     wanted = kwargs.get("output_attentions", getattr(config, "output_attentions", False))

@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llama_fast.block import BlockOptions, Weights, transformer_block
 from llama_fast.hf import layout
-from llama_fast.hf.attention import NAME, attention_forward, kernel_objection, objection
+from llama_fast.hf.attention import NAME, attention_forward, is_causal_alone, kernel_objection, objection
 from llama_fast.hf.layout import stock
 from llama_fast.ops.dispatch import autocast_dtype
 from llama_fast.ops.linear import linear
@@ -400,6 +400,8 @@ class LlamaDecoderLayer(_Layer, metaclass=_Recorded):
         cos, sin = (t[..., : t.shape[-1] // 2].float() for t in arguments["position_embeddings"])
         cache, mask = arguments.get(layout.CACHE), arguments.get("attention_mask")
         w, spans = block_weights(self), None
+        if is_causal_alone(mask):
+            mask = None
         if mask is not None and mask.dtype == torch.int32:
             B, T, C = x.shape
             cos, sin = (t.expand(B, -1, -1).reshape(1, B * T, -1) for t in (cos, sin))
