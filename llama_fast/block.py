@@ -43,6 +43,7 @@ from llama_fast.ops.dispatch import (
     forced,
     no_autocast,
     once_differentiable,
+    plain,
     primitives,
     recorded,
     refuse_transforms,
@@ -239,7 +240,10 @@ def _forward(
 
 def _result(act_RF: Tensor, h_RC: Tensor, w: Weights, options: BlockOptions, shape: torch.Size) -> Tensor:
     """The last product and sum of the forward: y, [B, T, C] = `shape`."""
-    y_RC = options.collectives.reduce(linear.nt(act_RF, w.wdown_CF.to(act_RF.dtype))).to(h_RC.dtype).add_(h_RC)
+    y_RC = options.collectives.reduce(linear.nt(act_RF, w.wdown_CF.to(act_RF.dtype))).to(h_RC.dtype)
+    # in place, unless a dispatch mode has seen the product: selective checkpointing may keep it
+    alone = torch.compiler.is_compiling() or plain(y_RC)
+    y_RC = y_RC.add_(h_RC) if alone else y_RC + h_RC
     # no view to autograd: an in-place change of a view would drop the hook that FSDP2 puts on what a layer gives
     return torch.ops.aten._unsafe_view(y_RC, shape)
 

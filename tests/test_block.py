@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from numerics import TARGETS, target
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from benchmarks import harness
 from llama_fast import block, plain
@@ -181,6 +183,26 @@ def test_a_graph_that_is_not_retained_is_released_and_says_so() -> None:
     (dx,) = torch.autograd.grad(y, x, dy, create_graph=True, retain_graph=False)
     with pytest.raises(RuntimeError, match="differentiable once"):
         dx.sum().backward()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_checkpoint_that_is_selective_or_part_of_a_graph(policy: str) -> None:
+    """The one keeps products, which must not change then; both give what was saved once."""
+    layer = _plain_block(WIDE, torch.float32).layers[0]
+    x, dy = _inputs(WIDE, torch.float32)
+    options, inputs = BlockOptions(WIDE.head_dim, policy=policy), [x, *_weights(layer)]
+
+    def run(x: Tensor) -> Tensor:
+        return transformer_block(x, _weights(layer), *rope_cos_sin(WIDE, T), options)
+
+    expected = torch.autograd.grad(run(x), inputs, dy)
+    kept = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+    found = torch.autograd.grad(checkpoint(run, x, use_reentrant=False, context_fn=kept), inputs, dy)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    found = torch.autograd.grad(checkpoint(run, x, use_reentrant=False), inputs, dy, create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        found[0].sum().backward()
 
 
 def _without_gradients(dtype: torch.dtype, return_keys: bool = False, autocast: bool = False) -> tuple[int, int]:

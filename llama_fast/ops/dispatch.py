@@ -269,6 +269,16 @@ for _op in OPS.values():
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
+class _Unpacked:
+    """A context whose saved tensors are asked for once: torch.utils.checkpoint gives them no second time."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates the backward of an autograd.Function: to differentiate it again is an error.
 
@@ -281,7 +291,10 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(ctx: Any, *gradients: Any) -> Any:
         if torch.compiler.is_compiling():
             return backward(ctx, *gradients)
-        saved = ctx.saved_tensors if torch.is_grad_enabled() else ()  # before it may be released
+        name, saved = type(ctx).__name__.removesuffix("Backward").lstrip("_"), ()
+        if torch.is_grad_enabled():
+            ctx = _Unpacked(ctx)
+            saved = ctx.saved_tensors  # before it may be released
         first = next((g for g in gradients if g is not None), None)
         if first is not None and torch._C._functorch.is_legacy_batchedtensor(first):
             raise NotSupported(
@@ -293,7 +306,6 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         if not torch.is_grad_enabled():
             return results
         causes = [x for x in (*gradients, *saved) if isinstance(x, Tensor) and x.requires_grad]
-        name = type(ctx).__name__.removesuffix("Backward").lstrip("_")
         return _Once.apply(name, len(results), *results, *causes) if causes else results
 
     return wrapper
