@@ -70,9 +70,9 @@ def new_folder(path: Path, expected_bytes: int) -> Iterator[Path]:
     free = shutil.disk_usage(path.parent).free
     if expected_bytes + _SPARE_BYTES > free:
         raise OSError(errno.ENOSPC, f"{expected_bytes + _SPARE_BYTES:,} bytes needed, {free:,} free in {path.parent}")
-    leftover = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]+\.tmp")  # not those of a name that goes on: "m.1"
+    leftover = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.tmp")  # mkdtemp's; not those of "m.1"
     for left in path.parent.iterdir():
-        if leftover.fullmatch(left.name):
+        if leftover.fullmatch(left.name) and left.is_dir() and not left.is_symlink():
             shutil.rmtree(left)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:

@@ -30,9 +30,12 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_folder_takes_away_its_own_leftovers_alone(tmp_path: Path) -> None:
-    others = [".m.1.abcdefgh.tmp", ".mx.abcdefgh.tmp", ".n.abcdefgh.tmp", ".m.notes.txt"]
+    others = [".m.1.abcdefgh.tmp", ".mx.abcdefgh.tmp", ".n.abcdefgh.tmp", ".m.notes.txt", ".m.old.tmp"]
     for name in (".m.abcdefgh.tmp", *others):
         (tmp_path / name).mkdir()
+    (tmp_path / ".m.12345678.tmp").write_bytes(b"")  # of a file m that was being written
+    (tmp_path / ".m.aaaaaaaa.tmp").symlink_to(tmp_path / others[0])
+    others += [".m.12345678.tmp", ".m.aaaaaaaa.tmp"]
     for name in ("m", "[mn]", "*"):
         with new_folder(tmp_path / name, 0) as folder:
             (folder / "file").write_bytes(b"")
