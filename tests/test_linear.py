@@ -203,6 +203,9 @@ def test_the_frozen_choice_with_amx(monkeypatch: pytest.MonkeyPatch) -> None:
     for M, N, K in ((64, 768, 768), (257, 2048, 2048), (513, 32000, 768)):
         assert linear.choose("nt", bf16, M, N, K) == "torch"
     assert linear.choose("nn", bf16, 512, 2048, 32000) == "torch"
+    for form, K, path in (("nn", 32003, "copied"), ("nt", 515, "copied"), ("tn", 515, "torch")):
+        assert linear.choose(form, bf16, 512, 64, K) == path
+    assert linear.choose("nt", bf16, 8, 8, 33) == "torch"
 
 
 @pytest.mark.skipif(linear._transpose is None, reason="the native library is not built")
@@ -240,6 +243,18 @@ def test_copied_keeps_a_nan_in_its_row() -> None:
     a[:, 5] = torch.nan
     with linear.force("copied"):
         assert linear.tn(a, b).isnan().all(1).nonzero().flatten().tolist() == [5]
+
+
+@pytest.mark.parametrize("K", [33, 48, 80])
+@pytest.mark.parametrize("form", ["nt", "nn"])
+def test_what_lies_behind_a_row_is_not_multiplied(form: str, K: int) -> None:
+    """With matrix registers oneDNN 3.7 (torch 2.10) does for each of these K, 3.12 (torch 2.13) for 33 and 80."""
+    a = torch.full((40, K + 16), torch.nan).bfloat16()[:, :K]
+    a[:] = 1.0
+    a[5] = torch.nan
+    y = linear.nt(a, torch.ones(515, K).bfloat16()) if form == "nt" else linear.nn(a, torch.ones(K, 515).bfloat16())
+    assert y.isnan().all(1).nonzero().flatten().tolist() == [5]
+    assert torch.equal(y[y.isfinite()], torch.full((39 * 515,), float(K)).bfloat16())
 
 
 @pytest.mark.parametrize("path", [None, "transposed"])

@@ -42,6 +42,7 @@ _BF16 = (torch.bfloat16,)
 _HALF = (torch.bfloat16, torch.float16)
 _ONEDNN_REASON = "oneDNN uses 512-bit multiply-adds, MKL does not on this processor: twice as fast in float32"
 _COPIED_REASON = "oneDNN takes twice the time for a first operand that lies across: a copy of dy^T pays"
+_BEHIND_REASON = "oneDNN reads on behind the rows of the first operand: those of a copy end in zeros"
 _TRANSPOSED_REASON = "(W x^T)^T: oneDNN rearranges its second operand, and x is the smaller one"
 
 
@@ -51,6 +52,7 @@ class Rule:
 
     `amd_family`: on AMD processors from this family number on, and on no other maker's; 0 for all processors.
     `amx`: on processors with matrix registers for bfloat16 (Intel's server processors from Sapphire Rapids on) alone.
+    `ragged`: where K, the length of the first operand's rows, is no multiple of `_REGISTER`.
     """
 
     path: str
@@ -63,9 +65,10 @@ class Rule:
     K: tuple[int, int] = (1, _ALL)
     amd_family: int = 0
     amx: bool = False
+    ragged: bool = False
 
     def applies(self, form: str, dtype: torch.dtype, M: int, N: int, K: int) -> bool:
-        if self.amd_family > _amd_family or self.amx > _amx:
+        if self.amd_family > _amd_family or self.amx > _amx or (self.ragged and K % _REGISTER == 0):
             return False
         sizes = all(low <= n <= high for (low, high), n in ((self.M, M), (self.N, N), (self.K, K)))
         return dtype in self.dtypes and form in self.forms and sizes and self.flops <= 2 * M * N * K
@@ -88,6 +91,8 @@ RULES = (  # the first that applies and can run; else "torch"
     Rule("copied", _BF16, ("tn",), _COPIED_REASON, flops=1 << 23, M=(512, _ALL), N=(1024, _ALL), amx=True),
     Rule("transposed", _BF16, ("nt",), _TRANSPOSED_REASON, M=(65, 256), N=(2048, _ALL), K=(512, _ALL), amx=True),
     Rule("transposed", _BF16, ("nt",), _TRANSPOSED_REASON, M=(257, 512), N=(16384, _ALL), K=(512, _ALL), amx=True),
+    # below 2 * 16^3 torch multiplies without oneDNN
+    Rule("copied", _BF16, ("nt", "nn"), _BEHIND_REASON, flops=1 << 13, amx=True, ragged=True),
     Rule("torch", _HALF, FORMS, "oneDNN's own instructions for both half precisions", amx=True),
     Rule(
         "transposed",
@@ -343,7 +348,10 @@ def _copied(a: Tensor, b: Tensor, out: Tensor | None, accumulate: bool) -> Tenso
     for begin in range(0, M, step):
         i = slice(begin, min(begin + step, M))
         copy = buffer[: i.stop - begin, :K]
-        _transpose(rows(a.t()[:, i]), copy)
+        if a.stride(1) == 1:
+            copy.copy_(a[i])
+        else:
+            _transpose(rows(a.t()[:, i]), copy)
         if out.dtype == a.dtype:
             _into(out[i], copy, b, accumulate)
         elif accumulate:
