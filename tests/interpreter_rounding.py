@@ -28,7 +28,15 @@ def widen_bfloat16(bits: np.ndarray) -> np.ndarray:
 
 def install() -> None:
     """Replaces the interpreter's casts and its product for this process."""
-    builder = interpreter.InterpreterBuilder
+    builder, patch_tensor = interpreter.InterpreterBuilder, interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, *scope: Any) -> Any:
+        found = patch_tensor(tensor, *scope)
+        # Triton 3.6 calls int() on an array of one dimension, which NumPy 2.5 refuses
+        tensor.__index__ = lambda self: int(self.handle.data.squeeze())
+        return found
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
     cast, dot = builder.cast_impl, builder.create_dot
     fp_to_fp = builder.create_fp_to_fp
 
