@@ -18,8 +18,8 @@ import llama_fast as lf
 from llama_fast.verify import BACKWARD_FACTOR, ulp
 
 B, T, VOCABULARY = 3, 19, 97
-_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-BEFORE_4_56, BEFORE_5 = _VERSION < (4, 56), _VERSION < (5, 0)
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+BEFORE_4_56, BEFORE_5 = VERSION < (4, 56), VERSION < (5, 0)
 DTYPE = "torch_dtype" if BEFORE_4_56 else "dtype"  # how from_pretrained calls it
 # The quotient of the logits' root-mean-square errors, ours by stock's, is a random number: both models add up the same
 # roundings in another order. Its logarithm over 60 seeds of each of six configurations has the mean -0.02 and the
