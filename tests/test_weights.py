@@ -381,8 +381,8 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(KeyboardInterrupt):
         model.save_pretrained(tmp_path / "a", format, shards=2, progress=stop)
     assert names(tmp_path) == []
-    (tmp_path / ".a.killed.tmp").mkdir()
-    (tmp_path / ".a.killed.tmp" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / ".a.killed_0.tmp").mkdir()
+    (tmp_path / ".a.killed_0.tmp" / "model.safetensors").write_bytes(b"half")
     (tmp_path / "a").mkdir()
     model.save_pretrained(tmp_path / "a", format)
     assert names(tmp_path) == ["a"]
