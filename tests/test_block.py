@@ -12,7 +12,6 @@ from numerics import TARGETS, target
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from benchmarks import harness
 from llama_fast import block, plain
 from llama_fast.block import POLICIES, BlockOptions, Cache, Weights, transformer_block
 from llama_fast.config import LlamaConfig, rope_cos_sin
@@ -203,32 +202,6 @@ def test_checkpoint_that_is_selective_or_part_of_a_graph(policy: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     with pytest.raises(RuntimeError, match="differentiable once"):
         found[0].sum().backward()
-
-
-def _without_gradients(dtype: torch.dtype, return_keys: bool = False, autocast: bool = False) -> tuple[int, int]:
-    """Bytes of 512 tokens at the peak and held at the end."""
-    layer, (cos, sin) = _plain_block(WIDE, dtype).layers[0], rope_cos_sin(WIDE, 512)
-    x, options = torch.randn(1, 512, WIDE.dim).to(dtype), BlockOptions(WIDE.head_dim, policy="save")
-
-    def run() -> Any:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return transformer_block(x, _weights(layer), cos, sin, options, return_keys=return_keys)
-
-    return harness.allocations(run)[:2]
-
-
-@pytest.mark.parametrize("return_keys", [False, True])
-def test_without_gradients_nothing_is_kept(return_keys: bool) -> None:
-    """At the peak, before SwiGLU, x's sum and norm and the two products beside each other, whatever the policy."""
-    peak, held = _without_gradients(torch.float32, return_keys)
-    keys = 2 * WIDE.n_kv_heads * WIDE.head_dim * return_keys
-    assert held <= 4 * 512 * (WIDE.dim + keys) + 64
-    assert peak <= 4 * 512 * (2 * WIDE.dim + 2 * WIDE.ffn_dim + keys + 2 + WIDE.n_heads)
-
-
-def test_autocast_holds_a_copy_of_one_weight_at_a_time() -> None:
-    bare, cast = _without_gradients(torch.bfloat16)[0], _without_gradients(torch.float32, autocast=True)[0]
-    assert cast <= bare + 2 * 512 * WIDE.dim + 2 * WIDE.ffn_dim * WIDE.dim
 
 
 def test_frozen_weights_get_no_gradient_and_others_stay_right() -> None:

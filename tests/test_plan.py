@@ -18,6 +18,7 @@ from llama_fast.plan import DEVICES, Layout
 
 # two widths and head layouts: letters that are exchanged by mistake have different sizes
 SHAPES = (LlamaConfig(256, 3, 4, 4, 688, 512, 256), LlamaConfig(192, 2, 6, 2, 640, 1024, 256, explicit_head_dim=48))
+WIDE = LlamaConfig(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, ffn_dim=176, vocab_size=32, max_seq_len=512)
 B, T = 2, 128
 
 
@@ -71,6 +72,32 @@ def test_a_backwards_workspace_is_its_measured_peak(policy: str) -> None:
     expected = rows * plan.workspace_bytes_per_token(config, policy, 4)
     more = sum(p.nbytes for p in layer.parameters()) + x.nbytes  # the weights' gradients, and one tensor as x
     assert expected < peak + dy.nbytes < 1.05 * expected + more
+
+
+def _without_gradients(dtype: torch.dtype, return_keys: bool = False, autocast: bool = False) -> tuple[int, int]:
+    """Bytes of 512 tokens at the peak and held at the end."""
+    layer, (cos, sin) = _block(WIDE, dtype), rope_cos_sin(WIDE, 512)
+    x, options = torch.randn(1, 512, WIDE.dim).to(dtype), BlockOptions(WIDE.head_dim, policy="save")
+
+    def run() -> Any:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return transformer_block(x, layer.weights(), cos, sin, options, return_keys=return_keys)
+
+    return harness.allocations(run)[:2]
+
+
+@pytest.mark.parametrize("return_keys", [False, True])
+def test_without_gradients_nothing_is_kept(return_keys: bool) -> None:
+    """At the peak, before SwiGLU, x's sum and norm and the two products beside each other, whatever the policy."""
+    peak, held = _without_gradients(torch.float32, return_keys)
+    keys = 2 * WIDE.n_kv_heads * WIDE.head_dim * return_keys
+    assert held <= 4 * 512 * (WIDE.dim + keys) + 64
+    assert peak <= 4 * 512 * (2 * WIDE.dim + 2 * WIDE.ffn_dim + keys + 2 + WIDE.n_heads)
+
+
+def test_autocast_holds_a_copy_of_one_weight_at_a_time() -> None:
+    bare, cast = _without_gradients(torch.bfloat16)[0], _without_gradients(torch.float32, autocast=True)[0]
+    assert cast <= bare + 2 * 512 * WIDE.dim + 2 * WIDE.ffn_dim * WIDE.dim
 
 
 def test_states_are_those_of_a_real_model() -> None:
