@@ -1,9 +1,10 @@
 """`python -m benchmarks.sass [--op OP] [--write]`: what the compiler made of the Triton kernels, without a GPU.
 
-Each kernel is compiled ahead of time, as its launcher would launch it on tensors of given sizes, for sm_80, sm_90 and
-sm_100. From the machine code are read: registers, spills, shared memory, occupancy, the width of global accesses and
-the tensor-core instructions. benchmarks/gpu_budget.toml holds what they were; tests/test_sass.py fails where one gets
-worse. The budget is of one Triton version: with another only wide accesses and tensor-core instructions are compared.
+Each kernel is compiled ahead of time, as its launcher would launch it on tensors of given sizes, for NVIDIA's sm_80,
+sm_90 and sm_100 and AMD's gfx942, gfx950, gfx1100 and gfx1201. From the machine code are read (machine_code.py):
+registers, spills, shared memory, occupancy, the width of global accesses and the tensor-core instructions.
+benchmarks/gpu_budget.toml holds what they were; tests/test_sass.py fails where one gets worse. The budget is of one
+Triton version: with another only wide accesses and tensor-core instructions are compared.
 """
 
 from __future__ import annotations
@@ -11,11 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import multiprocessing
-import re
-import subprocess
 import sys
-import tempfile
-from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -28,13 +25,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from benchmarks.machine_code import Report, read
 from llama_fast.ops.table import OPS
 
 BUDGET = Path(__file__).with_name("gpu_budget.toml")
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950", "gfx1100", "gfx1201")
 BF16, F32 = torch.bfloat16, torch.float32
-_SHARED_BYTES = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}  # of a multiprocessor
-_REGISTERS, _WARPS, _BLOCKS = 65536, 64, 32  # of a multiprocessor, all three architectures
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", F32: "fp32", torch.int64: "i64", torch.int32: "i32"}
 
 
@@ -120,7 +116,7 @@ class Recorded:
     options: dict[str, Any]
 
 
-def record(specimen: Specimen, arch: int) -> list[Recorded]:
+def record(specimen: Specimen, arch: str) -> list[Recorded]:
     """The launches of a specimen's launcher on a device of that architecture."""
     found: list[Recorded] = []
 
@@ -131,15 +127,22 @@ def record(specimen: Specimen, arch: int) -> list[Recorded]:
     launched = JITFunction.run
     JITFunction.run = run
     try:
-        with importlib.import_module("llama_fast.kernels.launch").pretend(f"sm_{arch}"):
+        with importlib.import_module("llama_fast.kernels.launch").pretend(arch):
             getattr(importlib.import_module(module), specimen.primitive)(*specimen.args)
     finally:
         JITFunction.run = launched
     return found
 
 
-def compile_for(recorded: Recorded, arch: int) -> Any:
+def _target(arch: str) -> GPUTarget:
+    if arch.startswith("gfx"):
+        return GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+    return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+
+
+def compile_for(recorded: Recorded, arch: str) -> Any:
     """The compiled kernel, specialised as Triton specialises the launch: multiples of 16, ones, 16-byte pointers."""
+    target = _target(arch)
     options = {k: v for k, v in recorded.options.items() if k in ("num_warps", "num_stages", "num_ctas", "maxnreg")}
     options["enable_fp_fusion"] = True
     names = [p.name for p in recorded.kernel.params]
@@ -154,6 +157,8 @@ def compile_for(recorded: Recorded, arch: int) -> Any:
         elif isinstance(value, torch.Tensor):
             signature[p.name] = f"*{_TYPES[value.dtype]}"
             attributes[i,] = [["tt.divisibility", 16]]
+            if target.backend == "hip" and value.untyped_storage().nbytes() < 2**31:
+                attributes[i,].append(["tt.pointer_range", 32])
         elif hasattr(value, "block_shape"):
             signature[p.name] = f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, float):
@@ -163,94 +168,22 @@ def compile_for(recorded: Recorded, arch: int) -> Any:
             if aligned and value % 16 == 0:
                 attributes[i,] = [["tt.divisibility", 16]]
     source = ASTSource(fn=recorded.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=target, options=options)
 
 
 # ---- what is read ---------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Report:
-    """Of one kernel.
-
-    Args:
-        registers: a thread.
-        spills: loads and stores of local memory.
-        shared: bytes a program.
-        occupancy: warps that a multiprocessor holds, in percent of the most.
-        narrow: global accesses of less than 16 bytes.
-        wide: global accesses of 16 bytes and more, and bulk copies.
-        tensor: tensor-core instructions, by kind and number ("HGMMA 16").
-    """
-
-    registers: int
-    spills: int
-    shared: int
-    occupancy: int
-    narrow: int
-    wide: int
-    tensor: str
-
-
-_ACCESS = re.compile(r"\b(?:LDG|STG|LDGSTS|LD|ST)\.E(?:\.\w+)*")
-_BULK = re.compile(r"\b(?:UTMALDG|UTMASTG|UBLKCP)\b")
-_SPILL = re.compile(r"\b(?:LDL|STL)\b")
-_TENSOR = re.compile(r"\b(HMMA|IMMA|HGMMA|UTC\w*MMA)\b")
-
-
-def _tool(name: str) -> str:
-    found = sorted((Path(triton.__file__).parent / "backends" / "nvidia" / "bin").glob(name))
-    if not found:
-        raise FileNotFoundError(f"Triton {triton.__version__} ships no {name}")
-    return str(found[0])
-
-
-def disassemble(cubin: bytes) -> str:
-    """Resource usage and machine code."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [_tool("cuobjdump"), "-res-usage", "-sass", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def _width(access: str) -> int:
-    parts = access.split(".")
-    widths = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
-    return next((widths[p] for p in parts if p in widths), 4)
-
-
-def read(compiled: Any, arch: int) -> Report:
-    """Reads a compiled kernel's machine code."""
-    text = disassemble(compiled.asm["cubin"])
-    (registers,) = set(re.findall(r"\bREG:(\d+)", text))
-    widths = [_width(a) for a in _ACCESS.findall(text)]
-    kinds = Counter(_TENSOR.findall(text))
-    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
-    total = max(warps, getattr(compiled.metadata, "total_num_warps", None) or warps)
-    allocated = -(-int(registers) * 32 // 256) * 256 * total
-    fits = (_REGISTERS // allocated, _SHARED_BYTES[arch] // (shared + 1024), _WARPS // total, _BLOCKS)
-    return Report(
-        registers=int(registers),
-        spills=len(_SPILL.findall(text)),
-        shared=shared,
-        occupancy=100 * min(fits) * total // _WARPS,
-        narrow=sum(w < 16 for w in widths),
-        wide=sum(w >= 16 for w in widths) + len(_BULK.findall(text)),
-        tensor=" ".join(f"{kind} {n}" for kind, n in sorted(kinds.items())),
-    )
-
-
-def reports(name: str, arch: int) -> dict[str, Report]:
+def reports(name: str, arch: str) -> dict[str, Report]:
     """Of each kernel of a specimen, by its name in the budget."""
     (specimen,) = (s for s in specimens() if s.name == name)
     found = {}
     for recorded in record(specimen, arch):
-        found[f"sm_{arch} {name} {recorded.kernel.__name__}"] = read(compile_for(recorded, arch), arch)
+        found[f"{arch} {name} {recorded.kernel.__name__}"] = read(compile_for(recorded, arch), arch)
     return found
 
 
 def all_reports(op: str | None = None, jobs: int = 2) -> dict[str, Report]:
     """Of every specimen and its architectures, compiled in processes of their own."""
-    todo = [(s.name, arch) for s in specimens(op) for arch in ARCHITECTURES if s.everywhere or arch == 90]
+    todo = [(s.name, arch) for s in specimens(op) for arch in ARCHITECTURES if s.everywhere or arch == "sm_90"]
     found: dict[str, Report] = {}
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         for result in pool.map(reports, *zip(*todo, strict=True)):

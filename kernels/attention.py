@@ -313,7 +313,7 @@ def attention_fwd(
 
     with on_device_of(q):
         few = rows <= PACKED_ROWS
-        heuristic = few_rows_tiles(rows, D, q.dtype) if few else tiles_of("fwd", D, q.dtype, q.device)
+        heuristic = few_rows_tiles(rows, D, q.dtype, q.device) if few else tiles_of("fwd", D, q.dtype, q.device)
         return run(choose("attention_fwd", (D, q.dtype, few, packed), q.device, heuristic, tuple, run))
 
 

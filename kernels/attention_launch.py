@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import triton
 
-from llama_fast.kernels.launch import INTERPRETED, device_class, multiprocessors
+from llama_fast.kernels.launch import INTERPRETED, device_class, is_amd, lanes, multiprocessors
 
 # Sizes that a kernel is not compiled for anew: neither for 1 nor for multiples of 16.
 RUNTIME_SIZES = ["T", "S", "H", "N", "slots", "wave", "units", "window"]
@@ -40,7 +40,7 @@ class Tiles:
     tma: bool = False
     warp_specialize: bool = False
     swapped: bool = True
-    precision: str = "tf32"
+    precision: str = "ieee"
 
 
 # Kernel -> Tiles of head dims padded to at most 64, 128, 256.
@@ -80,15 +80,23 @@ _SM_80 = {
     "dkdv": (Tiles(64, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(16, 32, 4, 1)),
     "dq": (Tiles(64, 64, 4, 2), Tiles(128, 32, 8, 3), Tiles(32, 32, 4, 1)),
 }
-_OTHER = {
-    "fwd": (Tiles(64, 32, 4, 1), Tiles(64, 32, 4, 1), Tiles(32, 16, 4, 1)),
-    "dkdv": (Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(16, 16, 4, 1)),
-    "dq": (Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(16, 16, 4, 1)),
+# AMD's, gfx9.. (CDNA: 512 vector registers a thread) and later (RDNA: 256). In 64 KiB of shared memory, and without
+# spilled registers but on gfx11, whose products hold their operands twice, at D > 64, and at D 256 on RDNA. What is
+# loaded ahead waits in registers, for which there is no room. Not measured.
+_CDNA = {
+    "fwd": (Tiles(128, 64, 8, 1), Tiles(128, 32, 8, 1), Tiles(64, 16, 8, 1)),
+    "dkdv": (Tiles(32, 128, 8, 1), Tiles(16, 64, 8, 1), Tiles(16, 16, 4, 1, swapped=False)),
+    "dq": (Tiles(128, 32, 8, 1), Tiles(128, 32, 8, 1), Tiles(64, 16, 8, 1)),
+}
+_RDNA = {
+    "fwd": (Tiles(64, 32, 4, 1), Tiles(64, 16, 8, 1), Tiles(16, 16, 8, 1)),
+    "dkdv": (Tiles(16, 64, 4, 1), Tiles(16, 32, 8, 1), Tiles(16, 16, 8, 1)),
+    "dq": (Tiles(64, 32, 8, 1), Tiles(32, 16, 8, 1), Tiles(16, 16, 8, 1)),
 }
 
 
-def _float32(block_m: int, block_n: int, num_warps: int, precision: str = "bf16x6") -> Tiles:
-    return Tiles(block_m, block_n, num_warps, 2, precision=precision)
+def _float32(block_m: int, block_n: int, num_warps: int, precision: str = "bf16x6", num_stages: int = 2) -> Tiles:
+    return Tiles(block_m, block_n, num_warps, num_stages, precision=precision)
 
 
 # Six bfloat16 products: as exact as float32's on an H200 (0.2 to 0.6 of the budget; three tf32 products up to 1.1), and
@@ -110,30 +118,52 @@ _FLOAT32_SMALL = {  # more than 64 columns in 99 KiB of shared memory, on cards 
 }
 
 
+# CDNA multiplies float32 in its matrix units. Not measured.
+_CDNA_FLOAT32 = {
+    "fwd": (_float32(64, 32, 8, "ieee", 1), _float32(64, 32, 8, "ieee", 1), _float32(16, 32, 8, "float64", 1)),
+    "dkdv": (_float32(32, 32, 8, "ieee", 1), _float32(32, 32, 8, "ieee", 1), _float32(32, 16, 8, "ieee", 1)),
+    "dq": (_float32(32, 32, 8, "ieee", 1), _float32(32, 32, 8, "ieee", 1), _float32(32, 16, 8, "ieee", 1)),
+}
+_RDNA_FLOAT32 = {
+    "fwd": (_float32(32, 32, 8, num_stages=1), *2 * (_float32(16, 16, 8, num_stages=1),)),
+    "dkdv": 3 * (_float32(16, 16, 8, num_stages=1),),
+    "dq": 3 * (_float32(16, 16, 8, num_stages=1),),
+}
+
+
 def tiles_of(kernel: str, D: int, dtype: torch.dtype, device: torch.device, few: bool = False) -> Tiles:
     """Launch parameters of "fwd", "dkdv" or "dq"; `few`: of at most PACKED_ROWS rows, which counts in float32."""
     if few and dtype == torch.float32:
-        return few_rows_gradient_tiles(D)
+        return few_rows_gradient_tiles(D, device)
     place = device_class(device)
     column = 0 if D <= 64 else 1 if D <= 128 else 2
-    table = {"sm_90": _SM_90, "cpu": _SM_90, "sm_100": _SM_100, "sm_103": _SM_100}.get(place)
-    if table is None:
-        table = _SM_80 if place.startswith("sm_") else _OTHER
-    if dtype == torch.float32 and place.startswith(("sm_", "cpu")):
-        if table is _SM_80 and place != "sm_80" and column:
+    if is_amd(device):
+        half, single = (_CDNA, _CDNA_FLOAT32) if lanes(device) == 64 else (_RDNA, _RDNA_FLOAT32)
+    else:
+        half = {"sm_90": _SM_90, "cpu": _SM_90, "sm_100": _SM_100, "sm_103": _SM_100}.get(place, _SM_80)
+        single = _FLOAT32
+        if dtype == torch.float32 and half is _SM_80 and place != "sm_80" and column:
             return _FLOAT32_SMALL[kernel]
-        return _FLOAT32[kernel][column]
-    return table[kernel][column]
+    return (single if dtype == torch.float32 else half)[kernel][column]
 
 
-def few_rows_gradient_tiles(D: int) -> Tiles:
+def _amd_few_rows(D: int, device: torch.device) -> Tiles:
+    """In float32: larger tiles, and without float64's matrix units D 256 in float64, overflow 64 KiB."""
+    return Tiles(16, 16, 8, 1, precision="float64" if D <= 128 or lanes(device) == 64 else "ieee")
+
+
+def few_rows_gradient_tiles(D: int, device: torch.device) -> Tiles:
     """Backward in float32 of as few rows: the same, in both kernels."""
+    if is_amd(device):
+        return _amd_few_rows(D, device)
     return Tiles(16, 32 if D <= 128 else 16, 4, 2, precision="float64")
 
 
-def few_rows_tiles(rows: int, D: int, dtype: torch.dtype) -> Tiles:
+def few_rows_tiles(rows: int, D: int, dtype: torch.dtype, device: torch.device) -> Tiles:
     """Forward of at most PACKED_ROWS rows of a key/value head (a decode): bound by reading the keys."""
     block_m = max(16, triton.next_power_of_2(rows))
+    if is_amd(device):
+        return _amd_few_rows(D, device) if dtype == torch.float32 else Tiles(block_m, 32 if D <= 128 else 16, 4, 1)
     if dtype == torch.float32:  # eager PyTorch adds the products of a few rows in trees, far more exactly than a chain
         return Tiles(min(block_m, 32 if D <= 128 else 16), 32 if D <= 128 else 16, 4, 2, precision="float64")
     # H200, B8 H32 G8 S8192 D128 as a CUDA graph: 3813 GB/s of 4200; 64 keys 3784, 128 3747, 256 3395

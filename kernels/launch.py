@@ -27,6 +27,7 @@ P = TypeVar("P")
 
 # Triton's interpreter runs the kernels in NumPy on a CPU's tensors; it needs TRITON_INTERPRET=1 before Triton's import.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_HIP = torch.version.hip is not None
 
 
 def unavailable() -> str | None:
@@ -68,6 +69,16 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+def is_amd(device: torch.device) -> bool:
+    """Whether a GPU is AMD's."""
+    return device_class(device).startswith("gfx")
+
+
+def lanes(device: torch.device) -> int:
+    """Threads of a warp: 64 on AMD's CDNA (gfx9..), 32 elsewhere."""
+    return 64 if device_class(device).startswith("gfx9") else 32
+
+
 # ---- launching ------------------------------------------------------------------------------------------------------
 _compiled: dict[tuple[Any, ...], Any] = {}
 _launched: dict[tuple[Any, ...], Any] = {}  # the same by the numbers themselves: a call like one before
@@ -89,7 +100,7 @@ def start(
         grid: programs in each direction.
         args: tensors, tensor descriptors, numbers and None, a tensor or a descriptor first.
         constants: compile-time values, hashable.
-        options: num_warps and other options of the compiler.
+        options: num_warps, of 32 threads each, and other options of the compiler.
     """
     if INTERPRETED:
         kernel[grid](*args, *constants, **options)
@@ -103,7 +114,9 @@ def start(
         for a in args
     ]
     first = args[0] if type(args[0]) is not TensorDescriptor else args[0].base
-    call = (id(kernel), first.device, constants, *options.values(), *seen, *map(type, args))
+    # AMD's kernels reach a tensor of less than 2 GB by buffer instructions, whose offsets have 32 bits
+    far = tuple([a.untyped_storage().nbytes() >> 31 > 0 for a in args if isinstance(a, Tensor)]) if _HIP else ()
+    call = (id(kernel), first.device, constants, far, *options.values(), *seen, *map(type, args))
     compiled = _launched.get(call)
     if compiled is None:
         if len(_launched) >= _MOST_COMPILED:
@@ -112,6 +125,8 @@ def start(
         key = (*call[: -2 * len(args)], *map(_specialized, seen))
         compiled = _compiled.get(key)
         if compiled is None:
+            if lanes(first.device) == 64 and "num_warps" in options:
+                options["num_warps"] = max(options["num_warps"] // 2, 1)
             # said, for Triton's default is about to change: products and sums fused, as the budgets have been checked
             _compiled[key] = kernel[grid](*args, *constants, enable_fp_fusion=True, **options)
             return
@@ -211,10 +226,18 @@ def choose(
     key = f"{kernel} {' '.join(map(str, sizes))} {torch.cuda.get_device_name(device)} triton {triton.__version__}"
     known = _read(_cache_file)
     if key not in known:
-        times = {c: triton.testing.do_bench(lambda c=c: run(c)) for c in dict.fromkeys([heuristic, *candidates()])}
+        times = {c: _time_of(c, run) for c in dict.fromkeys([heuristic, *candidates()])}
         known = _read(_cache_file) | {key: asdict(min(times, key=lambda c: times[c]))}  # type: ignore[call-overload]
         _write(_cache_file, known)
     return type(heuristic)(**known[key])
+
+
+def _time_of(parameters: P, run: Callable[[P], object]) -> float:
+    """Milliseconds; infinite where the device has no room for such a program."""
+    try:
+        return triton.testing.do_bench(lambda: run(parameters))
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from llama_fast.kernels.launch import (
     cdiv,
     choose,
+    is_amd,
     multiprocessors,
     on_device_of,
     power_of_two,
@@ -76,17 +77,18 @@ def forward_heuristic(C: int) -> Forward:
 
 
 @functools.cache
-def backward_heuristic(C: int, column_bytes: int) -> Backward:
-    """16 elements a thread; as many programs as registers allow; ahead what 96 kB of shared memory hold, at most 3.
+def backward_heuristic(C: int, column_bytes: int, most_ahead: int) -> Backward:
+    """16 elements a thread; as many programs as registers allow; ahead what 96 kB of shared memory hold.
 
     Args:
         C: columns.
         column_bytes: that a row reads for each column.
+        most_ahead: tiles, at most.
     """
     BLOCK_C = power_of_two(C)
     BLOCK_R = max(_TILE // BLOCK_C, 1)
     warps = _warps(BLOCK_R * BLOCK_C, 16)
-    ahead = min((96 << 10) // (BLOCK_R * BLOCK_C * column_bytes), 3)
+    ahead = min((96 << 10) // (BLOCK_R * BLOCK_C * column_bytes), most_ahead)
     return Backward(BLOCK_R, warps, max(16 // warps, 1), 1 + ahead)
 
 
@@ -370,7 +372,8 @@ def _backward(
             add_parts(parts)
         else:
             tensors = 2 + ADD + (C > _HELD_COLUMNS)
-            heuristic = backward_heuristic(C, tensors * x.element_size())
+            most_ahead = 1 if is_amd(x.device) else 3  # there what is ahead waits in registers, some 40 a thread
+            heuristic = backward_heuristic(C, tensors * x.element_size(), most_ahead)
             candidates = functools.partial(backward_candidates, C)
             run(choose(name, (x.dtype, C, R), x.device, heuristic, candidates, run))
 

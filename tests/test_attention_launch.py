@@ -1,4 +1,5 @@
-"""The Triton attention's launch parameters, compiled: sm_90's and, in half precision, sm_80's fit the shared memory.
+"""The Triton attention's launch parameters, compiled: sm_90's, AMD's and, in half precision, sm_80's fit the shared
+memory.
 
 In float32 both kernels of the backward make scores and dp by the same instruction, so that these are equal bit for bit.
 """
@@ -17,6 +18,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 SHARED_BYTES = 227 << 10  # that a program may have
 SMALL_SHARED_BYTES = 99 << 10  # of sm_86, sm_89 and sm_120
+AMD_SHARED_BYTES = 64 << 10  # of all but gfx950
 SIZES = [(D, dtype) for D in (64, 128, 256) for dtype in (torch.bfloat16, torch.float32)]
 
 
@@ -28,18 +30,19 @@ def _products(ttgir: str, D: int) -> set[str]:
     for parent, rest in operands:
         layout = names[parent]
         version = re.search(r"versionMajor = \d+", layout)
-        kinds.add(f"{version.group() if version else 'multiply-adds'}{rest}")
+        amd = " ".join(re.findall(r"amd_(?:mfma|wmma)|(?<=instrShape = )\[[\d, ]+\]", layout)) if not version else ""
+        kinds.add(f"{version.group() if version else amd or 'multiply-adds'}{rest}")
     return kinds
 
 
-def _compiled(D: int, dtype: torch.dtype, place: int) -> tuple[dict[str, int], dict[str, set[str]]]:
+def _compiled(D: int, dtype: torch.dtype, place: str, T: int = 4096) -> tuple[dict[str, int], dict[str, set[str]]]:
     """Of each kernel of a training step: shared memory; its products over D."""
     from benchmarks import sass
 
     def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    q, k, lse, options = empty(2, 4096, 8, D), empty(2, 4096, 2, D), empty(2, 8, 4096, dtype=torch.float32), (None, 0.1)
+    q, k, lse, options = empty(2, T, 8, D), empty(2, 4096, 2, D), empty(2, 8, T, dtype=torch.float32), (None, 0.1)
     found, products = {}, {}
     for primitive, tensors in (("attention_fwd", (q, k, k)), ("attention_bwd", (q, q, k, k, q, lse))):
         specimen = sass.Specimen("attention", "", primitive, (*tensors, *options, True, 0))
@@ -53,7 +56,7 @@ def _compiled(D: int, dtype: torch.dtype, place: int) -> tuple[dict[str, int], d
 
 def test_defaults_fit_sm_90() -> None:
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        compiled = pool.map(_compiled, *zip(*[(D, dtype, 90) for D, dtype in SIZES], strict=True))
+        compiled = pool.map(_compiled, *zip(*[(D, dtype, "sm_90") for D, dtype in SIZES], strict=True))
         for (D, dtype), (found, products) in zip(SIZES, compiled, strict=True):
             assert all(n <= SHARED_BYTES for n in found.values()), found
             if dtype == torch.float32:
@@ -63,5 +66,17 @@ def test_defaults_fit_sm_90() -> None:
 
 def test_half_precision_fits_the_smaller_cards() -> None:
     for D in (64, 128, 256):
-        found, _ = _compiled(D, torch.bfloat16, 80)
+        found, _ = _compiled(D, torch.bfloat16, "sm_80")
         assert all(n <= SMALL_SHARED_BYTES for n in found.values()), found
+
+
+def test_defaults_fit_amd() -> None:
+    cases = [("gfx942", D, dtype, 4096) for D, dtype in SIZES if D > 64]
+    cases += [("gfx942", 256, torch.float32, 1), ("gfx1201", 64, torch.float32, 4096)]
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        compiled = pool.map(_compiled, *zip(*[(D, dtype, place, T) for place, D, dtype, T in cases], strict=True))
+        for (place, _, dtype, _), (found, products) in zip(cases, compiled, strict=True):
+            assert all(n <= AMD_SHARED_BYTES for n in found.values()), (place, found)
+            if dtype == torch.float32:
+                (kind,) = products["_attention_dq_kernel"] | products["_attention_dkdv_kernel"]
+                assert kind.startswith("amd_mfma" if place == "gfx942" else "amd_wmma"), (place, products)

@@ -67,6 +67,14 @@ def test_without_a_device_the_backend_says_so() -> None:
         lf.rms_norm(x, x[0])
 
 
+def test_on_amd_gpus_the_backend_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_library", object())
+    monkeypatch.setattr(torch.version, "hip", "7.1")  # a torch that calls them cuda
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (11, 0))  # gfx1100
+    assert cuda.unavailable() == "the CUDA library runs on NVIDIA GPUs, and this torch is built for AMD's"
+
+
 def test_without_the_library_the_backend_says_so(tmp_path: Path) -> None:
     code = (
         "import sys\n"

@@ -73,6 +73,7 @@ SHARED = {
         "gpu_time": "timing on a GPU",
         "sass_cuda": "what nvcc made of the CUDA kernels",
         "sass": "what the compiler made of the Triton kernels",
+        "machine_code": "what stands in a compiled kernel",
         "providers": "who can compute an op",
         "compare": "two versions in turn",
         "worker": "one side of compare",

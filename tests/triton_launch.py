@@ -115,6 +115,19 @@ def test_autotuning_measures_once_and_keeps_the_fastest(monkeypatch: pytest.Monk
         assert _choose(ran.append, device) == best
 
 
+def test_autotuning_leaves_out_what_the_device_has_no_room_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a device")
+    monkeypatch.setattr(launch.triton.testing, "do_bench", lambda run: run() or 1.0)
+
+    def run(parameters: Any) -> None:
+        if parameters != CANDIDATES[2]:
+            raise launch.triton.runtime.errors.OutOfResources(70000, 65536, "shared memory")
+
+    with launch.autotune(tmp_path / "tuned.json"):
+        assert _choose(run, torch.device("cuda", 0)) == CANDIDATES[2]
+
+
 class FakeKernel:
     """Records (first call or later one, grid, arguments)."""
 
@@ -153,6 +166,27 @@ def test_start_compiles_for_what_triton_specialises_and_then_launches_at_once(mo
     assert kind(x, 32, 1) == "first"  # a whole number that equals a fraction is another type
     assert kind(x, 32, 1.0) == "again"
     assert kind(x, 32, None) == "first"
+
+
+def test_start_counts_warps_of_32_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    for place, warps in (("sm_90", 8), ("gfx1100", 8), ("gfx942", 4)):
+        kernel = FakeKernel()
+        with launch.pretend(place):
+            launch.start(kernel, (3,), (torch.zeros(64),), (), num_warps=8)
+        assert kernel.calls[-1][-1]["num_warps"] == warps, place
+
+
+@pytest.mark.parametrize("hip", [False, True])
+def test_amd_kernels_are_compiled_for_tensors_of_less_or_more_than_2_gb(
+    hip: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "_HIP", hip)
+    kernel, near, far = FakeKernel(), torch.empty(64, device="meta"), torch.empty(1 << 29, device="meta")
+    for x in (near, far, far[:64], near, far):
+        launch.start(kernel, (3,), (x, 32), ())
+    assert [call[0] for call in kernel.calls] == ["first", "first" if hip else "again", "again", "again", "again"]
 
 
 def test_start_compiles_for_the_tile_of_a_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,8 @@ def unavailable() -> str | None:
         return _reason
     if EMULATED:
         return None
+    if torch.version.hip is not None:  # which answers to the name of cuda, with AMD's GPUs
+        return "the CUDA library runs on NVIDIA GPUs, and this torch is built for AMD's"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device: no NVIDIA driver, no GPU, or a torch built without CUDA"
     found = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
