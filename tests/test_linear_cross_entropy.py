@@ -17,7 +17,7 @@ from numerics import DTYPES, TARGETS, EveryResult, LiveBytes, assert_bug_is_caug
 from torch import Tensor
 
 import llama_fast as lf
-from llama_fast.ops import chunks, eager, linear, native, pieces
+from llama_fast.ops import chunks, eager, linear, native, pieces, reference
 from llama_fast.verify import Case
 
 OP = "linear_cross_entropy"
@@ -204,6 +204,21 @@ def test_scaled_and_retained_backward() -> None:
     for _ in range(2):
         loss.backward(retain_graph=True)
     torch.testing.assert_close(weight.grad, 2.0 * kept[1])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_gradient_scaler_keeps_float16_gradients(reduction: str) -> None:
+    """Its factor is in before they are rounded: p / R alone is below float16's normal numbers."""
+    R, V = 2048, 8192
+    leaves = Case(OP, {"...": (R,), "C": 16, "V": V}).inputs(torch.float16)
+    targets, errors = leaves.pop("targets"), []
+    scale = 65536.0 / (R if reduction == "sum" else 1)
+    for dtype, module in ((torch.float64, reference), (torch.float16, lf), (torch.float16, eager)):
+        inputs = [x.to(dtype).detach().requires_grad_() for x in leaves.values()]
+        found = torch.autograd.grad(module.linear_cross_entropy(*inputs, targets, reduction=reduction) * scale, inputs)
+        truth = found if dtype == torch.float64 else truth
+        errors.append([float((a - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True)])
+    assert all(ours <= 1.5 * theirs + 2**-11 for ours, theirs in zip(*errors[1:], strict=True)), errors
 
 
 def test_peak_memory() -> None:

@@ -2,7 +2,8 @@
 
 Forward: for "mean" and "sum" the gradients are computed in the forward pass, chunk by chunk while a chunk's logits
 exist, and kept until the backward, which only scales them, in place, by the incoming gradient: nothing of size [R, V]
-is kept. Backward for "none": any gradient may come in, so the logits are computed again.
+is kept. Backward for "none": any gradient may come in, so the logits are computed again. So they are in float16, whose
+gradients must not be rounded before a gradient scaler's factor is in: it is there to keep them from vanishing.
 """
 
 from __future__ import annotations
@@ -134,9 +135,10 @@ def linear_cross_entropy(
     Returns:
         loss: scalar, or [...] for "none"; float32, float64 for float64 inputs.
 
-    Gradient: dhidden, dweight, each only if it is wanted, computed in the forward pass for "mean" and "sum" and in the
-        backward for "none". Logits and their gradients are rounded to the dtype of `hidden`, as eager PyTorch does.
-    Memory:   keeps the inputs, dhidden and dweight for the backward ("none": the inputs). Beyond them the logits of 512
+    Gradient: dhidden, dweight, each only if it is wanted, computed in the forward pass for "mean" and "sum", and in the
+        backward for "none" and in float16, where the loss may be scaled. Logits and their gradients are rounded to the
+        dtype of `hidden`, as eager PyTorch does.
+    Memory:   keeps the inputs, dhidden and dweight for the backward ("none", float16: the inputs). Beyond them the logits of 512
         rows in float32; in half precision those of R/4 rows (256 if that is more), or those of 1024 rows and a float32
         copy of dweight where this is less; with the backends `cuda` and `triton`, 4096 < R <= 2 C and many classes
         (from V 16384 on at R 8192, C 4096), those of 512 rows.
@@ -181,6 +183,8 @@ def linear_cross_entropy(
         else:
             count = torch.ones((), dtype=wide, device=flat.device)
         if recorded(rows, weight):
+            if rows.dtype == torch.float16:
+                return _total(_LinearCrossEntropyRows.apply(rows, weight, flat, options), count)
             traced = torch.compiler.is_compiling() or not plain(rows, weight, flat)
             summed = _LinearCrossEntropySumTraced if traced else _LinearCrossEntropySum
             return summed.apply(rows, weight, flat, count, options)
