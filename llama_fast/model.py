@@ -20,6 +20,7 @@ from llama_fast import generate as generation
 from llama_fast.config import LlamaConfig, rope_cos_sin
 from llama_fast.generate import KVCache
 from llama_fast.nn import Linear, RMSNorm, TransformerBlock
+from llama_fast.ops.dispatch import plain
 from llama_fast.ops.linear_cross_entropy import linear_cross_entropy
 from llama_fast.plain import check_targets, check_tokens, init_weights_
 from llama_fast.sampling import Sampler
@@ -107,8 +108,11 @@ class Llama(nn.Module):
             if not torch.compiler.is_compiling():
                 rows = min(rows, 1 << (end - 1).bit_length()) if end else 0
             with torch.inference_mode(False):  # for later calls too, whose backward keeps them
-                self._rope = rope_cos_sin(self.config, rows, device)
-        cos, sin = self._rope
+                cos, sin = rope_cos_sin(self.config, rows, device)
+            if torch.compiler.is_compiling() or plain(cos, sin):  # not fake ones, nor what a trace has recorded
+                self._rope = cos, sin
+        else:
+            cos, sin = self._rope
         return cos[start:end], sin[start:end]
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:

@@ -7,6 +7,8 @@ import dataclasses
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from llama_fast.block import POLICIES
 from llama_fast.config import LlamaConfig
@@ -138,6 +140,19 @@ def test_a_model_that_inference_mode_has_seen_can_still_be_trained() -> None:
     losses = [model.loss(tokens, targets) for model in (seen, fresh)]
     assert torch.equal(*losses)
     losses[0].backward()
+
+
+@pytest.mark.parametrize("kind", ["fake mode", "make_fx"])
+def test_a_model_that_ran_on_fake_tensors_can_still_be_used(kind: str) -> None:
+    """Its rotary tables are kept between calls, and those of a trace are fake."""
+    tokens, targets = _batch(TINY)
+    model = Llama(TINY)
+    if kind == "make_fx":
+        make_fx(model, tracing_mode="fake", _allow_non_fake_inputs=True)(tokens)
+    else:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert model(mode.from_tensor(tokens)).shape == (*tokens.shape, TINY.vocab_size)
+    assert torch.equal(model.loss(tokens, targets), Llama(TINY).loss(tokens, targets))
 
 
 def test_the_default_device_is_not_the_models() -> None:
