@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
-from llama_fast.nn import Linear, RMSNorm, TransformerBlock
+from llama_fast.nn import BUILT, Linear, RMSNorm, TransformerBlock
 from llama_fast.ops import linear, native
 from llama_fast.ops.dispatch import forced, plain
 from llama_fast.parallel import Single
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _WEIGHTS = (
-    ("input_layernorm",),
-    ("self_attn", "q_proj"),
-    ("self_attn", "k_proj"),
-    ("self_attn", "v_proj"),
-    ("self_attn", "o_proj"),
-    ("post_attention_layernorm",),
-    ("mlp", "gate_proj"),
-    ("mlp", "up_proj"),
-    ("mlp", "down_proj"),
+    "input_layernorm",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "post_attention_layernorm",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
 )  # the modules of block.Weights
 
 
@@ -88,7 +88,9 @@ class Plan:
             raise _Changed
         self._classes.append((model, Llama))
         self._places += [(vars(model), "config", model.config), (vars(model), "hidden", None)]
-        embed = self._weight(self._child(model, "embed_tokens"))
+        embedding = self._child(model, "embed_tokens")
+        self._called(embedding, nn.Embedding)
+        embed = self._weight(embedding)
         self._blocks = self._child(model, "layers")._modules
         self._layers = list(self._blocks.values())
         layers = [self._layer(layer) for layer in self._layers]
@@ -149,12 +151,16 @@ class Plan:
     def _layer(self, layer: nn.Module) -> tuple[list[Tensor], tuple[float, bool, int]]:
         self._called(layer, TransformerBlock)
         options: Any = layer.options
-        if type(options.collectives) is not Single:
+        if type(options.collectives) is not Single or layer.change() is not None:
             raise _Changed
         self._places += [(vars(layer), "options", options), (vars(layer), "weights", None)]
-        attention, mlp = self._child(layer, "self_attn"), self._child(layer, "mlp")
-        parents = {"self_attn": attention, "mlp": mlp}
-        weights = [self._weight(self._child(parents[path[0]] if path[1:] else layer, path[-1])) for path in _WEIGHTS]
+        modules = {"": layer}
+        for path, (owner, name, _) in BUILT.items():
+            module = modules[path] = self._child(modules[owner], name)
+            self._places.append((vars(module), "forward", None))
+            self._places += [(vars(module), key, vars(module)[key]) for key in ("eps", "window") if key in vars(module)]
+            self._hooks += [getattr(module, key) for key in _HOOKS]
+        weights = [self._weight(modules[path]) for path in _WEIGHTS]
         return weights, (options.eps, options.interleaved, options.window)
 
     def _read(self) -> list[tuple[Any, ...]]:

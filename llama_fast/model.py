@@ -19,7 +19,7 @@ from llama_fast import decode, weights
 from llama_fast import generate as generation
 from llama_fast.config import LlamaConfig, rope_cos_sin
 from llama_fast.generate import KVCache
-from llama_fast.nn import Linear, RMSNorm, TransformerBlock
+from llama_fast.nn import Linear, RMSNorm, TransformerBlock, watched
 from llama_fast.ops.dispatch import plain
 from llama_fast.ops.linear_cross_entropy import linear_cross_entropy
 from llama_fast.plain import check_targets, check_tokens, init_weights_
@@ -134,7 +134,7 @@ class Llama(nn.Module):
         if cache is not None and tokens.shape[1] > cache.room:
             raise ValueError(f"tokens has T = {tokens.shape[1]}: expected at most the cache's room of {cache.room}")
         cos, sin = self.rope_tables(start, end, tokens.device)
-        x = F.embedding(tokens, weight)
+        x = self.embed_tokens(tokens)
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, cache=None if cache is None else cache.layer(i))
         if cache is not None:
@@ -164,6 +164,9 @@ class Llama(nn.Module):
             ValueError: shape, dtype, length or (on the CPU) ids of `tokens` or `targets`.
         """
         check_targets(self.config, tokens, targets)
+        if watched(self.lm_head, Linear):  # an adapter, a hook: it is called
+            logits = self.lm_head(self.hidden(tokens)).flatten(0, 1)
+            return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets.flatten())
         return linear_cross_entropy(self.hidden(tokens), self.lm_head.weight, targets)
 
     @classmethod

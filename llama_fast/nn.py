@@ -9,10 +9,22 @@ from torch import Tensor, nn
 
 from llama_fast.block import BlockOptions, Cache, Weights, transformer_block
 from llama_fast.ops.attention import attention
+from llama_fast.ops.dispatch import NotSupported, autocast_dtype
 from llama_fast.ops.linear import linear
 from llama_fast.ops.rms_norm import rms_norm
 from llama_fast.ops.rope import rope
 from llama_fast.ops.swiglu import swiglu
+from llama_fast.parallel import Single
+
+
+def watched(module: nn.Module, kind: type) -> str | None:
+    """What makes a call of the module another thing than the forward of `kind`; None if nothing."""
+    own = vars(module)
+    if type(module) is not kind:
+        return f"is a {type(module).__module__}.{type(module).__name__}"
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return "has a hook"
+    return "has a forward of its own" if "forward" in own else None
 
 
 class Linear(nn.Linear):
@@ -102,15 +114,36 @@ class Attention(nn.Module):
         self.v_proj = Linear(dim, n_kv_heads * self.head_dim, **like)
         self.o_proj = Linear(n_heads * self.head_dim, dim, **like)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [B, T, C], cos and sin [T, D/2] or [B, T, D/2] float32 -> [B, T, C]."""
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cu_seqlens: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """x [B, T, C], cos and sin [T, D/2] or [B, T, D/2] float32 -> [B, T, C]; see `transformer_block`."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rope(q, k, cos, sin)
-        return self.o_proj(attention(q, k, v, window=self.window).flatten(2))
+        if cache is not None:
+            k, v = cache.append(k, v)
+        if cu_seqlens is not None:
+            if x.shape[0] != 1:
+                raise ValueError(f"Attention: x has B = {x.shape[0]}, expected 1 with cu_seqlens")
+            packed = (t.squeeze(0) for t in (q, k, v))
+            out = attention(*packed, window=self.window, cu_seqlens=cu_seqlens).unsqueeze(0)
+        elif cache is not None and cache.starts is not None:
+            rows = ((q[b : b + 1], k[b : b + 1, i:], v[b : b + 1, i:]) for b, i in enumerate(cache.starts))
+            out = torch.cat([attention(*row, window=self.window) for row in rows])
+        else:
+            out = attention(q, k, v, window=self.window)
+        return self.o_proj(out.flatten(2))
 
 
 class TransformerBlock(nn.Module):
     """A LLaMA block: norm, attention, norm, SwiGLU, as one function with a hand-written backward (block.py).
+
+    Where a module within it has been replaced (by an adapter, say), changed or hooked, they are called one by one.
 
     Args:
         dim: C.
@@ -156,6 +189,27 @@ class TransformerBlock(nn.Module):
             m.down_proj.weight,
         )
 
+    def change(self) -> str | None:
+        """What within the block is not as it was built, so that its modules are called one by one; None if nothing."""
+        for path, (owner, name, kind) in BUILT.items():
+            module = (self._modules[owner] if owner else self)._modules[name]
+            own = vars(module)
+            if type(module) is not kind:
+                return f"{path} is a {type(module).__module__}.{type(module).__name__}"
+            if (
+                own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or own["_backward_hooks"]
+                or own["_backward_pre_hooks"]
+            ):
+                return f"{path} has a hook"
+            if "forward" in own:
+                return f"{path} has a forward of its own"
+            if kind is RMSNorm and own["eps"] != self.options.eps:
+                return f"{path} has an eps of {module.eps:g}"
+        window = vars(self._modules["self_attn"])["window"]
+        return None if window in (None, self.options.window) else f"self_attn has a window of {window}"
+
     def forward(
         self,
         x: Tensor,
@@ -165,4 +219,36 @@ class TransformerBlock(nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:
         """x [B, T, C], cos and sin [T, D/2] or [B, T, D/2] float32 -> [B, T, C]; see `transformer_block`."""
-        return transformer_block(x, self.weights(), cos, sin, self.options, cu_seqlens=cu_seqlens, cache=cache)
+        change = self.change()
+        if change is None:
+            return transformer_block(x, self.weights(), cos, sin, self.options, cu_seqlens=cu_seqlens, cache=cache)
+        o = self.options
+        if o.window or o.interleaved or o.keep_residual or type(o.collectives) is not Single:
+            raise NotSupported(f"block: {change}, and modules called one by one know none of {o}")
+        context: dict[str, Any] = {}
+        if cu_seqlens is not None:
+            context["cu_seqlens"] = cu_seqlens
+        if cache is not None:
+            if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
+                raise ValueError("block: cache is given while gradients are recorded, expected torch.no_grad()")
+            context["cache"] = cache
+        dtype = autocast_dtype(x)
+        x = x if dtype is None or x.dtype == torch.float64 else x.to(dtype)  # as in the block
+        h = x + self.self_attn(self.input_layernorm(x), cos, sin, **context)
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+# of a TransformerBlock, as it is built: path -> owner, name, class; an owner stands before what it owns
+BUILT: dict[str, tuple[str, str, type]] = {
+    "input_layernorm": ("", "input_layernorm", RMSNorm),
+    "self_attn": ("", "self_attn", Attention),
+    "self_attn.q_proj": ("self_attn", "q_proj", Linear),
+    "self_attn.k_proj": ("self_attn", "k_proj", Linear),
+    "self_attn.v_proj": ("self_attn", "v_proj", Linear),
+    "self_attn.o_proj": ("self_attn", "o_proj", Linear),
+    "post_attention_layernorm": ("", "post_attention_layernorm", RMSNorm),
+    "mlp": ("", "mlp", SwiGLU),
+    "mlp.gate_proj": ("mlp", "gate_proj", Linear),
+    "mlp.up_proj": ("mlp", "up_proj", Linear),
+    "mlp.down_proj": ("mlp", "down_proj", Linear),
+}
