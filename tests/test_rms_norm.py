@@ -97,6 +97,14 @@ def test_gradients_of_both_inputs_of_add_rms_norm_are_tensors_of_their_own() -> 
             torch.testing.assert_close(x.grad, 2 * exact.grad.float())
 
 
+def test_the_results_of_add_rms_norm_may_be_changed_in_place() -> None:
+    """As nn.Dropout(inplace=True) does with the normalised one."""
+    x, weight = torch.randn(2, 3, 8, requires_grad=True), torch.ones(8)
+    found, expected = lf.add_rms_norm(x, x, weight), lf.add_rms_norm(x, x, weight)
+    (found[0].mul_(2.0) + found[1]).sum().backward()
+    assert torch.equal(x.grad, torch.autograd.grad((expected[0] * 2.0 + expected[1]).sum(), x)[0])
+
+
 def test_compiles_without_graph_break() -> None:
     x, w = torch.randn(4, 32, requires_grad=True), torch.randn(32, requires_grad=True)
     compiled = torch.compile(lambda x, w: lf.rms_norm(x, w).sin(), fullgraph=True, backend="aot_eager")

@@ -35,7 +35,8 @@ class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         y, total, rstd = _add_rms_norm_fwd(flat(x), flat(residual), weight, eps)
-        y, total = y.view(*x.shape), total.view(*x.shape)
+        # no views to autograd, which allows no change in place of one of several
+        y, total = (torch.ops.aten._unsafe_view(t, x.shape) for t in (y, total))
         ctx.save_for_backward(total, weight, rstd)
         ctx.backend = forced()
         return y, total
