@@ -99,8 +99,7 @@ class Plan:
         self._called(head, Linear)
         self._places.append((vars(norm), "eps", norm.eps))
         tensors = (self._weight(norm), self._weight(head))
-        keys, values = cache.k_LBSGD, cache.v_LBSGD
-        self._places += [(vars(cache), "k_LBSGD", keys), (vars(cache), "v_LBSGD", values)]
+        self._cached = keys, values = cache.k_LBSGD, cache.v_LBSGD  # the cache itself would keep its memory in a cycle
         self._tensors += [keys, values]
         if len(layers) != len(keys) or any(not t.is_cpu or t.layout != torch.strided for t in self._tensors):
             raise _Changed
@@ -175,7 +174,9 @@ class Plan:
 
     def holds(self, model: Llama, cache: KVCache) -> bool:
         """Whether all that the plan was made of is still in its place."""
-        return self._model is model and not any(self._moved())
+        keys, values = self._cached
+        there = self._model is model and cache.k_LBSGD is keys and cache.v_LBSGD is values
+        return there and not any(self._moved())
 
     def step(self, tokens: Tensor, cache: KVCache) -> Tensor | None:
         """See the function of that name."""

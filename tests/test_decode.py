@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -391,6 +393,22 @@ def test_a_copy_of_a_cache_makes_its_own_plan() -> None:
             expected = model(tokens_of(1), copy.deepcopy(cache))
             cache.used -= 0
             assert torch.equal(model(tokens_of(1), other), expected)
+
+
+def test_the_memory_of_a_cache_is_freed_with_its_last_name() -> None:
+    """Not when Python next looks for cycles: one of each generation would be held until then."""
+    model = drawn(CONFIG, torch.float32)
+    cache = filled(model, 1, 3)
+    with torch.no_grad():
+        model(tokens_of(1), cache)
+    assert cache.plan is not None
+    freed = weakref.ref(cache.k_LBSGD)
+    gc.disable()
+    try:
+        del cache
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 def test_another_model_with_the_same_cache() -> None:
