@@ -206,9 +206,9 @@ class TransformerBlock(nn.Module):
             if "forward" in own:
                 return f"{path} has a forward of its own"
             if kind is RMSNorm and own["eps"] != self.options.eps:
-                return f"{path} has an eps of {module.eps:g}"
+                return f"{path} has an eps of its own"  # not which: a compiler may hold it for variable
         window = vars(self._modules["self_attn"])["window"]
-        return None if window in (None, self.options.window) else f"self_attn has a window of {window}"
+        return None if window in (None, self.options.window) else "self_attn has a window of its own"
 
     def forward(
         self,

@@ -128,6 +128,15 @@ def test_a_changed_block_takes_packed_sequences_and_a_cache(what: str) -> None:
         block(x, cos, sin, cache=lf.block.Cache(*room, 0))
 
 
+@pytest.mark.parametrize("what", ["adapter", "eps", "window", "hook"])
+def test_a_changed_block_compiles_without_graph_break(what: str) -> None:
+    block = _changed(what)
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (7, 9):
+        x, (cos, sin) = torch.randn(2, length, TINY.dim, dtype=torch.float64), rope_cos_sin(TINY, length)
+        torch.testing.assert_close(compiled(x, cos, sin), block(x, cos, sin), rtol=1e-9, atol=1e-9)
+
+
 def test_a_changed_block_refuses_options_that_its_modules_do_not_know() -> None:
     block = _changed("adapter")
     block.options = lf.block.BlockOptions(TINY.head_dim, TINY.norm_eps, interleaved=True)
