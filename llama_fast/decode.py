@@ -147,7 +147,7 @@ class Plan:
         self._places += [(vars(module), name, None) for name in ("forward", "_compiled_call_impl")]
         self._hooks += [getattr(module, name) for name in _HOOKS]
 
-    def _layer(self, layer: nn.Module) -> tuple[list[Tensor], tuple[float, bool, int]]:
+    def _layer(self, layer: Any) -> tuple[list[Tensor], tuple[float, bool, int]]:
         self._called(layer, TransformerBlock)
         options: Any = layer.options
         if type(options.collectives) is not Single or layer.change() is not None:

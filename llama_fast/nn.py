@@ -192,20 +192,10 @@ class TransformerBlock(nn.Module):
     def change(self) -> str | None:
         """What within the block is not as it was built, so that its modules are called one by one; None if nothing."""
         for path, (owner, name, kind) in BUILT.items():
-            module = (self._modules[owner] if owner else self)._modules[name]
-            own = vars(module)
-            if type(module) is not kind:
-                return f"{path} is a {type(module).__module__}.{type(module).__name__}"
-            if (
-                own["_forward_hooks"]
-                or own["_forward_pre_hooks"]
-                or own["_backward_hooks"]
-                or own["_backward_pre_hooks"]
-            ):
-                return f"{path} has a hook"
-            if "forward" in own:
-                return f"{path} has a forward of its own"
-            if kind is RMSNorm and own["eps"] != self.options.eps:
+            module: Any = (vars(self._modules[owner]) if owner else vars(self))["_modules"][name]
+            if text := watched(module, kind):
+                return f"{path} {text}"
+            if kind is RMSNorm and vars(module)["eps"] != self.options.eps:
                 return f"{path} has an eps of its own"  # not which: a compiler may hold it for variable
         window = vars(self._modules["self_attn"])["window"]
         return None if window in (None, self.options.window) else "self_attn has a window of its own"
