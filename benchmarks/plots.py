@@ -15,8 +15,13 @@ from .results import Line, is_ours
 WIDTH = 4.5  # inches: at 10 points, readable where a phone shows it 360 pixels wide
 ROW = 0.3
 INK, GRID = "#010101", "#020202"  # stand-ins, replaced by the page's own colours
-OURS_COLOR = "#2f81c7"
-COLORS = ("#d98032", "#3f9b6c", "#a05fc0", "#c9485b", "#8a8f3c", "#4aa3b5", "#b5754a", "#7d7d8c")
+# As many of ours, and of others, as an op has at most
+OURS_COLORS = ("#2f81c7", "#1b4f80", "#7fb6e3", "#5a54d6", "#3fc1c9")
+OURS_COLOR = OURS_COLORS[0]
+COLORS = (
+    *("#d98032", "#3f9b6c", "#a05fc0", "#c9485b", "#8a8f3c", "#4aa3b5", "#b5754a", "#7d7d8c"),
+    *("#d06a9f", "#2e6b57", "#c7a52f"),
+)
 SHORT = {"bfloat16": "bf16", "float32": "f32", "float16": "f16", "forward": "fwd", "forward+backward": "fwd+bwd"}
 
 
@@ -237,7 +242,7 @@ def _log(set_scale: Callable[[str], Any], axis: Any) -> None:
 def _color(provider: str, providers: list[str]) -> str:
     if is_ours(provider):
         ours = [p for p in providers if is_ours(p)]
-        return (OURS_COLOR, "#1b4f80", "#7fb6e3")[min(ours.index(provider), 2)]
+        return OURS_COLORS[ours.index(provider) % len(OURS_COLORS)]
     others = [p for p in providers if not is_ours(p)]
     return COLORS[others.index(provider) % len(COLORS)]
 
@@ -283,7 +288,7 @@ def _plot(where: str, name: str, caption: str, height: float, draw: Callable[[An
         figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
         for line in axis.get_xgridlines() + axis.get_ygridlines():
             line.set_color("#dddddd")
-        below = textwrap.wrap(f"{where}. {caption}", 76)
+        below = textwrap.wrap(f"{where}. {caption}", 62)  # of digits and capitals too, what WIDTH takes
         figure.set_figheight(figure.get_figheight() + 0.15 * len(below) + 0.1)
         figure.supxlabel("\n".join(below), x=0.01, ha="left", fontsize=8)
         figure.savefig(png, format="png", dpi=160, facecolor="white")

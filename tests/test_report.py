@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from benchmarks import plots, report, results
+from benchmarks import model, plots, providers, report, results
 from benchmarks.results import Environment, Limit, Line, Results, Seconds
 from llama_fast import cli
+from llama_fast.ops.table import OPS
 
 ROOT = Path(__file__).parents[1]
 LIMITS = (
@@ -195,6 +196,23 @@ def test_each_plot_is_on_the_page_and_a_picture(page: tuple[Path, Path]) -> None
             assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 10, "something is drawn"
     assert "#010101" not in text
     assert "#020202" not in text
+
+
+def test_nothing_is_cut_off_at_the_edge_of_a_picture(page: tuple[Path, Path]) -> None:
+    _, pictures = page
+    for path in pictures.glob("*.png"):
+        with Image.open(path) as image:
+            grey, (w, h) = image.convert("L"), image.size
+        for edge in ((0, 0, w, 2), (0, h - 2, w, h), (0, 0, 2, h), (w - 2, 0, w, h)):
+            assert grey.crop(edge).getextrema() == (255, 255), f"{path.name}: {edge}"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_no_two_providers_of_an_op_have_one_colour(device: str) -> None:
+    found = {op: [p.name for p in providers.of(op, device)] for op in OPS}
+    found |= {op: list(model.providers(op)) for op in ("block", "training_step", "decode")}
+    for op, names in found.items():
+        assert len({plots._color(name, names) for name in names}) == len(names), op
 
 
 def test_ids_are_not_used_twice(page: tuple[Path, Path]) -> None:
