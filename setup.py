@@ -133,6 +133,7 @@ if reason is not None:
 setup(
     packages=[*find_packages(include=["llama_fast", "llama_fast.*"]), *FOLDERS],
     package_dir=FOLDERS,
+    include_package_data=False,  # MANIFEST.in is for source distributions: no results, no log of the benchmarks
     package_data={"": ["*.toml", "*.json", "*.css"]},
     ext_modules=[] if reason else [Extension("llama_fast._native", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

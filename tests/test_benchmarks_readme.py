@@ -20,15 +20,15 @@ def test_the_readme_shows_the_committed_results() -> None:
 
 
 def test_figures_are_those_of_the_files() -> None:
-    text = readme.text([("zen5.json", made_up())])
+    made = made_up()
+    environment = dataclasses.replace(made.environment, commit="0123456789abcdef")
+    text = readme.text([("zen5.json", dataclasses.replace(made, environment=environment))])
     row = next(line for line in text.splitlines() if line.startswith("| `attention`"))
     assert row == "| `attention` | 3.40x | 3.40x | 2.70x | 3.40x | 114% |"
     assert "**A Processor <9000>**, 2 threads, avx512bf16" in text
     assert "[zen5.json](benchmarks/results/zen5.json)" in text
     assert "copy 40 GB/s, matmul bfloat16 900 Gflop/s" in text
-    commit = made_up().environment.commit
-    assert commit is not None
-    assert commit[:10] in text
+    assert "commit `0123456789`" in text
 
 
 def test_a_gpus_backward_is_told_apart_and_empty_columns_are_left_out() -> None:

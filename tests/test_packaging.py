@@ -35,7 +35,7 @@ def _run(command: list[str], cwd: Path, **env: str) -> subprocess.CompletedProce
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the sources, as a checkout has them."""
     target = tmp_path_factory.mktemp("checkout") / "llama_fast"
-    ignore = shutil.ignore_patterns(".*", "build*", "dist", "demo", "runs", "*.egg-info", "__pycache__", "*.so")
+    ignore = shutil.ignore_patterns(".git", ".venv", ".*_cache", "build*", "dist", "demo", "runs", "*.egg-info", "__pycache__", "*.so")
     shutil.copytree(ROOT, target, ignore=ignore)
     return target
 
@@ -87,7 +87,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert "llama_fast/ops/proven.json" in names
     for source in (ROOT / "llama_fast").rglob("*.py"):
         assert source.relative_to(ROOT).as_posix() in names
-    assert not any("test" in n for n in names)
+    assert not any("test" in n or "/results/" in n or n.endswith("/LOG.md") for n in names)
 
 
 @needs_tools
@@ -214,7 +214,10 @@ def test_source_distribution_is_complete(tree: Path, tmp_path: Path, no_torch: s
     for folder, suffix in (("csrc", "*.[ch]*"), ("llama_fast", "*.py"), ("benchmarks", "*.py"), ("tests", "*.py")):
         for source in (ROOT / folder).rglob(suffix):
             assert source.relative_to(ROOT).as_posix() in names
-    assert {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md"} <= names
+    for folder in ("docs", "benchmarks/results", "results", ".ci"):  # which tests read, and README.md links to
+        for file in (ROOT / folder).rglob("*"):
+            assert file.is_dir() or file.relative_to(ROOT).as_posix() in names
+    assert {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md", ".clang-format"} <= names
     assert not any(n.endswith(".so") for n in names)
 
 
