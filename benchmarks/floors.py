@@ -202,7 +202,7 @@ def main() -> int:
     if arguments.measure:
         print(json.dumps(figures(arguments.measure, arguments.memory, arguments.only)))
         return 0
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = Console(width=max(150, Console().width))
     facts = harness.environment("by case")
     console.print(
         f"{facts.device} ({processor() or 'no floors for this processor'}), {facts.threads} threads, "

@@ -65,11 +65,16 @@ def case_names(ops: Sequence[str], device: str) -> list[str]:
     return [*(b.name for b in kernels), *(s.name for s in model.scenarios(device) if s.op in ops)]
 
 
+WIDEST = 170  # columns of the widest table
+
+
 def table_of(lines: Iterable[Line]) -> Table:
     """One row a line that was measured or is wrong."""
-    table = Table(Column("op", no_wrap=True), "case", "dtype", "direction", "provider")
+    table = Table(Column("op", no_wrap=True), Column("case", min_width=14))  # alone folded where there is no room
+    for header in ("dtype", "direction", "provider"):
+        table.add_column(header, no_wrap=True)
     for header in ("ms", "20..80 %", "of limit", "peak MB", "kept MB", "ours is"):
-        table.add_column(header, justify="right")
+        table.add_column(header, justify="right", no_wrap=True)
     for _, group in groupby(lines, key=lambda x: x.key):
         rows = [x for x in group if x.status != "not run"]
         ours = harness.ours_of(rows)
@@ -327,7 +332,7 @@ def main(arguments: Sequence[str]) -> int:
     if a.list:
         print("\n".join(case_names(ops, a.device)))
         return 0
-    console = Console(width=None if sys.stdout.isatty() else 170)
+    console = Console(width=max(WIDEST, Console().width))
     try:
         found = run(
             ops,

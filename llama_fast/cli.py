@@ -40,7 +40,7 @@ def options(
     """What stands before the command."""
 
 
-WIDEST = 150  # columns of the widest table
+WIDEST = 170  # columns of the widest table, that of bench
 
 OpOption = Annotated[list[str] | None, typer.Option("--op", help="Only this op; can be given again.", metavar="NAME")]
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from benchmarks import results
+from benchmarks import model, results, suite
 from benchmarks.results import Environment, Error, Limit, Line, Results, Seconds
+from llama_fast import cli
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,6 +60,22 @@ def a_line(**changes: Any) -> Line:
 def a_file(*lines: Line, **environment: Any) -> Results:
     """Results with these lines."""
     return Results(results.FORMAT, an_environment(**environment), LIMITS, lines)
+
+
+def test_the_table_cuts_nothing_off() -> None:
+    """At the width that files and narrow terminals are given, with the longest names beside each other."""
+    numbers = {"seconds": Seconds(1.168, 1.1681, 1.1912, 5), "peak_bytes": 12_345_000_000, "kept_bytes": 9_876_000_000}
+    work = {"case": {"B": 2, "T": 1024, "C": 768, "F": 2048, "H": 12}, "limit": "matmul bfloat16", **numbers}
+    names = {name for op in ("block", "training_step", "decode") for name in model.providers(op)}
+    lines = [a_line(op="training_step", direction="forward+backward", provider=name, **work) for name in sorted(names)]
+    lines += [a_line(op="linear_cross_entropy", direction="forward+backward", provider=name) for name in ("eager", "x")]
+    assert suite.WIDEST == cli.WIDEST
+    console = Console(record=True, width=cli.WIDEST)
+    console.print(suite.table_of(lines))
+    text = console.export_text()
+    assert "\u2026" not in text
+    assert max(names, key=len) in text
+    assert "1,168..1,191" in text
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:

@@ -35,7 +35,9 @@ def _run(command: list[str], cwd: Path, **env: str) -> subprocess.CompletedProce
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the sources, as a checkout has them."""
     target = tmp_path_factory.mktemp("checkout") / "llama_fast"
-    ignore = shutil.ignore_patterns(".git", ".venv", ".*_cache", "build*", "dist", "demo", "runs", "*.egg-info", "__pycache__", "*.so")
+    ignore = shutil.ignore_patterns(
+        ".git", ".venv", ".*_cache", "build*", "dist", "demo", "runs", "*.egg-info", "__pycache__", "*.so"
+    )
     shutil.copytree(ROOT, target, ignore=ignore)
     return target
 
