@@ -486,6 +486,9 @@ def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="As --checkpoint of generate.")],
 ) -> None:
     """Run tasks of lm-evaluation-harness on a checkpoint; its options follow: --tasks arc_easy --limit 100."""
+    if str(checkpoint) == "--help":  # behind a checkpoint it is the harness's
+        print(context.get_help())
+        return
     from llama_fast import evaluation
 
     evaluation.main(checkpoint, context.args)

@@ -63,6 +63,15 @@ def test_help_lists_the_commands(llama_fast_program: Any) -> None:
         assert command in found.out
 
 
+def test_every_command_has_help(llama_fast_program: Any) -> None:
+    """evaluate too, whose other options are the harness's, with the harness or without."""
+    for command in cli.app.registered_commands:
+        name = command.name or command.callback.__name__  # type: ignore[union-attr]
+        for option in ("--help", "-h"):
+            found = llama_fast_program(name, option)
+            assert (found.status, "Show this message and exit" in found.out) == (0, True), (name, option, found)
+
+
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["--version"], ["generate", "--help"], ["no-such-command"]], ids=" ".join
 )
