@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 import os
 import sys
@@ -47,6 +48,8 @@ OpOption = Annotated[list[str] | None, typer.Option("--op", help="Only this op; 
 
 def main() -> None:
     """Entry point of the `llama-fast` program."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a character that the locale has not ends no text
     try:
         app()
     except Exception as error:

@@ -63,6 +63,19 @@ def test_help_lists_the_commands(llama_fast_program: Any) -> None:
         assert command in found.out
 
 
+def test_a_character_that_the_locale_lacks_ends_nothing() -> None:
+    code = """if True:
+        from llama_fast import cli
+        @cli.app.command()
+        def say(): print("a \\u2192 b")
+        cli.main()
+    """
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    command = [sys.executable, "-c", code, "say"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, env=environment)
+    assert (done.returncode, done.stdout) == (0, "a ? b\n"), done.stderr
+
+
 def test_every_command_has_help(llama_fast_program: Any) -> None:
     """evaluate too, whose other options are the harness's, with the harness or without."""
     for command in cli.app.registered_commands:
