@@ -124,6 +124,7 @@ def _matches(path: Path, pattern: str) -> list[str]:
     [
         "csrc/cpu/{}.cpp|csrc/cpu/{}_fwd.cpp",
         "csrc/cuda/{}.cu",
+        "kernels/{}.py",
         "llama_fast/ops/{}.py",
         "tests/test_{}.py",
         "benchmarks/{}.py",
