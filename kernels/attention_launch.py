@@ -118,9 +118,10 @@ _FLOAT32_SMALL = {  # more than 64 columns in 99 KiB of shared memory, on cards 
 }
 
 
-# CDNA multiplies float32 in its matrix units. Not measured.
+# CDNA multiplies float32 in its matrix units. None in float64: Triton 3.6 fails on it there, and RDNA would spill most.
+# Not measured.
 _CDNA_FLOAT32 = {
-    "fwd": (_float32(64, 32, 8, "ieee", 1), _float32(64, 32, 8, "ieee", 1), _float32(16, 32, 8, "float64", 1)),
+    "fwd": (_float32(64, 32, 8, "ieee", 1), _float32(64, 32, 8, "ieee", 1), _float32(32, 16, 8, "ieee", 1)),
     "dkdv": (_float32(32, 32, 8, "ieee", 1), _float32(32, 32, 8, "ieee", 1), _float32(32, 16, 8, "ieee", 1)),
     "dq": (_float32(32, 32, 8, "ieee", 1), _float32(32, 32, 8, "ieee", 1), _float32(32, 16, 8, "ieee", 1)),
 }
@@ -133,8 +134,8 @@ _RDNA_FLOAT32 = {
 
 def tiles_of(kernel: str, D: int, dtype: torch.dtype, device: torch.device, few: bool = False) -> Tiles:
     """Launch parameters of "fwd", "dkdv" or "dq"; `few`: of at most PACKED_ROWS rows, which counts in float32."""
-    if few and dtype == torch.float32:
-        return few_rows_gradient_tiles(D, device)
+    if few and dtype == torch.float32 and not is_amd(device):
+        return few_rows_gradient_tiles(D)
     place = device_class(device)
     column = 0 if D <= 64 else 1 if D <= 128 else 2
     if is_amd(device):
@@ -147,15 +148,8 @@ def tiles_of(kernel: str, D: int, dtype: torch.dtype, device: torch.device, few:
     return (single if dtype == torch.float32 else half)[kernel][column]
 
 
-def _amd_few_rows(D: int, device: torch.device) -> Tiles:
-    """In float32: larger tiles, and without float64's matrix units D 256 in float64, overflow 64 KiB."""
-    return Tiles(16, 16, 8, 1, precision="float64" if D <= 128 or lanes(device) == 64 else "ieee")
-
-
-def few_rows_gradient_tiles(D: int, device: torch.device) -> Tiles:
+def few_rows_gradient_tiles(D: int) -> Tiles:
     """Backward in float32 of as few rows: the same, in both kernels."""
-    if is_amd(device):
-        return _amd_few_rows(D, device)
     return Tiles(16, 32 if D <= 128 else 16, 4, 2, precision="float64")
 
 
@@ -163,7 +157,11 @@ def few_rows_tiles(rows: int, D: int, dtype: torch.dtype, device: torch.device) 
     """Forward of at most PACKED_ROWS rows of a key/value head (a decode): bound by reading the keys."""
     block_m = max(16, triton.next_power_of_2(rows))
     if is_amd(device):
-        return _amd_few_rows(D, device) if dtype == torch.float32 else Tiles(block_m, 32 if D <= 128 else 16, 4, 1)
+        return (
+            tiles_of("fwd", D, dtype, device)
+            if dtype == torch.float32
+            else Tiles(block_m, 32 if D <= 128 else 16, 4, 1)
+        )
     if dtype == torch.float32:  # eager PyTorch adds the products of a few rows in trees, far more exactly than a chain
         return Tiles(min(block_m, 32 if D <= 128 else 16), 32 if D <= 128 else 16, 4, 2, precision="float64")
     # H200, B8 H32 G8 S8192 D128 as a CUDA graph: 3813 GB/s of 4200; 64 keys 3784, 128 3747, 256 3395
