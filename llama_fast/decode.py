@@ -135,7 +135,7 @@ class Plan:
         weight = module._parameters["weight"]
         if type(weight) is not nn.Parameter:
             raise _Changed
-        self._places.append((module._parameters, "weight", weight))  # type: ignore[arg-type]
+        self._places += [(module._parameters, "weight", weight), (module._parameters, "bias", None)]  # type: ignore[list-item]
         self._tensors.append(weight)
         return weight
 

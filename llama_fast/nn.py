@@ -24,18 +24,21 @@ def watched(module: nn.Module, kind: type) -> str | None:
         return f"is a {type(module).__module__}.{type(module).__name__}"
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return "has a hook"
+    if own["_parameters"].get("bias") is not None:
+        return "has a bias"
     return "has a forward of its own" if "forward" in own else None
 
 
 class Linear(nn.Linear):
-    """nn.Linear without bias, through the product that is fastest here (ops/linear.py)."""
+    """nn.Linear without bias, through the product that is fastest here (ops/linear.py); one that is set is added."""
 
     def __init__(self, in_features: int, out_features: int, **like: Any) -> None:
         super().__init__(in_features, out_features, bias=False, **like)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        return linear(x, self.weight)
+        y = linear(x, self.weight)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class RMSNorm(nn.Module):

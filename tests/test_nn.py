@@ -40,6 +40,10 @@ def _biased(base: nn.Linear) -> nn.Linear:
     return new
 
 
+def _set_bias(layer: nn.Linear) -> None:
+    layer.bias = nn.Parameter(torch.randn(layer.out_features))
+
+
 def _own_forward(block: Any) -> None:
     forward = block.mlp.forward
     block.mlp.forward = lambda x: 2.0 * forward(x)
@@ -53,6 +57,7 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "nothing": lambda _: None,
     "adapter": lambda block: setattr(block.self_attn, "q_proj", _Adapter(block.self_attn.q_proj)),
     "bias": lambda block: setattr(block.mlp, "down_proj", _biased(block.mlp.down_proj)),
+    "a bias set": lambda block: _set_bias(block.mlp.up_proj),
     "another mlp": lambda block: setattr(block, "mlp", nn.Linear(TINY.dim, TINY.dim)),
     "eps": lambda block: setattr(block.input_layernorm, "eps", 3.0),
     "window": lambda block: setattr(block.self_attn, "window", 3),
@@ -171,7 +176,18 @@ def _layer_hook(model: lf.Llama) -> None:
     model.layers[1].self_attn.q_proj.register_forward_hook(lambda _m, _x, y: 2.0 * y)
 
 
-@pytest.mark.parametrize("change", [_head, _embedding, _layer_bias, _layer_hook])
+def _two_biases(model: lf.Llama) -> None:
+    _set_bias(model.layers[1].mlp.gate_proj)
+    _set_bias(model.lm_head)
+
+
+def test_a_bias_that_is_set_is_added() -> None:
+    layer, x = lf.nn.Linear(8, 5), torch.randn(3, 8)
+    _set_bias(layer)
+    torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("change", [_head, _embedding, _layer_bias, _layer_hook, _two_biases])
 def test_what_is_changed_in_a_model_takes_effect(change: Callable[[lf.Llama], None]) -> None:
     """In the logits, the loss, generation, and in one that is under way."""
     torch.manual_seed(4)
