@@ -2,6 +2,8 @@
 # PYTHON=python3.12 chooses the interpreter, CXX=clang++ the compiler, MAX_JOBS=1 compiles one file at a time.
 
 PYTHON ?= python3
+# What the tests run on. pyproject.toml takes newer ones too: `make clean`, then `make TORCH=torch==2.14.1 test` tests one.
+TORCH  := torch>=2.10,<2.14
 VENV   := .venv
 BIN    := $(VENV)/bin
 ASAN   := build-asan
@@ -26,7 +28,7 @@ $(VENV)/installed: setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"llama_fast needs Python 3.10 or newer; $(PYTHON) is {v.major}.{v.minor}. Name another: make PYTHON=python3.12 ...")'
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments: apt install python3-venv" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	CXX=none $(BIN)/python -m pip install --quiet --editable '.[dev]'
+	CXX=none $(BIN)/python -m pip install --quiet --editable '.[dev]' '$(TORCH)'
 	@touch $@
 
 $(VENV)/native: $(VENV)/installed $(NATIVE_SOURCES)

@@ -225,7 +225,7 @@ def test_source_distribution_is_complete(tree: Path, tmp_path: Path, no_torch: s
 
 def test_torch_has_both_bounds() -> None:
     text = (ROOT / "pyproject.toml").read_text()
-    assert '"torch>=2.10,<2.14"' in text
+    assert '"torch>=2.10,<2.15"' in text
     assert "torch" not in text.split("[project]")[0].replace("# No torch here", "").split("requires =")[1]
 
 
