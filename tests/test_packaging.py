@@ -226,6 +226,9 @@ def test_source_distribution_is_complete(tree: Path, tmp_path: Path, no_torch: s
 def test_torch_has_both_bounds() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     assert '"torch>=2.10,<2.15"' in text
+    makefile = (ROOT / "Makefile").read_text()
+    assert "\nTORCH  := torch>=2.10,<2.14\n" in makefile  # what the tests run on
+    assert "--editable '.[dev]' '$(TORCH)'\n" in makefile  # in the command that installs the project
     assert "torch" not in text.split("[project]")[0].replace("# No torch here", "").split("requires =")[1]
 
 
