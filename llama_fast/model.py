@@ -103,13 +103,14 @@ class Llama(nn.Module):
 
     def rope_tables(self, start: int, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos, sin [end - start, D/2] float32 of the positions start..end-1, from tables that are computed once."""
-        if self._rope is None or self._rope[0].shape[0] < end or self._rope[0].device != device:
-            rows = self.config.max_seq_len  # where a compiler watches: bit_length would bind it to this length
-            if not torch.compiler.is_compiling():
-                rows = min(rows, 1 << (end - 1).bit_length()) if end else 0
+        rows = self.config.max_seq_len  # where a compiler watches: fewer would bind it to these lengths
+        if not torch.compiler.is_compiling():
+            rows = min(rows, 1 << (end - 1).bit_length()) if end else 0
+        if self._rope is None or self._rope[0].shape[0] < rows or self._rope[0].device != device:
             with torch.inference_mode(False):  # for later calls too, whose backward keeps them
                 cos, sin = rope_cos_sin(self.config, rows, device)
-            if torch.compiler.is_compiling() or plain(cos, sin):  # not fake ones, nor what a trace has recorded
+            # not fake ones, nor what an export or a trace has recorded
+            if not torch.compiler.is_exporting() and (torch.compiler.is_compiling() or plain(cos, sin)):
                 self._rope = cos, sin
         else:
             cos, sin = self._rope

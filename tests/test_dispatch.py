@@ -209,8 +209,13 @@ def test_torch_jit_trace_records_the_ops(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_the_model_is_exported_for_any_sizes() -> None:
+@pytest.mark.filterwarnings("error:The tensor attribute")  # that the export set
+@pytest.mark.parametrize("called", [False, True])
+def test_the_model_is_exported_for_any_sizes(called: bool) -> None:
+    """Also one that has been called, and so has rotary tables, of the few rows that it needed."""
     model = lf.Llama(TINY)
+    if called:
+        model(torch.zeros(2, 9, dtype=torch.int64))
     sizes = {0: torch.export.Dim("b"), 1: torch.export.Dim("t", min=2, max=TINY.max_seq_len)}
     exported = torch.export.export(model, (torch.zeros(2, 9, dtype=torch.int64),), dynamic_shapes=(sizes,)).module()
     for shape in ((2, 9), (3, 33)):
