@@ -2,7 +2,7 @@
 # PYTHON=python3.12 chooses the interpreter, CXX=clang++ the compiler, MAX_JOBS=1 compiles one file at a time.
 
 PYTHON ?= python3
-# What the tests run on. pyproject.toml takes newer ones too: `make clean`, then `make TORCH=torch==2.14.1 test` tests one.
+# What the tests run on. pyproject.toml takes newer ones too: `make clean`, `make TORCH=torch==2.14.1 test` tests one.
 TORCH  := torch>=2.10,<2.14
 VENV   := .venv
 BIN    := $(VENV)/bin
