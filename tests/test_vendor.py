@@ -38,6 +38,26 @@ def test_attention_budget(options: dict[str, Any], dtype: torch.dtype) -> None:
     assert_within_budget(packed, "torch", dtype)
 
 
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 1e-300])
+@pytest.mark.parametrize("options", [{}, {"window": 5}, {"cu_seqlens": [0, 7, 7, 33]}], ids=str)
+def test_negative_and_zero_scale(options: dict[str, Any], scale: float) -> None:
+    """Of a head dim that the public function has this backend for."""
+    options = {"scale": scale, **options}
+    dims = {**SIZES, "D": 8}
+    if "cu_seqlens" in options:
+        options["cu_seqlens"], dims = torch.tensor(options["cu_seqlens"]).int(), {"R": 33, "H": 4, "G": 2, "D": 8}
+    for sizes in (dims, *([] if "R" in dims else [{**dims, "S": 50}, {**dims, "S": 20}])):
+        q, k, v = (x.requires_grad_() for x in Case("attention", sizes).inputs(torch.float32).values())
+        exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+        out, truth = lf.attention(q, k, v, **options), reference.attention(*exact, **options)
+        dout = torch.randn_like(out)
+        found = [out, *torch.autograd.grad(out, (q, k, v), dout)]
+        expected = [truth, *torch.autograd.grad(truth, exact, dout.double())]
+        for a, b in zip(found, expected, strict=True):
+            largest = max(float(b.detach().abs().max()), 1e-20)  # dq and dk vanish with the scale
+            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5 * largest)
+
+
 @pytest.mark.parametrize(("S", "window"), [(50, 5), (50, 1), (34, 30), (50, 100)])
 def test_window_with_fewer_queries_than_keys_as_a_square(S: int, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The way round a kernel whose gradients are wrong there, taken on the CPU's kernel, whose are right."""
@@ -99,12 +119,14 @@ def _stand_in(**modules: Any) -> dict[str, types.ModuleType]:
     fmha.attn_bias = types.SimpleNamespace(LowerTriangularFromBottomRightMask=LowerTriangularFromBottomRightMask)
 
     def forward(q: Any, k: Any, v: Any, attn_bias: Any = None, p: float = 0.0, scale: Any = None) -> Any:
+        assert scale > 0.0
         out, lse = vendor.attention_fwd(q, k, v, None, scale, attn_bias is not None, 0)
         return out, torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)
 
     def backward(
         grad: Any, out: Any, lse: Any, q: Any, k: Any, v: Any, attn_bias: Any = None, p: float = 0.0, scale: Any = None
     ) -> Any:
+        assert scale > 0.0
         return vendor.attention_bwd(grad, q, k, v, out, lse, None, scale, attn_bias is not None, 0)
 
     fmha.memory_efficient_attention_forward_requires_grad = forward
@@ -133,10 +155,11 @@ def xformers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_xformers_is_called_as_its_interface_says(causal: bool, xformers: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("scale", [0.2, -0.2, 0.0])
+def test_xformers_is_called_as_its_interface_says(scale: float, causal: bool, xformers: Callable[..., Any]) -> None:
     backend = xformers(_stand_in())
     q, k, v = Case("attention", {**SIZES, "S": 50}).inputs(torch.float32).values()
-    options = (None, 0.2, causal, 0)
+    options = (None, scale, causal, 0)
     out, lse = backend.attention_fwd(q, k, v, *options)
     expected, expected_lse = reference.attention_fwd(q, k, v, *options)
     torch.testing.assert_close(out, expected)

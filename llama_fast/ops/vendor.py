@@ -38,6 +38,7 @@ _FROM_BOTTOM_RIGHT = 2  # custom_mask_type of the efficient kernels: 0 no mask, 
 _WINDOW_NEEDS_SQUARE = frozenset({"efficient"})
 _CUDNN_DIMS = (64, 128)
 _CUDNN_ROWS = 512  # shorter sequences: FlashAttention-2, which has less to set up
+_LEAST_SCALE = 1e-30  # not 0 in float32
 
 
 def _path(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, causal: bool, window: int) -> str:
@@ -87,6 +88,13 @@ def _aligned(x: Tensor) -> Tensor:
     return x if whole else x.clone(memory_format=torch.contiguous_format)
 
 
+def upright(q: Tensor, scale: float) -> tuple[Tensor, float, int]:
+    """q and a scale above 0 with the same scores, and what dq is multiplied by: the vendors' kernels hide a score by
+    -inf before they scale it, and take the largest product for the largest score."""
+    sign = (scale > 0.0) - (scale < 0.0)
+    return (q if sign == 1 else q * sign), max(abs(scale), _LEAST_SCALE), sign
+
+
 def _window(window: int) -> dict[str, int]:
     return {"window_size_left": window - 1, "window_size_right": 0} if window else {}
 
@@ -95,6 +103,7 @@ def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float, causal: bool, window: int
 ) -> tuple[Tensor, Tensor]:
     (B, T, H, _), S = q.shape, k.shape[1]
+    q, scale, _ = upright(q, scale)
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q, memory_format=torch.contiguous_format), q.new_full(
             (B, H, T), -torch.inf, dtype=torch.float32
@@ -171,6 +180,10 @@ def attention_bwd(
     window: int,
 ) -> tuple[Tensor, ...]:
     (_, T, H, _), (_, S, G, _) = q.shape, k.shape
+    if scale < _LEAST_SCALE:
+        q, scale, sign = upright(q, scale)
+        dq, dk, dv = attention_bwd(dout, q, k, v, out, lse, cu_seqlens, scale, causal, window)
+        return dq * sign, dk, dv
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     causal, path = causal or window > 0, _path(q, k, cu_seqlens, causal, window)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_fast.ops.vendor import _aligned
+from llama_fast.ops.vendor import _aligned, upright
 
 _logger = logging.getLogger("xformers")
 _level, _problem = _logger.level, ""
@@ -71,6 +71,7 @@ def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float, causal: bool, window: int
 ) -> tuple[Tensor, Tensor]:
     T, H = q.shape[1:3]
+    q, scale, _ = upright(q, scale)
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     out, lse = fmha.memory_efficient_attention_forward_requires_grad(
         q, _expand(k, H), _expand(v, H), attn_bias=_mask(causal), scale=scale
@@ -91,10 +92,12 @@ def attention_bwd(
     window: int,
 ) -> tuple[Tensor, ...]:
     (B, S, G, D), H = k.shape, q.shape[2]
+    q, scale, sign = upright(q, scale)
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     dq, dk, dv = fmha.memory_efficient_attention_backward(
         dout.contiguous(), out, lse, q, _expand(k, H), _expand(v, H), attn_bias=_mask(causal), scale=scale
     )
     if G != H:  # the sum over the heads that share keys, in float32
         dk, dv = (x.view(B, S, G, H // G, D).sum(3, dtype=torch.float32).to(k.dtype) for x in (dk, dv))
+    dq = dq if sign == 1 else dq * sign
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
