@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from numerics import DTYPES, target
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import llama_fast as lf
 from llama_fast.ops import linear, native
@@ -314,6 +315,18 @@ def test_plain_torch_where_something_watches(monkeypatch: pytest.MonkeyPatch) ->
     assert linear.nt(x.to("meta"), w.to("meta")).shape == (256, 256)
     compiled = torch.compile(linear.linear, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, w), F.linear(x, w))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_forward_mode_tangent_is_kept(dtype: torch.dtype) -> None:
+    """Of frozen weights too, whose products take the fast paths elsewhere."""
+    layer = lf.nn.Linear(1024, 512).to(dtype).requires_grad_(False)
+    for rows in (1, 40):
+        x, tangent = torch.randn(2, rows, 1024).to(dtype)
+        with forward_ad.dual_level():
+            y = layer(forward_ad.make_dual(x, tangent))
+            found = forward_ad.unpack_dual(y).tangent
+        assert torch.equal(found, F.linear(tangent, layer.weight))
 
 
 def test_linear_is_differentiable() -> None:

@@ -6,7 +6,7 @@ the alignment of a pointer. So a run that is resumed in another process, on such
 gives the same bits. Why this and not a measurement at run time, and the numbers behind each rule: docs/ops/linear.md.
 
 `linear` is the differentiable layer; `nt`, `nn` and `tn` record no gradient on the fast paths: where one is to be
-recorded, and under torch.compile, autocast and functorch, all four are plain torch.
+recorded, and under torch.compile, autocast, functorch and forward-mode AD, all four are plain torch.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from llama_fast.ops import library
 from llama_fast.ops.dispatch import once_differentiable, plain
@@ -186,6 +187,7 @@ def _watched(a: Tensor, b: Tensor) -> bool:
         or not plain(a, b)
         or torch.is_autocast_enabled("cpu")
         or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
     )
 
 
