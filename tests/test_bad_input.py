@@ -154,6 +154,13 @@ def test_cu_seqlens_out_of_order(bounds: list[int]) -> None:
         lf.attention(q, q, q, cu_seqlens=torch.tensor(bounds, dtype=torch.int32), max_seqlen=8)
 
 
+@pytest.mark.parametrize("value", [3, math.nan, "long"])
+def test_max_seqlen_that_is_no_bound(value: Any) -> None:
+    q = torch.randn(6, 2, 16)
+    with pytest.raises(ValueError, match=f"attention: max_seqlen is {value!r}, expected at least 4, the longest sequ"):
+        lf.attention(q, q, q, cu_seqlens=torch.tensor([0, 2, 6], dtype=torch.int32), max_seqlen=value)
+
+
 @pytest.mark.parametrize("bad", [32, -1, 1 << 40])
 def test_targets_outside_the_vocabulary(bad: int) -> None:
     hidden, weight = torch.randn(4, 16), torch.randn(32, 16)

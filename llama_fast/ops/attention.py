@@ -66,8 +66,8 @@ def check_packed(cu_seqlens: Tensor, rows: int, max_seqlen: int | None = None) -
                 f"attention: cu_seqlens[{n + 1}] = {end} is below cu_seqlens[{n}] = {begin}, expected ascending order"
             )
         longest = max(longest, end - begin)
-    if max_seqlen is not None and max_seqlen < longest:
-        raise ValueError(f"attention: max_seqlen is {max_seqlen}, expected at least {longest}, the longest sequence")
+    if max_seqlen is not None:
+        table.check_number("attention", "max_seqlen", max_seqlen, f"at least {longest}, the longest sequence", longest)
 
 
 def attention(
