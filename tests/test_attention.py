@@ -290,6 +290,15 @@ def test_compiles_for_any_sizes() -> None:
         assert torch.equal(compiled(q, k), lf.attention(q, k, k))
 
 
+def test_compile_with_options_that_vary() -> None:
+    q, k, v = _case(20, 20).inputs(torch.float32).values()
+    compiled = torch.compile(lf.attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    for window, scale in ((3, 0.1), (7, 0.2), (5, -0.3)):
+        assert torch.equal(
+            compiled(q, k, v, window=window, scale=scale), lf.attention(q, k, v, window=window, scale=scale)
+        )
+
+
 def test_autocast_casts_as_sdpa() -> None:
     q, k, v = _case(33, 33).inputs(torch.float32).values()
     with torch.autocast("cpu", torch.bfloat16):

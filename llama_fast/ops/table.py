@@ -285,11 +285,16 @@ def check_number(
         ValueError: it is no number, NaN, or not in low .. high; says what was `expected`.
     """
     try:
-        ok = low <= value <= high and (not whole or (hasattr(value, "__index__") and not isinstance(value, bool)))
+        ok = low <= value <= high and (not whole or (_integer(value) and not isinstance(value, bool)))
     except TypeError:
         ok = False
     if not ok:
         raise ValueError(f"{op}: {name} is {value!r}, expected {expected}")
+
+
+def _integer(value: Any) -> bool:
+    # first isinstance: torch.compile knows no hasattr of a number that it holds for variable
+    return isinstance(value, int) or hasattr(value, "__index__")
 
 
 WIDEST = 1 << 30  # of a window: beyond any sequence, and a position may be added to it in 32 bits
