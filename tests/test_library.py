@@ -126,3 +126,24 @@ thread.join()
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment, cwd=ROOT
     )
     assert done.stdout == "2\n", done.stdout + done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a library finds what the process has loaded")
+def test_the_openmp_runtime_is_torchs_where_torch_keeps_it_to_itself() -> None:
+    """As in torch's wheels for ARM64, whose libtorch_global_deps.so does not name the runtime."""
+    if library.load("_native")[0] is None:
+        pytest.skip("the native library is not built")
+    code = """
+import ctypes
+whole, ctypes.RTLD_GLOBAL = ctypes.RTLD_GLOBAL, ctypes.RTLD_LOCAL
+import torch
+ctypes.RTLD_GLOBAL = whole
+print(hasattr(ctypes.CDLL(None), "GOMP_parallel"))
+from llama_fast.ops import native
+print(native.unavailable())
+import re
+print(len({line.split()[-1] for line in open("/proc/self/maps") if re.search("lib(g|i)?omp[^/]*[.]so", line)}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["False", "None", "1"]

@@ -9,9 +9,9 @@ namespace llama_fast::cpu::LF_ISA {
 namespace {
 
 constexpr int kLanes = VecF::kLanes;
-// kM x kV accumulators: sixteen with 32 registers, eight with 16, enough to hide the latency of two products a cycle.
+// kM x kV accumulators in half of the registers, enough to hide the latency of two products a cycle, of four with 32.
 constexpr int kM = kLanes == 16 ? 8 : 4;
-constexpr int kV = 2;
+constexpr int kV = VecF::kRegisters / 2 / kM;
 
 // scale * log2(e), by which scores become exponents of two. Never 0: a hidden score of -inf must stay -inf.
 LF_INLINE float exponent_factor(double scale) {
@@ -58,7 +58,7 @@ LF_INLINE void for_each_acc(const F& f) {
 template <int NV, class U>
 LF_INLINE void multiply(const U* a, int64_t a_n, int64_t a_m, const U* b, int64_t b_n, int64_t count,
                         VecF (&acc)[kM][NV]) {
-  constexpr int64_t kChain = kLanes == 4 ? 4 : 16;  // without fused multiply-adds each step rounds twice
+  constexpr int64_t kChain = VecF::kFuses ? 16 : 4;  // without fused multiply-adds each step rounds twice
   for_each_acc<NV>([&](int m, int v) { acc[m][v] = VecF(0.0F); });
   if (kPerUnit<U> == 2 || count <= kChain) {
     multiply_chain<NV>(a, a_n, a_m, b, b_n, count, acc);

@@ -36,3 +36,17 @@ LF_TARGET_BEGIN(LF_TARGET_AVX512BF16)
 #undef LF_ISA
 LF_TARGET_END
 #endif
+
+#if LF_NEON
+#define LF_ISA neon
+#include LF_THIS_FILE
+#undef LF_ISA
+#endif
+
+#if LF_NEON_BF16
+LF_TARGET_BEGIN(LF_TARGET_NEONBF16)
+#define LF_ISA neonbf16
+#include LF_THIS_FILE
+#undef LF_ISA
+LF_TARGET_END
+#endif

@@ -13,11 +13,28 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 namespace llama_fast::cpu {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512bf16", "amx"};
+// In the order of Isa.
+constexpr const char* kNames[] = {
+    "portable",
+#if LF_NEON
+    "neon",
+#endif
+#if LF_NEON_BF16
+    "neonbf16",
+#endif
+#if LF_X86
+    "avx2",     "avx512", "avx512bf16", "amx",
+#endif
+};
 
 #if LF_X86
 struct Registers {
@@ -33,7 +50,7 @@ Registers cpuid(unsigned leaf, unsigned subleaf) {
 
 // Whether the system lets this process use the matrix registers (8 KB a thread): it must be asked, once.
 bool may_use_amx() {
-#if LF_SOFTWARE_TILES
+#if LF_SOFTWARE
   return true;
 #elif defined(__linux__)
   constexpr unsigned kBf16 = 1U << 22, kTiles = 1U << 24;
@@ -47,20 +64,44 @@ bool may_use_amx() {
 }
 #endif
 
+#if LF_NEON_BF16
+bool has_bf16() {
+#if LF_SOFTWARE_NEON
+  return true;
+#elif defined(__linux__)
+  constexpr unsigned long kBf16 = 1UL << 14;  // HWCAP2_BF16
+  return (getauxval(AT_HWCAP2) & kBf16) != 0;
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t bytes = sizeof(has);
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &bytes, nullptr, 0) == 0 && has != 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 Isa probe() {
+#if LF_NEON_BF16
+  const Isa least = has_bf16() ? Isa::neonbf16 : Isa::neon;
+#elif LF_NEON
+  const Isa least = Isa::neon;
+#else
+  const Isa least = Isa::portable;
+#endif
 #if LF_X86
   // clang 14 has no f16c and avx512bf16 in __builtin_cpu_supports. That the system saves the registers follows from the
   // features that it does have.
   __builtin_cpu_init();
   const bool f16c = (cpuid(1, 0).ecx >> 29 & 1) != 0, avx512bf16 = (cpuid(7, 1).eax >> 5 & 1) != 0;
-  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c)) return Isa::portable;
+  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c)) return least;
   if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")))
     return Isa::avx2;
   if (!avx512bf16) return Isa::avx512;
   return may_use_amx() ? Isa::amx : Isa::avx512bf16;
 #else
-  return Isa::portable;
+  return least;
 #endif
 }
 

@@ -32,7 +32,7 @@ constexpr int kStreams = 8;
 constexpr int64_t kAhead = 512, kLine = 64;  // bytes
 // Where the sums of so many rows do not fit the registers, those of fewer take turns, of that many bytes.
 constexpr int64_t kTurn = 256;
-constexpr int kSumsInRegisters = 4 * kChains * (VecF::kLanes / 8);
+constexpr int kSumsInRegisters = VecF::kRegisters / 2;
 
 template <class T>
 using Unit = typename UnitOf<T>::type;

@@ -1,9 +1,9 @@
 // The vector type of each instruction set: `VecF`, kLanes float32 lanes, with loads and stores of float32, bfloat16 and
 // float16. The simd*.h files are the only ones with intrinsics.
 //
-// Each of the namespaces portable, avx2, avx512, avx512bf16 and amx has the same names; a kernel file is compiled once
-// in each of the first four (each_isa.h), and the files named *_amx_* in the last. The functions carry no `target`
-// attribute of their own but stand in a target region.
+// Each of the namespaces portable, avx2, avx512, avx512bf16 and amx, on ARM64 portable, neon and neonbf16, has the same
+// names; a kernel file is compiled once in each but amx (each_isa.h), and the files named *_amx_* in that. The
+// functions carry no `target` attribute of their own but stand in a target region.
 #pragma once
 
 #include <cmath>
@@ -17,6 +17,8 @@
 
 #if LF_X86
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define LF_INLINE inline __attribute__((always_inline))
@@ -25,6 +27,12 @@
 #define LF_TARGET_AVX2 "avx2,fma,f16c"
 #define LF_TARGET_AVX512 "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"
 #define LF_TARGET_AVX512BF16 "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"
+
+#if LF_SOFTWARE_NEON
+#define LF_TARGET_NEONBF16 "sse2"  // what there is in any case
+#else
+#define LF_TARGET_NEONBF16 "arch=armv8.2-a+bf16"
+#endif
 
 // g++ knows the instructions of the matrix registers as assembly alone, and wants no feature for them
 #if defined(__clang__)
@@ -123,6 +131,10 @@ LF_INLINE f16 from_float<f16>(float x) {
 
 }  // namespace llama_fast::cpu
 
+#if LF_SOFTWARE_NEON
+#include "simd_neon_software.h"
+#endif
+
 #define LF_ISA portable
 #include "simd_portable.h"
 #include "simd_math.h"
@@ -170,6 +182,30 @@ LF_TARGET_BEGIN(LF_TARGET_AMX)
 #include "simd_rows.h"
 #include "simd_dot.h"
 #include "simd_amx.h"
+#undef LF_NATIVE_BF16
+#undef LF_ISA
+LF_TARGET_END
+#endif
+
+#if LF_NEON
+#define LF_ISA neon
+#define LF_NATIVE_BF16 0
+#include "simd_neon.h"
+#include "simd_math.h"
+#include "simd_rows.h"
+#include "simd_dot.h"
+#undef LF_NATIVE_BF16
+#undef LF_ISA
+#endif
+
+#if LF_NEON_BF16
+LF_TARGET_BEGIN(LF_TARGET_NEONBF16)
+#define LF_ISA neonbf16
+#define LF_NATIVE_BF16 1
+#include "simd_neon.h"
+#include "simd_math.h"
+#include "simd_rows.h"
+#include "simd_dot.h"
 #undef LF_NATIVE_BF16
 #undef LF_ISA
 LF_TARGET_END

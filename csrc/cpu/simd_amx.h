@@ -24,7 +24,7 @@ constexpr int kParts = 1;
 template <>
 inline constexpr int kParts<float> = 3;
 
-#if LF_SOFTWARE_TILES
+#if LF_SOFTWARE
 // The same in vectors, for the sanitizers, which do not see what instructions in assembly read and write, and for
 // processors without these registers.
 struct Tile {

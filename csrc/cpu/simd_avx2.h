@@ -4,6 +4,8 @@ namespace llama_fast::cpu::LF_ISA {
 
 struct VecF {
   static constexpr int kLanes = 8;
+  static constexpr int kRegisters = 16;
+  static constexpr bool kFuses = true;
   __m256 v;
 
   VecF() = default;

@@ -5,6 +5,8 @@ namespace llama_fast::cpu::LF_ISA {
 
 struct VecF {
   static constexpr int kLanes = 16;
+  static constexpr int kRegisters = 32;
+  static constexpr bool kFuses = true;
   __m512 v;
 
   VecF() = default;
@@ -85,5 +87,22 @@ LF_INLINE VecF rotate_pairs(VecF x, VecF c, VecF s) {
 constexpr bool kScalesByAnyPower = true;
 LF_INLINE VecF scale_by_power_of_two(VecF x, VecF n) { return _mm512_scalef_ps(x.v, n.v); }
 LF_INLINE VecF round(VecF x) { return _mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+#if LF_NATIVE_BF16
+struct VecPairs {
+  __m512i v;
+};
+LF_INLINE VecPairs load_units(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+LF_INLINE VecPairs broadcast_unit(const uint32_t* p) { return {_mm512_set1_epi32(static_cast<int>(*p))}; }
+// c + a0 b0 + a1 b1 per lane; subnormal bfloat16 count as zero.
+LF_INLINE VecF dot(VecPairs a, VecPairs b, VecF c) { return _mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v); }
+// p[i] = (even[i], odd[i]), rounded to nearest even.
+LF_INLINE void store_pairs(uint32_t* p, VecF even, VecF odd) {
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(odd.v, even.v);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, halves));
+}
+#endif
 
 }  // namespace llama_fast::cpu::LF_ISA

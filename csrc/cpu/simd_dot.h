@@ -2,7 +2,8 @@
 // No include guard: see simd.h.
 //
 // A unit is the four bytes that one lane of a dot product takes at a time: a float, or, where LF_NATIVE_BF16 is 1, a
-// pair of bfloat16 (uint32_t, the lower index in the lower half) multiplied and summed in float32.
+// pair of bfloat16 (uint32_t, the lower index in the lower half) multiplied and summed in float32: the functions on
+// those stand with their VecF.
 
 namespace llama_fast::cpu::LF_ISA {
 
@@ -28,21 +29,7 @@ struct UnitOf<bf16> {
 template <>
 inline constexpr int kPerUnit<uint32_t> = 2;
 
-struct VecPairs {
-  __m512i v;
-};
-LF_INLINE VecPairs load_units(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
-LF_INLINE VecPairs broadcast_unit(const uint32_t* p) { return {_mm512_set1_epi32(static_cast<int>(*p))}; }
-// c + a0 b0 + a1 b1 per lane; subnormal bfloat16 count as zero.
-LF_INLINE VecF dot(VecPairs a, VecPairs b, VecF c) { return _mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v); }
 LF_INLINE void store_along(uint32_t* p, VecF a) { store(reinterpret_cast<bf16*>(p), a); }
-// p[i] = (even[i], odd[i]), rounded to nearest even.
-LF_INLINE void store_pairs(uint32_t* p, VecF even, VecF odd) {
-  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(odd.v, even.v);
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, halves));
-}
 #endif
 
 // a < b ? x : y, per lane; y where a or b is NaN.

@@ -1,10 +1,12 @@
-// VecF for any processor: four lanes in a GNU vector, which is SSE2 on x86-64 and NEON on ARM64.
+// VecF for any processor: four lanes in a GNU vector, which is SSE2 on x86-64.
 // No include guard: see simd.h.
 
 namespace llama_fast::cpu::LF_ISA {
 
 struct VecF {
   static constexpr int kLanes = 4;
+  static constexpr int kRegisters = 16;  // at least
+  static constexpr bool kFuses = false;  // whether fma rounds once
   typedef float Raw __attribute__((vector_size(16)));
   typedef int32_t RawI __attribute__((vector_size(16)));
   Raw v;

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import importlib.metadata
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
-import torch  # noqa: F401  before the libraries, whose OpenMP symbols resolve to the runtime that torch loads
+import torch  # before the libraries, whose OpenMP symbols resolve to the runtime that torch loads
 
 INTERFACE = 3  # `kInterface` of csrc/ops.h
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -27,6 +29,7 @@ def load(name: str) -> tuple[Any, str | None]:
     One that is there and not used is warned of too, and an installed one that a source tree without it hides.
     """
     called, remedy = _CALLED[name]
+    _share_openmp()
     try:
         module = importlib.import_module(f"llama_fast.{name}")
     except ModuleNotFoundError as error:
@@ -45,6 +48,30 @@ def load(name: str) -> tuple[Any, str | None]:
             f"{called} is of another version: run make build (its interface is {found}, expected {INTERFACE})"
         )
     return module, None
+
+
+class _Symbol(ctypes.Structure):
+    """Dl_info of dlfcn.h."""
+
+    _fields_ = [
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("name", ctypes.c_char_p),
+        ("address", ctypes.c_void_p),
+    ]
+
+
+def _share_openmp() -> None:
+    """Lets other libraries see torch's own OpenMP runtime, and no other copy: on ARM64 torch keeps it to itself."""
+    if sys.platform != "linux" or hasattr(ctypes.CDLL(None), "GOMP_parallel"):
+        return
+    try:  # a lookup in a library goes on in those that it needs
+        parallel = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so")).GOMP_parallel
+    except (AttributeError, OSError):  # a torch without OpenMP, or of another make: loading ours says what is missing
+        return
+    symbol = _Symbol()
+    if ctypes.CDLL(None).dladdr(ctypes.cast(parallel, ctypes.c_void_p), ctypes.byref(symbol)) != 0:
+        ctypes.CDLL(symbol.file.decode(), mode=ctypes.RTLD_GLOBAL)
 
 
 def _installed(name: str) -> Path | None:
