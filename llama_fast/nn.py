@@ -30,10 +30,16 @@ def watched(module: nn.Module, kind: type) -> str | None:
 
 
 class Linear(nn.Linear):
-    """nn.Linear without bias, through the product that is fastest here (ops/linear.py); one that is set is added."""
+    """nn.Linear through the product that is fastest here (ops/linear.py), without bias where none is asked for.
 
-    def __init__(self, in_features: int, out_features: int, **like: Any) -> None:
-        super().__init__(in_features, out_features, bias=False, **like)
+    Args:
+        in_features, out_features: of W [out, in].
+        bias: whether a vector [out] is added, in a rounding of its own.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, **like: Any) -> None:
+        super().__init__(in_features, out_features, bias, **like)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""

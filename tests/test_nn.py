@@ -187,6 +187,15 @@ def test_a_bias_that_is_set_is_added() -> None:
     torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_takes_the_arguments_of_torchs(bias: bool) -> None:
+    layers = lf.nn.Linear(8, 5, bias=bias, dtype=torch.float64), torch.nn.Linear(8, 5, bias, dtype=torch.float64)
+    layers[0].load_state_dict(layers[1].state_dict())
+    x = torch.randn(3, 8, dtype=torch.float64)
+    torch.testing.assert_close(layers[0](x), layers[1](x))
+    assert repr(layers[0]) == repr(layers[1])
+
+
 @pytest.mark.parametrize("change", [_head, _embedding, _layer_bias, _layer_hook, _two_biases])
 def test_what_is_changed_in_a_model_takes_effect(change: Callable[[lf.Llama], None]) -> None:
     """In the logits, the loss, generation, and in one that is under way."""
