@@ -14,6 +14,7 @@ from llama_fast.ops.linear import linear
 from llama_fast.ops.rms_norm import rms_norm
 from llama_fast.ops.rope import rope
 from llama_fast.ops.swiglu import swiglu
+from llama_fast.ops.table import check_number
 from llama_fast.parallel import Single
 
 
@@ -99,6 +100,9 @@ class Attention(nn.Module):
         head_dim: D; None for C / H.
         window: sliding window, None for none.
         device, dtype: of the parameters.
+
+    Raises:
+        ValueError: a size is no positive integer, or does not divide what it must.
     """
 
     def __init__(
@@ -111,8 +115,12 @@ class Attention(nn.Module):
         **like: Any,
     ) -> None:
         super().__init__()
+        sizes = {"dim": dim, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "head_dim": head_dim, "window": window}
+        for name, value in sizes.items():
+            if value is not None:
+                check_number("Attention", name, value, "a positive integer", 1, whole=True)
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
-        if n_kv_heads <= 0 or n_heads % n_kv_heads:
+        if n_heads % n_kv_heads:
             raise ValueError(f"n_kv_heads is {n_kv_heads}, expected a divisor of n_heads = {n_heads}")
         if head_dim is None and dim % n_heads:
             raise ValueError(f"n_heads is {n_heads}, expected a divisor of dim = {dim}")

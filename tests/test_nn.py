@@ -221,3 +221,19 @@ def test_what_is_changed_in_a_model_takes_effect(change: Callable[[lf.Llama], No
     with torch.no_grad():
         model(tokens[:, 2:3], cache)
     assert cache.plan is None
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ((64, 0), "n_heads is 0, expected a positive integer"),
+        ((64, -4, 2), "n_heads is -4, expected a positive integer"),
+        ((64, 4.0), "n_heads is 4.0, expected a positive integer"),
+        ((64, 4, 3), "n_kv_heads is 3, expected a divisor of n_heads = 4"),
+        ((66, 4), "n_heads is 4, expected a divisor of dim = 66"),
+        ((64, 4, 2, 0), "head_dim is 0, expected a positive integer"),
+    ],
+)
+def test_attention_names_a_size_that_cannot_be(sizes: tuple[Any, ...], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        lf.nn.Attention(*sizes)
