@@ -161,7 +161,10 @@ def load_model_weights(path: Path | str) -> dict[str, Tensor]:
     if not file.is_file():
         raise ValueError(f"{file}: missing; expected a safetensors file")
     try:
-        return safetensors.torch.load_file(file)
+        with suppress(UnicodeEncodeError):
+            str(file).encode()
+            return safetensors.torch.load_file(file)
+        return safetensors.torch.load(file.read_bytes())  # the package maps no file whose path is not UTF-8
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{file}: {error}; expected a whole safetensors file") from None
 

@@ -60,6 +60,12 @@ def test_round_trip(tmp_path: Path, tied: bool) -> None:
     assert (other.lm_head.weight is other.embed_tokens.weight) is tied
 
 
+def test_a_path_that_is_not_utf8(tmp_path: Path, model: PlainLlama) -> None:
+    path = checkpoint.save(tmp_path / os.fsdecode(b"run\xff"), 1, model, STATE)
+    weights = checkpoint.load(path).weights
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
 def test_keeps_the_newest(tmp_path: Path, model: PlainLlama) -> None:
     for step in (1, 9, 10, 12_345_678):  # the last has more digits than the name's seven
         checkpoint.save(tmp_path, step, model, STATE, keep=3)
