@@ -563,6 +563,8 @@ def test_bad_sizes_are_errors() -> None:
     ]:
         with pytest.raises(ValueError, match=problem):
             Mixture(dataset, batch_size, seq_len, seed, rank=rank)
+    with pytest.raises(ValueError, match=r"weights \[1e\+308, 1e\+308\]: together inf; expected a finite sum"):
+        counting(30, 30, weights=(1e308, 1e308)).batches(1, 8)
     next(dataset.batches(1, 29))
     with pytest.raises(ValueError, match="source s0: 5 valid tokens are too few for seq_len 8"):
         dataset.valid_batches(1, 8)

@@ -215,8 +215,8 @@ class Mixture:
     ranks, and can be loaded by another number of ranks with the same `batch_size * world_size`.
 
     Raises:
-        ValueError: sizes that are not positive, a rank or seed out of range, or a source with too few tokens for one
-            window.
+        ValueError: sizes that are not positive, a rank or seed out of range, a source with too few tokens for one
+            window, or weights whose sum is not finite.
     """
 
     def __init__(
@@ -234,6 +234,8 @@ class Mixture:
         self._global_batch = batch_size * world_size
         self._counts = [_windows(s, "train", s.train, seq_len) for s in dataset.sources]
         weights = np.array([s.weight for s in dataset.sources])
+        if not math.isfinite(total := sum(weights.tolist())):
+            raise ValueError(f"weights {weights.tolist()}: together {total}; expected a finite sum")
         self._cumulative = np.cumsum(weights / weights.sum())
         self._step = 0
         self._used = [0] * len(self._counts)  # windows taken from each source so far
