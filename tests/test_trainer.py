@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -440,6 +441,27 @@ def test_plain_lines_and_bar(tmp_path: Path) -> None:
     Trainer(PlainLlama(CONFIG), Rows(), SETTINGS, tmp_path / "b", progress=bar).run()
     assert "12/12" in shown.getvalue()
     assert "lr 1.00e-03" in shown.getvalue()
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_progress_that_nobody_reads_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: tuple[Path, Report], stop: bool
+) -> None:
+    """Ctrl-C in `llama-fast train 2>&1 | tee log` ends tee first: the steps since the last checkpoint were lost."""
+    read, write = os.pipe()
+
+    def in_step_5(row: int) -> None:
+        if row == 4 * 4:
+            os.close(read)
+            if stop:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with suppress(BrokenPipeError), open(write, "w", buffering=1) as pipe, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", pipe)
+        data = Rows(noise=True, hook=in_step_5)
+        report = Trainer(PlainLlama(CONFIG), data, SETTINGS, tmp_path, progress=Progress(12)).run()
+    assert report.checkpoint.name == f"step_{5 if stop else 12:07d}"
+    assert report.losses == whole[1].losses[: report.step]
 
 
 def test_gemm_rate() -> None:

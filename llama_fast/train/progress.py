@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -9,8 +11,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 
+class _Console(Console):
+    """rich's ends the program where the reader of a pipe has gone."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 class Progress:
     """Shows the step, loss, learning rate, tokens/s and MFU of a run; a context manager.
+
+    What cannot be written, to a pipe whose reader has gone, a closed terminal or a full disk, ends no run: from then on
+    nothing is shown.
 
     Args:
         steps: of the whole run.
@@ -23,7 +35,7 @@ class Progress:
     def __init__(
         self, steps: int, done: int = 0, *, every: int = 1, console: Console | None = None, quiet: bool = False
     ) -> None:
-        self.console = console or Console(stderr=True)
+        self.console = console or _Console(stderr=True)
         self._steps, self._every, self._quiet = steps, every, quiet
         self._bar: Bar | None = None
         if self.console.is_terminal and not quiet:
@@ -38,15 +50,17 @@ class Progress:
             self._task = self._bar.add_task("", total=steps, completed=done)
 
     def __enter__(self) -> Progress:
-        if self._bar is not None:
-            self._bar.start()
+        with self._showing():
+            if self._bar is not None:
+                self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        with self._showing():
+            if self._bar is not None:
+                self._bar.stop()
 
     def step(self, step: int, loss: float, lr: float, tokens_per_s: float, mfu: float | None) -> None:
         """Show one finished step; `mfu` is a fraction, None where it is unknown."""
@@ -54,10 +68,19 @@ class Progress:
         if mfu is not None:
             text += f"  MFU {mfu:.0%}"
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=text)
+            with self._showing():
+                self._bar.update(self._task, completed=step, description=text)
         elif not self._quiet and (step % self._every == 0 or step in (1, self._steps)):
             self.message(f"step {step}/{self._steps}  {text}")
 
     def message(self, text: str) -> None:
         """Print one line, above the bar where there is one."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        with self._showing():
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def _showing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self.console.quiet = True
