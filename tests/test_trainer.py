@@ -176,6 +176,10 @@ def test_weight_decay_is_on_matrices_only() -> None:
         ({"clip": 0.0}, "clip = 0"),
         ({"beta2": 1.0}, r"beta2 = 1\.0"),
         ({"weight_decay": -0.1}, r"weight_decay = -0\.1"),
+        ({"steps": 12.5}, r"steps = 12\.5: expected an integer"),
+        ({"warmup_steps": True}, "warmup_steps = True: expected an integer"),
+        ({"lr": "1e-3"}, "lr = '1e-3': expected a number"),
+        ({"clip": None}, "clip = None: expected a number"),
     ],
 )
 def test_bad_recipe_is_named(change: dict[str, Any], message: str) -> None:

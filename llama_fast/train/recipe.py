@@ -6,7 +6,8 @@ Source: Touvron et al. 2023, arXiv:2302.13971, section 2.3.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 
 import torch
 from torch import nn
@@ -45,6 +46,12 @@ class Recipe:
             if not ok:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: expected {expected}")
 
+        for field in fields(self):  # NumPy's numbers become Python's: a checkpoint takes no others
+            value = getattr(self, field.name)
+            whole = field.name in ("steps", "warmup_steps")
+            number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+            expect(number, field.name, "an integer" if whole else "a number")
+            object.__setattr__(self, field.name, int(value) if whole else float(value))
         expect(self.steps >= 1, "steps", "1 or more")
         expect(0 < self.lr < math.inf, "lr", "a finite number above 0")
         expect(0 <= self.warmup_steps <= self.steps, "warmup_steps", f"0 .. steps = {self.steps}")
