@@ -188,7 +188,9 @@ def test_bad_recipe_is_named(change: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"batch_size": 0}, {"accumulate": 0}, {"seq_len": 1.5}, {"dtype": "float16"}, {"keep": 0}, {"seed": -1}]
+    "change",
+    [{"batch_size": 0}, {"accumulate": 0}, {"seq_len": 1.5}, {"dtype": "float16"}, {"keep": 0}, {"seed": -1}]
+    + [{"seed": 2**64}],
 )
 def test_bad_settings_are_named(change: dict[str, Any]) -> None:
     name, value = next(iter(change.items()))

@@ -1,18 +1,26 @@
-"""What the trainer refuses, and that it does so before the first step: nothing is lost by an error that comes late."""
+"""What the trainer refuses, and that it does so before the first step: nothing is lost by an error that comes late.
+
+And what it finds damaged.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import io
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_trainer import CONFIG, RECIPE, SETTINGS, Rows, train
+from test_trainer import CONFIG, RECIPE, SETTINGS, Rows, curve, final_files, train
 from torch import Tensor
 
 from llama_fast.plain import PlainLlama
+from llama_fast.train.recipe import Recipe
+from llama_fast.train.trainer import Trainer
 
 
 def test_data_state_that_cannot_be_saved(tmp_path: Path) -> None:
@@ -77,3 +85,51 @@ def test_another_model_of_the_same_shapes_is_refused(tmp_path: Path) -> None:
         named = ".*".join(f"{k} = .* \\(was" for k in changed)
         with pytest.raises(ValueError, match=f"step_0000012 is of another model: {named}"):
             train(tmp_path, model=PlainLlama(other), resume=True)
+
+
+def test_numbers_of_numpy_are_taken(tmp_path: Path) -> None:
+    """As from np.logspace; a checkpoint takes Python's alone, and the first one comes after hours."""
+    sizes = {"steps": np.int64(12), "warmup_steps": np.int32(3)}
+    ours = Recipe(lr=np.logspace(-2, -1, 2)[0], clip=np.float32(1), **sizes)  # type: ignore[arg-type]
+    assert ours == RECIPE
+    assert train(tmp_path, settings=dataclasses.replace(SETTINGS, recipe=ours)).step == 12
+    assert final_files(tmp_path)[1]["settings"]["recipe.lr"] == RECIPE.lr
+
+
+def test_a_checkpoint_that_is_damaged_again(tmp_path: Path) -> None:
+    train(tmp_path)
+    for aside in ("step_0000012.damaged", "step_0000012.damaged-2"):
+        os.truncate(tmp_path / "step_0000012" / "state.pt", 100)
+        assert train(tmp_path, resume=True).checkpoint == tmp_path / "step_0000012"
+        assert (tmp_path / aside).is_dir()
+
+
+@pytest.mark.parametrize("line", [b'{"step": 2}\n', b'{"st\x00p": 2, "loss": 4.0}\n'])
+def test_a_damaged_log_is_said_and_kept(tmp_path: Path, line: bytes) -> None:
+    train(tmp_path)
+    log = tmp_path / "log.jsonl"
+    rows = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(damaged := b"".join([rows[0], line, *rows[2:]]))
+    said = io.StringIO()
+    assert len(train(tmp_path, resume=True, said=said).losses) == 1
+    assert (tmp_path / "log.jsonl.damaged").read_bytes() == damaged
+    assert said.getvalue() == (
+        f"{log} is damaged: it can be read up to step 1, and the checkpoint is of step 12; "
+        "what it was is now log.jsonl.damaged\n"
+    )
+    train(tmp_path, resume=True)
+    assert len(list(tmp_path.glob("log*"))) == 2
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_two_trainers_in_turn(tmp_path: Path, resume: bool) -> None:
+    """The second would leave its log beside the first's checkpoint."""
+    if resume:
+        train(tmp_path, data=Rows(hook=lambda row: os.kill(os.getpid(), signal.SIGTERM) if row == 4 else None))
+    first, second = (Trainer(PlainLlama(CONFIG), Rows(), SETTINGS, tmp_path, resume=resume) for _ in range(2))
+    first.run()
+    before = curve(tmp_path)
+    with pytest.raises(ValueError, match="holds step_0000012, of another Trainer: expected one at a time in a folder"):
+        second.run()
+    assert curve(tmp_path) == before
+    assert first.run().step == 12

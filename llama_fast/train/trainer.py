@@ -11,11 +11,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import functools
+import itertools
 import json
 import math
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -97,6 +99,8 @@ class Settings:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} = {value!r}: expected an integer of {least} or more")
+        if self.seed >= 2**64:  # torch's own limit
+            raise ValueError(f"seed = {self.seed}: expected less than 2^64")
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype = {self.dtype!r}: expected one of {', '.join(_DTYPES)}")
 
@@ -199,6 +203,7 @@ class Trainer:
         skipped: list[str] = []
         if found:
             self._resume(skipped)
+        self._newest = checkpoint.checkpoints(self.run_dir)[-1:]
         if self.step == 0:
             _seed_all(settings.seed)
         recipe = settings.recipe
@@ -213,7 +218,7 @@ class Trainer:
 
         Raises:
             FloatingPointError: a loss or gradient norm is not finite; nothing was updated or saved for that step.
-            ValueError: `data` gave a bad batch or ended.
+            ValueError: `data` gave a bad batch or ended; another Trainer saved in `run_dir` since this one was made.
             OSError: the log or a checkpoint could not be written; earlier checkpoints are untouched.
         """
         steps, first = self.settings.recipe.steps, self.step
@@ -221,7 +226,12 @@ class Trainer:
         flops = self._flops_per_second_per_token()
         batches = self.data.batches(self.settings.batch_size, self.settings.seq_len)
         saved = self.step if first else -1
-        with _open_log(self._log_path, self.step) as log, _stop_signals(self.progress.message) as stop, self.progress:
+        say = self.progress.message
+        with _locked_log(self._log_path) as log, _stop_signals(say) as stop, self.progress:
+            if (newest := checkpoint.checkpoints(self.run_dir)[-1:]) != self._newest:
+                name = newest[0].name if newest else "no checkpoint"
+                raise ValueError(f"{self.run_dir} holds {name}, of another Trainer: expected one at a time in a folder")
+            _cut_log(log, self._log_path, self.step, say)
             while self.step < steps and not stop:
                 row = self._train_step(batches)
                 self.step += 1
@@ -349,11 +359,11 @@ class Trainer:
             "settings": _plain_settings(self.settings),
             "seconds": self.seconds,
         }
-        checkpoint.save(self.run_dir, self.step, self.model, state, keep=self.settings.keep)
+        self._newest = [checkpoint.save(self.run_dir, self.step, self.model, state, keep=self.settings.keep)]
 
     def _resume(self, skipped: list[str]) -> None:
         def set_aside(path: Path, reason: str) -> None:
-            aside = path.with_name(f"{path.name}.damaged")
+            aside = _free(path.with_name(f"{path.name}.damaged"))
             skipped.append(f"skipped a damaged checkpoint, now {aside.name}: {reason}")
             path.rename(aside)
 
@@ -477,27 +487,46 @@ def _set_generator_states(states: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _open_log(path: Path, step: int) -> Iterator[FileIO]:
-    """The log, unbuffered, for this process alone, cut after the line of `step`.
-
-    Later and half-written lines are those of a run that was killed after its checkpoint.
-    """
+def _locked_log(path: Path) -> Iterator[FileIO]:
+    """The log, unbuffered, for this process alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+", buffering=0) as log:
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{path.parent}: another process trains here; expected an unused folder") from None
-        keep = 0
-        for line in path.read_bytes().splitlines(keepends=True):
-            try:
-                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                    break
-            except (ValueError, KeyError, TypeError):
-                break
-            keep += len(line)
-        log.truncate(keep)
         yield log
+
+
+def _cut_log(log: FileIO, path: Path, step: int, say: Callable[[str], None]) -> None:
+    """Cuts the log after the line of `step`.
+
+    Later and half-written lines are those of a run that was killed after its checkpoint. No such run's lines end before
+    `step`: that is damage, which is said, and what lies behind it is kept in a copy.
+    """
+    keep = last = 0
+    data = path.read_bytes()
+    for line in data.splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+            if not line.endswith(b"\n") or row["step"] > step or not isinstance(row["loss"], float):
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+        keep, last = keep + len(line), row["step"]
+    if last != step:
+        message = f"{path} is damaged: it can be read up to step {last}, and the checkpoint is of step {step}"
+        if keep < len(data):
+            shutil.copyfile(path, aside := _free(path.with_name(f"{path.name}.damaged")))
+            message += f"; what it was is now {aside.name}"
+        say(message)
+    log.truncate(keep)
+
+
+def _free(path: Path) -> Path:
+    """`path`, with a number behind it where that exists."""
+    numbered = (path.with_name(f"{path.name}-{i}") for i in itertools.count(2))
+    return next(p for p in itertools.chain([path], numbered) if not p.exists())
 
 
 @contextmanager
