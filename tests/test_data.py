@@ -4,10 +4,10 @@ import errno
 import json
 import os
 import resource
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +16,7 @@ import torch
 
 from llama_fast.tokenizer import Tokenizer
 from llama_fast.train import data as data_module
-from llama_fast.train.data import (
-    Mixture,
-    Source,
-    TokenDataset,
-    TokenSource,
-    build_token_file,
-    default_sources,
-    parse_data_args,
-)
+from llama_fast.train.data import Mixture, Source, TokenDataset, TokenSource, build_token_file, parse_data_args
 
 TEXT = "".join(f"def f{i}(x):\n    return x * {i} + {i * i}\n\n" for i in range(400))
 
@@ -80,13 +72,13 @@ def counting(*lengths: int, weights: tuple[float, ...] = (), valid: int = 500) -
 
 
 def test_default_sources_are_the_standard_library() -> None:
-    code, prose = default_sources()
+    code, prose = data_module.default_sources()
     assert (code.name, code.weight, prose.name, prose.weight) == ("code", 0.9, "prose", 0.1)
     names = [path.relative_to(code.root).as_posix() for path in code.paths]
     assert len(names) == len(set(names)) > 200
     assert not [n for n in names if {"test", "tests", "site-packages", "pydoc_data", "encodings"} & set(n.split("/"))]
     assert 4_000_000 < sum(path.stat().st_size for path in code.paths) <= 8_000_000
-    assert default_sources()[0] == code
+    assert data_module.default_sources()[0] == code
     topics = dict(prose.documents())
     assert len(topics) > 50
     assert b"yield" in topics["topics.py/yield"]
@@ -354,21 +346,29 @@ def test_builders_in_one_folder_take_turns(
 ) -> None:
     out = tmp_path / "out"
     inside, built = [], []
-    build = data_module._build
+    build, locked = data_module._build, data_module._locked
 
     def slow(*args: object) -> None:
-        inside.append(threading.get_ident())
+        inside.append(1)
         assert len(inside) == 1
         time.sleep(0.2)
         build(*args)  # type: ignore[arg-type]
         inside.pop()
-        built.append(threading.get_ident())
+        built.append(1)
+
+    @contextmanager
+    def slowly_left(folder: Path) -> Iterator[None]:
+        with locked(folder):
+            yield
+        time.sleep(0.2)  # the next one writes its weights
 
     monkeypatch.setattr(data_module, "_build", slow)
-    sources = parse_data_args([str(folder)])
+    monkeypatch.setattr(data_module, "_locked", slowly_left)
+    sources = [parse_data_args([f"{folder}:{weight}"]) for weight in (1, 2, 3, 4)]
     with ThreadPoolExecutor(4) as pool:
-        answers = [pool.submit(build_token_file, sources, tok, out) for _ in range(4)]
-        assert {answer.result().fingerprint for answer in answers} == {TokenDataset.open(out, tok).fingerprint}
+        found = list(pool.map(lambda of: build_token_file(of, tok, out), sources))
+    assert {dataset.fingerprint for dataset in found} == {TokenDataset.open(out, tok).fingerprint}
+    assert [dataset.sources[0].weight for dataset in found] == [1, 2, 3, 4], "another's weights"
     assert len(built) == 1
 
 

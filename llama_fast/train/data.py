@@ -78,7 +78,7 @@ def build_token_file(
             meta = {"version": _VERSION, "dtype": _dtype(tokenizer.vocab_size).name, "inputs": inputs}
             meta |= {"vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.fingerprint}
             _build(sources, scans, tokenizer, folder, meta | {"valid_fraction": valid_fraction})
-    return TokenDataset.open(folder, tokenizer)
+        return TokenDataset.open(folder, tokenizer)  # behind the lock another builder puts its own weights, or text
 
 
 @dataclass(frozen=True)
