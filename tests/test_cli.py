@@ -227,6 +227,10 @@ def test_a_tokenizer_that_cannot_be_kept_leaves_no_half_of_it(
     training.keep_tokenizer(tokenizer, tmp_path / "run")
     training.keep_tokenizer(tokenizer, tmp_path / "run")
     assert (tmp_path / "run" / "tokenizer.model").read_bytes() == (tmp_path / "tokenizer.model").read_bytes()
+    # a run of other text that began in the same folder at the same time puts its own there
+    Tokenizer.train([text.read_text()], tmp_path / "tokenizer.model", 300)
+    training.keep_tokenizer(tokenizer, tmp_path / "other run")
+    assert Tokenizer(tmp_path / "other run" / "tokenizer.model").fingerprint == tokenizer.fingerprint
 
 
 def test_plain_starts_from_the_same_loss(llama_fast_program: Any, text: Path, tmp_path: Path) -> None:

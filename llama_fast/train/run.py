@@ -118,7 +118,7 @@ def keep_tokenizer(tokenizer: Tokenizer, run_dir: Path) -> None:
             raise ValueError(f"{target} is not the tokenizer of this data: expected that, or an unused folder")
         return
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, tokenizer.path.read_bytes())  # half a file would be another tokenizer at the next start
+    write_atomically(target, tokenizer.model)  # half a file would be another tokenizer at the next start
 
 
 def config_for(name: str, seq_len: int, vocab_size: int | None) -> LlamaConfig:
