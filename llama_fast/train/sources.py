@@ -102,9 +102,10 @@ def parse_data_args(args: Sequence[str], written: Sequence[Path] = ()) -> list[S
             time, and a run could not go on with the data that it began with.
 
     Raises:
-        ValueError: no arguments, a path that is missing, empty, unreadable or no UTF-8 text, a folder without text, a
-            weight that is not a positive finite number, a file that two arguments name, or a folder of `written` that
-            would be read as text; the message quotes the argument, the value found and what was expected.
+        ValueError: no arguments, a path that is missing, empty, unreadable or no UTF-8 text, a folder without text or
+            with what cannot be read, a weight that is not a positive finite number, a file that two arguments name, or
+            a folder of `written` that would be read as text; the message quotes the argument, the value found and what
+            was expected.
     """
     if not args:
         raise ValueError("no data arguments; expected PATH or PATH:WEIGHT, a text file or a folder of text files")
@@ -120,7 +121,10 @@ def parse_data_args(args: Sequence[str], written: Sequence[Path] = ()) -> list[S
                         "time; expected a folder outside, or a hidden one"
                     )
             root = path
-            paths, skipped = _text_files(_walk(path, set()))
+            try:
+                paths, skipped = _text_files(_walk(path, set()))
+            except ValueError as error:
+                raise ValueError(f"data {arg!r}: {error}") from error
             if not paths:
                 raise ValueError(
                     f"data {arg!r}: no text in folder {path} ({skipped} empty or binary files passed over); "
@@ -130,7 +134,7 @@ def parse_data_args(args: Sequence[str], written: Sequence[Path] = ()) -> list[S
             root, paths, skipped = path.parent, [path], 0
             try:
                 _read_text(path)
-            except _NotText as error:
+            except ValueError as error:
                 raise ValueError(f"data {arg!r}: {error}") from error
         for file in paths:
             other = owner.setdefault(os.path.realpath(file), i)
@@ -153,13 +157,13 @@ def _topics(path: Path) -> Documents:
 
 
 def _read_text(path: Path) -> bytes:
-    """The bytes of a file, checked to be UTF-8 text. Raises _NotText with the reason."""
+    """The bytes of a file, checked to be UTF-8 text. Raises _NotText with the reason, ValueError for a failed read."""
     if not path.is_file():
         raise _NotText(f"{path} is not a regular file; expected a UTF-8 text file")
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise _NotText(f"{path} cannot be read: {error.strerror}") from error
+        raise _unreadable(error) from error
     if not data.strip():
         raise _NotText(f"{path} is empty or only spaces; expected UTF-8 text")
     if (position := data.find(b"\0")) >= 0:
@@ -171,10 +175,18 @@ def _read_text(path: Path) -> bytes:
     return data
 
 
+def _unreadable(error: OSError) -> ValueError:
+    return ValueError(f"{error.filename} cannot be read: {error.strerror}; expected readable files and folders")
+
+
 def _walk(root: Path, leave_out: set[str]) -> list[Path]:
     """Files below `root` without hidden names, folders in `leave_out` and links to folders, sorted."""
+
+    def stop(error: OSError) -> None:
+        raise _unreadable(error) from error
+
     found = []
-    for folder, folders, files in os.walk(root):
+    for folder, folders, files in os.walk(root, onerror=stop):
         folders[:] = [name for name in folders if name not in leave_out and not name.startswith(".")]
         found += [Path(folder, name) for name in files if not name.startswith(".")]
     return sorted(found)
