@@ -160,6 +160,27 @@ def test_transposed_views_equal_contiguous_inputs() -> None:
     assert all(torch.equal(a, b) for a, b in zip(_run(views), _run(plain), strict=True))
 
 
+def _behind(x: Tensor) -> Tensor:
+    """`x` without gaps, two bytes behind a 16-byte boundary."""
+    return torch.nn.functional.pad(x.flatten(), (1, 0))[1:].view(x.shape)
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+def test_inputs_off_the_16_byte_boundary(sm: int) -> None:
+    plain = [torch.randn(1, 40, 2, 64).bfloat16() for _ in range(4)]
+    cuda._library.set_architecture(sm)
+    try:
+        found = []
+        for q, k, v, dout in (plain, [_behind(x) for x in plain]):
+            leaves = [x.requires_grad_() for x in (q, k, v)]
+            with lf.backend("cuda"):
+                out = lf.attention(*leaves)
+            found.append([out, *torch.autograd.grad(out, leaves, dout)])
+    finally:
+        cuda._library.set_architecture(80)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_objections_name_the_limit() -> None:
     q = torch.randn(1, 8, 2, 80).half()
     with pytest.raises(lf.NotSupported, match="D = 80 not in 64, 96, 128, 256"), lf.backend("cuda"):

@@ -133,7 +133,7 @@ def _heads(x: Tensor) -> Tensor:
     strides = x.stride()
     used = [s for s, n in zip(strides[:-1], x.shape, strict=False) if n > 1]
     aligned = x.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in used)
-    return x if aligned and strides[-1] == 1 else x.contiguous()
+    return x if aligned and strides[-1] == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def attention_fwd(
