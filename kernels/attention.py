@@ -304,6 +304,7 @@ def attention_fwd(
     """q [B,T,H,D], k and v [B,S,G,D] -> out [B,T,H,D], lse [B,H,T] float32."""
     (B, T, H, D), (S, G) = q.shape, k.shape[1:3]
     ratio, packed, rows = H // G, cu_seqlens is not None, rows_of(q, k, cu_seqlens)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     pack = ratio if rows <= PACKED_ROWS else 1
 
     def run(tiles: Tiles) -> tuple[Tensor, Tensor]:
@@ -336,6 +337,7 @@ def attention_bwd(
     if mirrored:
         q, scale = -q, -scale
     dout, q, k, v = aligned(dout), aligned(q), aligned(k), aligned(v)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     D, device, rest = q.shape[3], q.device, (cu_seqlens, scale, causal, window)
     with on_device_of(q):
         statistics = statistics_of(dout, out, lse)

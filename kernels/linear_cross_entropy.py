@@ -163,7 +163,7 @@ def cross_entropy_rows(
     R, V = logits.shape
     launch = heuristic(V)
     scale = loss if row_scale is None else row_scale.contiguous()
-    args = (logits, targets, scale, loss, lse, logits.stride(0), V, ignore_index, label_smoothing, z_loss)
+    args = (logits, targets.contiguous(), scale, loss, lse, logits.stride(0), V, ignore_index, label_smoothing, z_loss)
     constants = (row_scale is not None, label_smoothing != 0.0, launch.BLOCK_V)
     with on_device_of(logits):
         start(_cross_entropy_rows_kernel, (R,), args, constants, num_warps=launch.num_warps)
@@ -183,7 +183,7 @@ def cross_entropy_piece(
 ) -> None:
     B, k = logits.shape
     launch = heuristic(k)
-    rows = (logits, targets, dtarget, lse, row_scale.contiguous())
+    rows = (logits, targets.contiguous(), dtarget, lse, row_scale.contiguous())
     args = (*rows, logits.stride(0), k, first, V, ignore_index, label_smoothing, z_loss)
     with on_device_of(logits):
         start(_cross_entropy_piece_kernel, (B,), args, (launch.BLOCK_V,), num_warps=launch.num_warps)

@@ -181,6 +181,13 @@ def test_inputs_off_the_16_byte_boundary(sm: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_bounds_of_sequences_may_be_strided() -> None:
+    bounds = torch.tensor([[0, 9], [13, 9], [40, 9]], dtype=torch.int32)[:, 0]
+    inputs = [torch.randn(40, 2, 64).half().requires_grad_() for _ in range(3)]
+    found = [_run(inputs, cu_seqlens=cu) for cu in (bounds, bounds.contiguous())]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_objections_name_the_limit() -> None:
     q = torch.randn(1, 8, 2, 80).half()
     with pytest.raises(lf.NotSupported, match="D = 80 not in 64, 96, 128, 256"), lf.backend("cuda"):

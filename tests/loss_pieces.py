@@ -139,7 +139,7 @@ def check_piece(kernel: pieces.PieceKernel) -> None:
     V, first = 4200, 40
     for k in (33, 40, 4096, 4097):
         x = torch.randn(6, V, generator=torch.Generator().manual_seed(0)) * 3
-        t = torch.tensor([first, first + k - 1, 3, -100, V, first + 7])
+        t = torch.tensor([first, first + k - 1, 3, -100, V, first + 7]).repeat_interleave(2)[::2]
         scale = torch.tensor([1.0, -2.0, 0.5, 1.0, 1.0, 1.0])
         x[3, first], x[5, first + 2] = torch.inf, torch.nan
         lse = x.logsumexp(1)

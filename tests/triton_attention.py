@@ -190,6 +190,17 @@ def test_views_are_copied_only_where_rows_are_not_aligned() -> None:
         assert aligned(x).is_contiguous()
 
 
+def test_bounds_of_sequences_may_be_strided() -> None:
+    bounds = torch.tensor([[0, 9], [13, 9], [40, 9]], dtype=torch.int32)[:, 0]
+    inputs = [torch.randn(40, 2, 16).requires_grad_() for _ in range(3)]
+    found = []
+    for cu in (bounds, bounds.contiguous()):
+        with lf.backend("triton"):
+            out = lf.attention(*inputs, cu_seqlens=cu)
+        found.append([out, *torch.autograd.grad(out.sum(), inputs)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_bounds_of_sequences_that_are_no_rows_stay_within_the_tensors() -> None:
     """Under torch.compile nobody checks them; the kernels clamp what they read."""
     q, k, v = (x[0] for x in _case(30, 30, D=16).inputs(torch.float32).values())

@@ -105,6 +105,12 @@ def test_kernel_stays_inside_the_row_for_any_target() -> None:
     assert gradient.isnan().all()
 
 
+def test_targets_may_be_strided() -> None:
+    x = torch.randn(4, 37)
+    for t in (torch.arange(8)[::2], torch.tensor([5]).expand(4)):
+        assert all(torch.equal(a, b) for a, b in zip(rows_of(x, t), rows_of(x, t.contiguous()), strict=True))
+
+
 def test_logits_are_left_alone_without_row_scale() -> None:
     x, t, out = torch.randn(3, 37), torch.tensor([0, 36, -100]), torch.empty(3)
     kept = x.clone()

@@ -140,6 +140,7 @@ def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float, causal: bool, window: int
 ) -> tuple[Tensor, ...]:
     q, k, v = _heads(q), _heads(k), _heads(v)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     results = table.ATTENTION.allocate("fwd", (q, k, v, cu_seqlens, scale, causal, window))
     scratch = q.new_empty(_library.attention_fwd_scratch() // 4, dtype=torch.int32)
     _library.attention_fwd(q, k, v, cu_seqlens, scale, causal, window, *results, scratch, _stream(q))
@@ -159,6 +160,7 @@ def attention_bwd(
     window: int,
 ) -> tuple[Tensor, ...]:
     dout, q, k, v, out, lse = _heads(dout), _heads(q), _heads(k), _heads(v), _heads(out), lse.contiguous()
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
     args = (dout, q, k, v, out, lse, cu_seqlens, scale, causal, window)
     results = table.ATTENTION.allocate("bwd", args)
     size = _library.attention_bwd_scratch(q, k, v, cu_seqlens, scale, q.device.index or 0)
