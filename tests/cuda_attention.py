@@ -111,10 +111,16 @@ def test_no_bank_conflicts(D: int) -> None:
     assert after["bank_conflicts"] == before["bank_conflicts"]
 
 
-@pytest.mark.parametrize("scale", [-0.3, 0.0])
-def test_negative_and_zero_scale(scale: float) -> None:
+@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 1e-300])
+def test_scales_that_are_not_above_zero(scale: float, sm: int) -> None:
+    """1e-300 is 0 in float32."""
     inputs = [x.requires_grad_() for x in _case(70, 70).inputs(torch.float16).values()]
-    found = _run(inputs, scale=scale)
+    cuda._library.set_architecture(sm)
+    try:
+        found = _run(inputs, scale=scale)
+    finally:
+        cuda._library.set_architecture(80)
     truth = [x.detach().double().requires_grad_() for x in inputs]
     out = reference.attention(*truth, scale=scale)
     for a, b in zip(found, [out, *torch.autograd.grad(out.sum(), truth)], strict=True):

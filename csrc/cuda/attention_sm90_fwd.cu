@@ -56,7 +56,8 @@ void launch_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&
 
 const char* attention_sm90_objection(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
   if (q.size[3] != 64 && q.size[3] != 96 && q.size[3] != 128) return "D is not 64, 96 or 128";
-  if (!(scale > 0)) return "scale is not above 0";  // the row's maximum is taken before scaling
+  // in float32: the row's maximum is taken before scaling, and 0 times the -inf of a hidden key is NaN
+  if (!(static_cast<float>(scale) > 0)) return "scale is not above 0";
   for (const Tensor* x : {&q, &k, &v}) {
     if (reinterpret_cast<uintptr_t>(x->data) % 16 != 0) return "a tensor is not aligned to 16 bytes";
     for (int i = 0; i < 4; ++i) {
