@@ -47,11 +47,14 @@ def _load(
     H,
     D: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    FAR: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,  # power of two >= D / 2
 ):
     """Both halves of each pair of heads `begin` and on: [BLOCK_H, BLOCK_D] each, float32."""
     h = begin + tl.arange(0, BLOCK_H)[:, None]
+    if FAR:
+        h = h.to(tl.int64)
     if INTERLEAVED:
         d = tl.arange(0, 2 * BLOCK_D)[None, :]
         x = tl.load(x_ptr + h * x_stride_h + d, mask=(h < H) & (d < D), other=0.0).to(tl.float32)
@@ -116,6 +119,7 @@ def _rope_kernel(
     D: tl.constexpr,
     BACKWARD: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    FAR: tl.constexpr,  # offsets of heads in 64 bits: in 32 a multiprocessor has room for more warps
     BLOCK_H: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -132,15 +136,15 @@ def _rope_kernel(
     q_out_ptr += token * H * D
     k_out_ptr += token * G * D
     # the first heads of k are loaded before those of q are stored: a load does not pass a store
-    q_a, q_b = _load(q_ptr, q_stride_h, 0, H, D, INTERLEAVED, BLOCK_H, BLOCK_D)
-    k_a, k_b = _load(k_ptr, k_stride_h, 0, G, D, INTERLEAVED, BLOCK_G, BLOCK_D)
+    q_a, q_b = _load(q_ptr, q_stride_h, 0, H, D, INTERLEAVED, FAR, BLOCK_H, BLOCK_D)
+    k_a, k_b = _load(k_ptr, k_stride_h, 0, G, D, INTERLEAVED, FAR, BLOCK_G, BLOCK_D)
     _store(q_out_ptr, q_a, q_b, cos, sin, 0, H, D, INTERLEAVED, BLOCK_H, BLOCK_D)
     _store(k_out_ptr, k_a, k_b, cos, sin, 0, G, D, INTERLEAVED, BLOCK_G, BLOCK_D)
     for begin in range(BLOCK_H, H, BLOCK_H):
-        q_a, q_b = _load(q_ptr, q_stride_h, begin, H, D, INTERLEAVED, BLOCK_H, BLOCK_D)
+        q_a, q_b = _load(q_ptr, q_stride_h, begin, H, D, INTERLEAVED, FAR, BLOCK_H, BLOCK_D)
         _store(q_out_ptr, q_a, q_b, cos, sin, begin, H, D, INTERLEAVED, BLOCK_H, BLOCK_D)
     for begin in range(BLOCK_G, G, BLOCK_G):
-        k_a, k_b = _load(k_ptr, k_stride_h, begin, G, D, INTERLEAVED, BLOCK_G, BLOCK_D)
+        k_a, k_b = _load(k_ptr, k_stride_h, begin, G, D, INTERLEAVED, FAR, BLOCK_G, BLOCK_D)
         _store(k_out_ptr, k_a, k_b, cos, sin, begin, G, D, INTERLEAVED, BLOCK_G, BLOCK_D)
 
 
@@ -153,11 +157,11 @@ def _launch(
     q, k, cos, sin = rows(q), rows(k), rows(cos), rows(sin)
     angle_strides = [s for x in (cos, sin) for s in (x.stride(0) if x.shape[0] > 1 else 0, x.stride(1))]
     heads = max(H, G)
-
+    far = max(H * q.stride(2), G * k.stride(2)) >= 1 << 31  # heads first, of many tokens
     strides = (*q.stride()[:3], *k.stride()[:3], *angle_strides)
 
     def run(launch: Launch) -> None:
-        constants = (D, name == "rope_bwd", interleaved, *_blocks(launch, G, D))
+        constants = (D, name == "rope_bwd", interleaved, far, *_blocks(launch, G, D))
         args = (q, k, cos, sin, q_out, k_out, *strides, T, H, G)
         start(_rope_kernel, (B * T,), args, constants, num_warps=launch.num_warps)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,6 +47,19 @@ def test_positions_that_differ_between_sequences_and_heads_first_inputs() -> Non
     with lf.backend("triton"):
         found = lf.rope(q, k, angle.cos(), angle.sin())
     torch.testing.assert_close(found, lf.ops.reference.rope(q, k, angle.cos(), angle.sin()))
+
+
+@LAYOUTS
+def test_heads_that_lie_beyond_32_bits(interleaved: bool, tmp_path: Path) -> None:
+    """Three heads 2^30 elements apart, in a file that is nearly all hole; what 32 bits would reach is in it too."""
+    stride, D = (1 << 30) + 8, 16
+    wide = torch.from_file(str(tmp_path / "wide"), shared=True, size=4 * stride + D, dtype=torch.bfloat16)
+    q, angle = torch.randn(1, 1, 3, D).bfloat16(), torch.randn(1, D // 2)
+    far = wide.as_strided((1, 1, 3, D), (D, D, stride, 1), 2 * stride).copy_(q)
+    with lf.backend("triton"):
+        near, _ = lf.rope(q, q, angle.cos(), angle.sin(), interleaved=interleaved)
+        found = lf.rope(far, far, angle.cos(), angle.sin(), interleaved=interleaved)
+    assert all(torch.equal(x, near) for x in found)
 
 
 def _backward_turns_forward(results: tuple[torch.Tensor, ...], args: Any) -> None:
