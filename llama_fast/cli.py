@@ -309,7 +309,7 @@ def plan(
     console.print(table)
     console.print(
         "gathered: weights that FSDP brings together at once, and a layer's gradients; activations: kept between "
-        "forward and backward; workspace: the backward of one layer at its peak; "
+        "forward and backward; workspace: the backward of one layer, or the loss, at its peak; "
         f"fits: in {planner.USABLE:.0%} of the memory",
         highlight=False,
         soft_wrap=True,

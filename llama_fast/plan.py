@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llama_fast.config import LlamaConfig
+from llama_fast.ops import chunks
 
 POLICIES = ("save", "recompute-cheap", "recompute-linear", "recompute-all")  # of block.py
 SHARDS = ("full", "states", "none")
@@ -95,7 +96,7 @@ class Plan:
         weights, gradients, optimizer: bytes held all the time.
         gathered: bytes of weights that FSDP brings together for the layers at work, and of gradients not yet spread.
         activations: bytes kept between forward and backward, all layers and what stands outside them.
-        workspace: bytes that the backward of one layer needs besides, at its peak.
+        workspace: bytes that the backward of one layer needs besides, or the loss, at its peak.
         total: the sum.
         fits: whether USABLE of the device's memory holds it.
         recomputed: flops a token that the policy does twice, not counted by MFU.
@@ -181,6 +182,15 @@ def outside_bytes_per_token(config: LlamaConfig, itemsize: int = 2) -> int:
     return 3 * config.dim * itemsize + 4 + 16
 
 
+def loss_workspace_bytes(config: LlamaConfig, rows: int, itemsize: int = 2) -> int:
+    """Bytes at the peak of the loss of `rows` tokens, besides the gradients of the head's input and weight.
+
+    The logits of a chunk of rows, and where that is less a float32 copy of the weight's gradient beside fewer.
+    """
+    chunk, copied = chunks.plan(rows, config.dim, config.vocab_size, itemsize, True)
+    return config.vocab_size * (chunk * itemsize + (config.dim * 4 if copied else 0))
+
+
 def plan(
     config: LlamaConfig,
     device: Device,
@@ -220,7 +230,10 @@ def plan(
         gathered = (3 * split / tensor / config.n_layers + 2 * config.vocab_size * config.dim) * itemsize
     kept = config.n_layers * block_bytes_per_token(config, policy, itemsize, tensor, layout.sequence)
     activations = rows * (kept + outside_bytes_per_token(config, itemsize))
-    workspace = rows * workspace_bytes_per_token(config, policy, itemsize, tensor, layout.sequence)
+    workspace = max(
+        rows * workspace_bytes_per_token(config, policy, itemsize, tensor, layout.sequence),
+        loss_workspace_bytes(config, rows, itemsize),
+    )
     total = weights + gradients + optimizer + gathered + activations + workspace
     return Plan(
         layout,

@@ -74,6 +74,21 @@ def test_a_backwards_workspace_is_its_measured_peak(policy: str) -> None:
     assert expected < peak + dy.nbytes < 1.05 * expected + more
 
 
+@pytest.mark.parametrize("rows", [96, 4096, 8192])  # one chunk, four, and eight with a float32 copy
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_workspace_is_its_measured_peak(rows: int, dtype: torch.dtype) -> None:
+    config = dataclasses.replace(WIDE, vocab_size=16000, max_seq_len=rows)
+    hidden, weight = (torch.randn(n, WIDE.dim).to(dtype).requires_grad_() for n in (rows, 16000))
+    targets = torch.randint(16000, (rows,))
+    peak, _, _ = harness.allocations(lambda: lf.linear_cross_entropy(hidden, weight, targets))
+    expected = plan.loss_workspace_bytes(config, rows, dtype.itemsize)
+    measured = peak - hidden.nbytes - weight.nbytes
+    scratch = hidden.nbytes + weight.nbytes if dtype == torch.bfloat16 else 0  # of the vendor's products
+    assert expected <= measured < 1.1 * expected + scratch + 256 * rows
+    found = plan.plan(config, DEVICES["h100"], Layout(), "save", seq_len=rows, itemsize=dtype.itemsize)
+    assert found.workspace == max(expected, rows * plan.workspace_bytes_per_token(config, "save", dtype.itemsize))
+
+
 def _without_gradients(dtype: torch.dtype, return_keys: bool = False, autocast: bool = False) -> tuple[int, int]:
     """Bytes of 512 tokens at the peak and held at the end."""
     layer, (cos, sin) = _block(WIDE, dtype), rope_cos_sin(WIDE, 512)
