@@ -4,7 +4,8 @@ repeats under other schedules, no bank conflicts, and bugs that must be seen."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -18,6 +19,16 @@ from llama_fast.ops.dispatch import primitives
 from llama_fast.verify import Case
 
 HALF = (torch.bfloat16, torch.float16)
+
+
+@contextmanager
+def architecture(sm: int) -> Iterator[None]:
+    """Within the block the emulator is a device of that architecture."""
+    cuda._library.set_architecture(sm)
+    try:
+        yield
+    finally:
+        cuda._library.set_architecture(80)
 
 
 def _case(
@@ -66,8 +77,7 @@ def test_budget(dtype: torch.dtype) -> None:
 
 def test_budget_on_sm_90() -> None:
     """Where the kernels on wgmma and TMA take the call, it comes to them; tests/test_attention_sm90.py tests them."""
-    cuda._library.set_architecture(90)
-    try:
+    with architecture(90):
         for case, wgmma in (
             (_case(70, 70), True),
             (_packed(0, 30, 70, D=128), True),
@@ -78,8 +88,6 @@ def test_budget_on_sm_90() -> None:
             before = cuda._library.counters()["wgmma"]
             assert_within_budget(case, "cuda", torch.bfloat16)
             assert (cuda._library.counters()["wgmma"] > before) == wgmma, case
-    finally:
-        cuda._library.set_architecture(80)
 
 
 def _run(inputs: list[Tensor], **options: Any) -> list[Tensor]:
@@ -116,11 +124,8 @@ def test_no_bank_conflicts(D: int) -> None:
 def test_scales_that_are_not_above_zero(scale: float, sm: int) -> None:
     """1e-300 is 0 in float32."""
     inputs = [x.requires_grad_() for x in _case(70, 70).inputs(torch.float16).values()]
-    cuda._library.set_architecture(sm)
-    try:
+    with architecture(sm):
         found = _run(inputs, scale=scale)
-    finally:
-        cuda._library.set_architecture(80)
     truth = [x.detach().double().requires_grad_() for x in inputs]
     out = reference.attention(*truth, scale=scale)
     for a, b in zip(found, [out, *torch.autograd.grad(out.sum(), truth)], strict=True):
@@ -174,16 +179,13 @@ def _behind(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("sm", [80, 90])
 def test_inputs_off_the_16_byte_boundary(sm: int) -> None:
     plain = [torch.randn(1, 40, 2, 64).bfloat16() for _ in range(4)]
-    cuda._library.set_architecture(sm)
-    try:
-        found = []
-        for q, k, v, dout in (plain, [_behind(x) for x in plain]):
-            leaves = [x.requires_grad_() for x in (q, k, v)]
-            with lf.backend("cuda"):
-                out = lf.attention(*leaves)
-            found.append([out, *torch.autograd.grad(out, leaves, dout)])
-    finally:
-        cuda._library.set_architecture(80)
+    found = []
+    for q, k, v, dout in (plain, [_behind(x) for x in plain]):
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        with lf.backend("cuda"), architecture(sm):
+            out = lf.attention(*leaves)
+            grads = torch.autograd.grad(out, leaves, dout)
+        found.append([out, *grads])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
