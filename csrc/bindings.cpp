@@ -73,6 +73,8 @@ PYBIND11_MODULE(_native, module) {
   m.def("attention_bwd", &cpu::attention_bwd, arg("dout"), arg("q"), arg("k"), arg("v"), arg("out"), arg("lse"),
         arg("cu_seqlens"), arg("scale"), arg("causal"), arg("window"), arg("dq"), arg("dk"), arg("dv"), unlocked());
   m.def("gemv", &cpu::gemv, arg("x"), arg("weight"), arg("y"), unlocked());
+  m.def("has_brgemm", &cpu::has_brgemm, arg("half"));
+  m.def("brgemm", &cpu::brgemm, arg("a"), arg("b"), arg("out"), arg("accumulate"), unlocked());
   m.def("use_huge_pages", &cpu::use_huge_pages, arg("out"));
   m.def("transpose", &cpu::transpose, arg("x"), arg("y"), unlocked());
   m.def("argmax", &cpu::argmax, arg("x"), arg("best"), unlocked());

@@ -12,7 +12,7 @@
 namespace llama_fast {
 
 // Raised, with INTERFACE of llama_fast/ops/library.py, by every change of a name or a signature that Python calls.
-constexpr int kInterface = 3;
+constexpr int kInterface = 4;
 
 enum class DType : int8_t { f32, bf16, f16, i32, i64 };
 
@@ -85,6 +85,13 @@ constexpr int64_t kGemvRows = 8;
 void gemv(const Tensor& x, const Tensor& weight, const Tensor& y);
 // ys[i] = x weights[i]^T for i in [0, count), in one loop over threads
 void gemv_group(const Tensor& x, const Tensor* weights, const Tensor* ys, int count);
+
+// out = a b, or added to it, by a kernel of oneDNN that torch exports;  a: [M, K], b: [K, N] float32 or bfloat16, of each
+// one stride is 1; out: [M, N] float32, bfloat16 for such factors or float16 for float32 ones, its last stride 1.
+// has_brgemm: whether torch has that kernel for this processor, in bfloat16 (`half`) or float32. Raises
+// std::runtime_error where the kernel fails.
+bool has_brgemm(bool half);
+void brgemm(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate);
 
 // Asks for huge pages under an output of 4 MB or more: one that the allocator has just taken from the system is then
 // faulted in by 2 MB instead of 4 kB. Advice only (madvise on Linux, nothing elsewhere); contents are not touched.

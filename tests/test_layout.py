@@ -39,6 +39,7 @@ SHARED = {
         "isa": "instruction sets",
         "memory": "the host allocator",
         "linear": "the matrix-vector product",
+        "brgemm": "a product by oneDNN's tiles",
         "decode": "a whole step of a decode",
         "transpose": "first operands the other way round",
         "argmax": "its greedy choice",

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 import llama_fast as lf
 from llama_fast.ops import linear, native
-from llama_fast.verify import BACKWARD_FACTOR, FORWARD_FACTOR, judge
+from llama_fast.verify import FORWARD_FACTOR, judge
 
 ISAS = [f"cpu/{isa}" for isa in native.isas()]
 TRUTH: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -68,30 +68,13 @@ def test_error(
     assert problems(path, form, dtype) == []
 
 
-@pytest.mark.skipif(linear._onednn is None, reason="this torch has no mkldnn._linear_pointwise")
-def test_onednn_never_sees_a_second_operand_with_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would multiply it a thousand times more slowly."""
-    onednn = linear._onednn
-
-    def watched(a: Tensor, weight: Tensor, *rest: object) -> Tensor:
-        assert weight.is_contiguous() or weight.t().is_contiguous()
-        return onednn(a, weight, *rest)
-
-    monkeypatch.setattr(linear, "_onednn", watched)
-    monkeypatch.setattr(linear, "_SLICE_BYTES", 1024)
-    for form in linear.FORMS:
-        for path in ("onednn", "upcast"):
-            assert problems(path, form, torch.float32 if path == "onednn" else torch.float16) == []
-
-
 def test_a_planted_bug_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    multiply = linear._multiply
-    for form in linear.FORMS:
-        monkeypatch.setattr(linear, "_multiply", lambda p, a, b: multiply(p, a, b) * 1.001)
-        assert problems("onednn", form, torch.float32)
-        monkeypatch.setattr(linear, "_slices", lambda form, M, N, item: [(slice(0, M - 1), slice(None))])
-        assert problems("onednn", form, torch.float32)
-        monkeypatch.undo()
+    turn = linear._turn
+    monkeypatch.setattr(linear, "_turn", lambda x, out=None: turn(x * 1.001, out))
+    assert problems("transposed", "nn", torch.float32)
+    monkeypatch.undo()
+    monkeypatch.setattr(linear, "_slices", lambda form, M, N, item: [(slice(0, M - 1), slice(None))])
+    assert problems("transposed", "nn", torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -126,43 +109,132 @@ def test_leading_dimensions(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(out, y)
 
 
-def over_budget(form: str, a: Tensor, b: Tensor, theirs: Tensor) -> str:
-    """What is wrong with oneDNN's product, by the budget of llama_fast/verify.py beside `theirs`."""
-    with linear.force("onednn"):
-        found = getattr(linear, form)(a, b)
-    factor = FORWARD_FACTOR if form == "nt" else BACKWARD_FACTOR
-    return judge(found, theirs, TRUTH[form](a.double(), b.double()), factor, torch.float32)[3]
+# ---- brgemm ----------------------------------------------------------------------------------------------------------
+def tiled(dtype: torch.dtype) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(dtype not in linear._has_brgemm, reason=f"torch has no brgemm of {dtype} here")
 
 
-@pytest.mark.skipif(linear._onednn is None, reason="this torch has no mkldnn._linear_pointwise")
+TILED = [pytest.param(dtype, marks=tiled(dtype)) for dtype in (torch.float32, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", TILED, ids=str)
+@pytest.mark.parametrize(
+    ("M", "N", "K"),
+    [
+        (2 * 256 + 70, 3, 64),  # whole blocks of rows where they lie, the last ones packed
+        (2100, 65, 128),  # more rows than share a panel
+        (300, 130, 4500),  # pieces of the terms, whose tiles wait
+        (20, 2 * 64 + 1, 8200),
+        (264, 72, 101),  # terms that fill no part
+    ],
+)
+def test_brgemm(M: int, N: int, K: int, dtype: torch.dtype, isa: str) -> None:
+    for form in linear.FORMS:
+        a, b = operands(form, M, N, K, dtype)
+        truth, plain = TRUTH[form](a.double(), b.double()), TRUTH[form](a, b)
+        for kind in (dtype, torch.float32):
+            whole = torch.full((M, N + 3), torch.nan, dtype=kind)
+            out = whole[:, :N]
+            with linear.force("brgemm"), target(isa):
+                getattr(linear, form)(a, b, out=out)
+                assert problem(out.to(dtype), truth, plain, K) == ""
+                if form != "nt":
+                    getattr(linear, form)(a, b, out=out, accumulate=True)
+                    assert problem(out.to(dtype), 2 * truth, plain + plain, K) == ""
+            assert whole[:, N:].isnan().all()
+        with linear.force("brgemm"), target(isa):
+            assert problem(getattr(linear, form)(a, b), truth, plain, K) == ""
+
+
+@pytest.mark.parametrize("dtype", TILED, ids=str)
+def test_brgemm_waits_for_a_group_of_columns(dtype: torch.dtype) -> None:
+    """More columns than 8 MB of tiles: 2,048 rows of 1,024."""
+    a, b = operands("nn", 2048, 1100, 4200, dtype)
+    with linear.force("brgemm"):
+        found = linear.nn(a, b)
+    assert problem(found, a.double() @ b.double(), a @ b, 4200) == ""
+
+
+@pytest.mark.parametrize("dtype", TILED, ids=str)
+def test_brgemm_gives_the_same_bits_on_every_number_of_threads(dtype: torch.dtype) -> None:
+    threads, found = torch.get_num_threads(), {}
+    try:
+        for n in (1, 2, 3, 7):
+            torch.set_num_threads(n)
+            for form in linear.FORMS:
+                for sizes in ((600, 200, 300), (2500, 70, 4300)):
+                    with linear.force("brgemm"):
+                        y = getattr(linear, form)(*operands(form, *sizes, dtype))
+                    assert torch.equal(found.setdefault((form, sizes), y), y)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", TILED, ids=str)
 @pytest.mark.parametrize("form", linear.FORMS)
-def test_long_float32_sums_keep_the_budget(form: str) -> None:
-    a, b = operands(form, 128, 192, 4096, torch.float32)
-    assert over_budget(form, a, b, TRUTH[form](a, b)) == ""
+def test_brgemm_keeps_a_nan_in_its_row(form: str, dtype: torch.dtype) -> None:
+    """Padding is zero on both sides, and what lies behind a row is not read."""
+    M, N, K = 270, 70, 90
+    a, b = operands(form, M, N, K, dtype)
+    (a if form != "tn" else a.t())[5] = torch.nan
+    behind = torch.full((*a.shape[:-1], a.shape[-1] + 64), torch.nan, dtype=dtype)
+    behind[:, : a.shape[-1]] = a
+    with linear.force("brgemm"):
+        y = getattr(linear, form)(behind[:, : a.shape[-1]], b)
+    assert y.isnan().all(1).nonzero().flatten().tolist() == [5]
+    assert y.isnan().any(1).sum() == 1
 
 
+@tiled(torch.float32)
 @pytest.mark.parametrize("form", linear.FORMS)
-def test_long_float32_sums_are_cut(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With sums in a known order on both sides: oneDNN's and MKL's differ from processor to processor."""
+def test_brgemm_is_as_exact_as_chains_of_192_terms(form: str) -> None:
+    """MKL's, on the processors that float32 goes to brgemm on. A chain of all terms has twice the error."""
 
-    def chain(a: Tensor, weight: Tensor, *_: object) -> Tensor:
-        """a weight^T, each sum one chain of float32 multiply-adds: oneDNN's order on a Zen 5."""
-        total, terms = torch.zeros(a.shape[0], weight.shape[0]), zip(a.double().t(), weight.double().t(), strict=True)
-        for x, y in terms:  # the product of two float32 numbers is exact in float64
-            total = torch.addcmul(total.double(), x.unsqueeze(1), y).float()
+    def chain(x: Tensor, weight: Tensor) -> Tensor:
+        total, terms = torch.zeros(x.shape[0], weight.shape[0]), zip(x.double().t(), weight.double().t(), strict=True)
+        for c, w in terms:  # the product of two float32 numbers is exact in float64
+            total = torch.addcmul(total.double(), c.unsqueeze(1), w).float()
         return total
 
     a, b = operands(form, 128, 192, 4096, torch.float32)
     x, weight = {"nt": (a, b), "nn": (a, b.t()), "tn": (a.t(), b.t())}[form]
     parts = zip(x.split(192, dim=1), weight.split(192, dim=1), strict=True)
-    theirs = functools.reduce(torch.add, (chain(*part) for part in parts))  # MKL's order there
-    monkeypatch.setattr(linear, "_onednn", chain)
-    assert over_budget(form, a, b, theirs) == ""
-    monkeypatch.setattr(linear, "_TERMS", dict.fromkeys(linear.FORMS, 4096))
-    assert "error" in over_budget(form, a, b, theirs)
+    truth, theirs = TRUTH[form](a.double(), b.double()), functools.reduce(torch.add, (chain(*part) for part in parts))
+    with linear.force("brgemm"):
+        assert judge(getattr(linear, form)(a, b), theirs, truth, FORWARD_FACTOR, torch.float32)[3] == ""
+    assert "error" in judge(chain(x, weight), theirs, truth, FORWARD_FACTOR, torch.float32)[3]
 
 
-@pytest.mark.skipif(linear._onednn is None, reason="this torch has no mkldnn._linear_pointwise")
+@tiled(torch.float32)
+def test_float16_is_multiplied_in_float32_tiles() -> None:
+    for form in linear.FORMS:
+        a, b = operands(form, 300, 70, 200, torch.float16)
+        truth, plain = TRUTH[form](a.double(), b.double()), TRUTH[form](a.float(), b.float()).half()
+        with linear.force("upcast"):
+            assert problem(getattr(linear, form)(a, b), truth, plain, 200) == ""
+            out = torch.full((300, 140), torch.nan, dtype=torch.float16)[:, ::2]  # which a tile is not written to
+            assert problem(getattr(linear, form)(a, b, out=out), truth, plain, 200) == ""
+
+
+@tiled(torch.float32)
+def test_brgemm_gives_way_where_torch_is_told_not_to_use_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_amd_family", 26)
+    assert linear.choose("nt", torch.float32, 2048, 2048, 2048) == "brgemm"
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert linear.choose("nt", torch.float32, 2048, 2048, 2048) == "torch"
+
+
+def test_an_out_of_another_shape_is_an_error() -> None:
+    for path in ("brgemm", "transposed", "copied"):
+        with linear.force(path), pytest.raises((ValueError, RuntimeError), match=r"out has shape|mat1|size"):
+            linear.nt(
+                torch.randn(40, 64).bfloat16(), torch.randn(72, 64).bfloat16(), out=torch.empty(40, 71).bfloat16()
+            )
+
+
+@tiled(torch.float32)
+@tiled(torch.bfloat16)
 def test_the_frozen_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "_amx", False)
     monkeypatch.setattr(linear, "_amd_family", 25)
@@ -171,17 +243,27 @@ def test_the_frozen_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "_amd_family", 26)
     f32, bf16, f16, f64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
     for form in linear.FORMS:
-        assert linear.choose(form, f32, 2048, 2048, 2048) == "onednn"
-        assert linear.choose(form, bf16, 2048, 2048, 2048) == "torch"
+        assert linear.choose(form, f32, 2048, 2048, 2048) == "brgemm"
+        assert linear.choose(form, bf16, 2048, 2048, 2048) == "brgemm"
         assert linear.choose(form, f16, 2048, 2048, 2048) == "upcast"
         for dtype in (f32, bf16, f16, f64):
             assert linear.choose(form, dtype, 8, 8, 8) == "torch"
         assert linear.choose(form, f64, 2048, 2048, 2048) == "torch"
     for dtype in (f32, bf16):
         assert [linear.choose("nt", dtype, M, 2048, 2048) for M in (1, 4)] == ["gemv", "gemv"]
-    assert linear.choose("nn", bf16, 512, 2048, 32000) == "transposed"
+    for M in (5, 64):
+        assert linear.choose("nt", f32, M, 2048, 2048) == "brgemm"
+    for form, M, N, K in (
+        ("nt", 256, 2048, 2048),
+        ("nn", 128, 2048, 2048),
+        ("nn", 512, 2048, 256),
+        ("tn", 2048, 2048, 256),
+    ):
+        assert linear.choose(form, bf16, M, N, K) == "torch"
     assert linear.choose("tn", f32, 2048, 2048, 1) == "torch"
-    assert linear.explain("nn", bf16, 512, 2048, 32000).startswith("nn bfloat16 [512, 2048] over 32000: transposed (")
+    assert linear.explain("nn", bf16, 512, 2048, 32000).startswith("nn bfloat16 [512, 2048] over 32000: brgemm (")
+    monkeypatch.setattr(linear, "_amd_family", 25)
+    assert linear.choose("nn", bf16, 512, 2048, 32000) == "transposed"
 
 
 @pytest.mark.skipif(linear._transpose is None, reason="the native library is not built")
@@ -282,20 +364,21 @@ def test_explain_shows_the_products() -> None:
 
 
 def test_an_absent_path_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_onednn", None)
+    monkeypatch.setattr(linear, "_has_brgemm", set())
     monkeypatch.setattr(linear, "_gemv", None)
     assert linear.choose("nt", torch.float32, 2048, 2048, 2048) == "torch"
     assert linear.choose("nt", torch.float32, 1, 2048, 2048) == "torch"
     assert problems(None, "nt", torch.float32) == []
-    with pytest.raises(ValueError, match="path: 'mkl' is not one of torch, onednn"), linear.force("mkl"):
+    with pytest.raises(ValueError, match="path: 'mkl' is not one of torch, brgemm"), linear.force("mkl"):
         pass
 
 
+@tiled(torch.float32)
 def test_plain_torch_where_something_watches(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("a fast path ran")
 
-    monkeypatch.setattr(linear, "_multiply", refuse)
+    monkeypatch.setattr(linear, "_by_tiles", refuse)
     monkeypatch.setattr(linear, "_gemv", refuse)
     monkeypatch.setattr(linear, "_amd_family", 26)
     # small whole numbers: every sum is exact, in whatever order it is taken

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../ops.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace llama_fast::cpu {
@@ -181,23 +182,6 @@ void run_by_cost(const Wave& wave, const Count& count_of, const Cost& cost_of, c
   std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
   run_tasks(wave, tasks, body);
 }
-
-// Uninitialised memory for `count` T, aligned to a cache line.
-template <class T>
-class Scratch {
- public:
-  explicit Scratch(int64_t count)
-      : data_(static_cast<T*>(std::aligned_alloc(64, (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64))) {
-    if (data_ == nullptr) throw std::bad_alloc();
-  }
-  ~Scratch() { std::free(data_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  T* data() const { return data_; }
-
- private:
-  T* data_;
-};
 
 // The backward, wave by wave. pack(head, tile, thread, rows) packs a tile of rows into `row_floats` floats; then
 // block(head, block, thread, rows, dq), for each block of `keys` keys, does what the block takes part in, with the

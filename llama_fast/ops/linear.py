@@ -11,7 +11,6 @@ recorded, and under torch.compile, autocast, functorch and forward-mode AD, all 
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -33,15 +32,15 @@ from llama_fast.ops.dispatch import once_differentiable, plain
 FORMS = ("nt", "nn", "tn")
 
 _SLICE_BYTES = 8 << 20  # of a product that cannot be written in place: two of them fit the last cache
-# Terms that oneDNN may add to one float32 sum: in one chain of 2048 its error is 2.3 times MKL's; in parts of 192,
-# which are MKL's own, the same; of 384 1.37 times. The budget is 1.0 times eager's error forward, 1.5 times backward.
-_TERMS = {"nt": 192, "nn": 384, "tn": 384}
 _ZEN5 = 26  # AMD's family number: the first of its processors with 512-bit multiply-adds at full rate
 _ALL = 1 << 62
 _REGISTER = 32  # bfloat16 numbers that oneDNN reads at once of a first operand, past the end of a row too
+_F32 = (torch.float32,)
 _BF16 = (torch.bfloat16,)
 _HALF = (torch.bfloat16, torch.float16)
-_ONEDNN_REASON = "oneDNN uses 512-bit multiply-adds, MKL does not on this processor: twice as fast in float32"
+_UPCAST = (torch.float16, torch.float32)
+_BRGEMM_REASON = "oneDNN's kernel for a tile: whole products lose a tenth of it to rearranging their operands"
+_BRGEMM_F32_REASON = "oneDNN's kernel for a tile uses 512-bit multiply-adds, MKL does not on this processor"
 _COPIED_REASON = "oneDNN takes twice the time for a first operand that lies across: a copy of dy^T pays"
 _BEHIND_REASON = "oneDNN reads on behind the rows of the first operand: those of a copy end in zeros"
 _TRANSPOSED_REASON = "(W x^T)^T: oneDNN rearranges its second operand, and x is the smaller one"
@@ -78,16 +77,11 @@ class Rule:
 RULES = (  # the first that applies and can run; else "torch"
     Rule("transposed", _BF16, ("nt",), _TRANSPOSED_REASON, flops=1 << 24, M=(5, 64), N=(1024, _ALL), amx=True),
     Rule("gemv", (torch.float32, torch.bfloat16), ("nt",), "1 to 4 rows: bound by reading W", flops=1 << 18, M=(1, 4)),
-    Rule(
-        "onednn",
-        (torch.float32,),
-        ("nt", "nn"),
-        _ONEDNN_REASON,
-        flops=1 << 23,
-        M=(4, _ALL),
-        amd_family=_ZEN5,
-    ),
-    Rule("onednn", (torch.float32,), ("tn",), _ONEDNN_REASON, flops=1 << 23, K=(8, _ALL), amd_family=_ZEN5),
+    Rule("brgemm", _F32, ("nt", "nn"), _BRGEMM_F32_REASON, flops=1 << 23, M=(4, _ALL), amd_family=_ZEN5),
+    Rule("brgemm", _F32, ("tn",), _BRGEMM_F32_REASON, flops=1 << 23, K=(8, _ALL), amd_family=_ZEN5),
+    Rule("brgemm", _BF16, ("nt",), _BRGEMM_REASON, flops=1 << 23, M=(512, _ALL), amd_family=_ZEN5),
+    Rule("brgemm", _BF16, ("nn",), _BRGEMM_REASON, flops=1 << 23, M=(256, _ALL), K=(512, _ALL), amd_family=_ZEN5),
+    Rule("brgemm", _BF16, ("tn",), _BRGEMM_REASON, flops=1 << 23, K=(512, _ALL), amd_family=_ZEN5),
     Rule("copied", _BF16, ("tn",), _COPIED_REASON, flops=1 << 23, M=(1024, _ALL), N=(512, _ALL), amx=True),
     Rule("copied", _BF16, ("tn",), _COPIED_REASON, flops=1 << 23, M=(512, _ALL), N=(1024, _ALL), amx=True),
     Rule("transposed", _BF16, ("nt",), _TRANSPOSED_REASON, M=(65, 256), N=(2048, _ALL), K=(512, _ALL), amx=True),
@@ -106,7 +100,7 @@ RULES = (  # the first that applies and can run; else "torch"
     ),
     Rule("upcast", (torch.float16,), FORMS, "torch multiplies float16 element by element", flops=1 << 18),
 )
-PATHS = ("torch", "onednn", "transposed", "copied", "upcast", "gemv")
+PATHS = ("torch", "brgemm", "transposed", "copied", "upcast", "gemv")
 
 _forced: ContextVar[str | None] = ContextVar("llama_fast_linear", default=None)
 
@@ -127,14 +121,15 @@ def force(path: str | None) -> Iterator[None]:
         _forced.reset(token)
 
 
-try:
-    _onednn: Any = torch.ops.mkldnn._linear_pointwise.default if platform.machine() in ("x86_64", "AMD64") else None
-except (AttributeError, RuntimeError):
-    _onednn = None
-
 _native, _ = library.load("_native")
 _gemv: Any = None if _native is None else _native.cpu.gemv
 _transpose: Any = None if _native is None else _native.cpu.transpose
+_brgemm: Any = None if _native is None else _native.cpu.brgemm
+_has_brgemm: set[torch.dtype] = set()
+if _native is not None:
+    _has_brgemm.update(
+        d for d, half in ((torch.float32, False), (torch.bfloat16, True)) if _native.cpu.has_brgemm(half)
+    )
 _amd_family: int = 0 if _native is None else _native.cpu.amd_family()
 _amx: bool = _native is not None and "amx" in _native.cpu.isas()
 
@@ -145,15 +140,15 @@ def forced() -> str | None:
 
 
 def _can(path: str, form: str, dtype: torch.dtype, M: int, K: int) -> bool:
-    if path == "onednn":
-        return _onednn is not None and bool(torch.backends.mkldnn.enabled) and dtype in (torch.float32, torch.bfloat16)
+    if path == "brgemm":
+        return dtype in _has_brgemm and bool(torch.backends.mkldnn.enabled)
     if path == "gemv":
         return _gemv is not None and form == "nt" and 1 <= M <= 4 and K > 0 and dtype != torch.float64
     if path == "copied":
         return _transpose is not None and dtype in _HALF
     if path == "transposed" and form == "nt":
         return K % _REGISTER == 0  # the rows of W are read in whole registers, and a NaN behind one would stay
-    return path != "upcast" or (dtype == torch.float16 and _onednn is not None)
+    return path != "upcast" or dtype == torch.float16
 
 
 def _find(form: str, dtype: torch.dtype, M: int, N: int, K: int) -> tuple[str, str]:
@@ -285,6 +280,8 @@ def _product(form: str, a: Tensor, b: Tensor, out: Tensor | None, accumulate: bo
         if accumulate:
             return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    if path != "torch" and out is not None and tuple(out.shape) != (M, N):
+        raise ValueError(f"out has shape {tuple(out.shape)}, expected {(M, N)}")
     if path == "gemv" and not accumulate:
         out = a.new_empty(M, N) if out is None else out
         _gemv(rows(a), rows(b.t()), out)
@@ -293,21 +290,19 @@ def _product(form: str, a: Tensor, b: Tensor, out: Tensor | None, accumulate: bo
         return _copied(a, b, out, accumulate)
     if path == "transposed" and form == "nt":
         return _transposed(a, b, out)
-    parted = path == "onednn" and a.dtype == torch.float32 and _TERMS[form] < K
+    if path == "brgemm":
+        return _by_tiles(a, b, out, accumulate)
+    if path == "upcast":
+        return _upcast(a, b, out, accumulate)
     if out is None:
-        if path != "upcast" and not parted:
-            return _multiply(path, a, b)
-        out = a.new_empty(M, N)
+        return _turn(torch.mm(b.t(), a.t())) if path == "transposed" else torch.mm(a, b)
     # out = product needs the product first: by slices, so that little memory is needed for it
     for i, j in _slices(form, M, N, a.element_size()):
-        step = _TERMS[form] if parted else max(K, 1)
-        for k in range(0, max(K, 1), step):
-            terms = slice(k, k + step)
-            part = _multiply(path, a[i, terms], b[terms, j])
-            if accumulate or k > 0:
-                out[i, j] += part
-            else:
-                out[i, j] = part
+        part = _turn(torch.mm(b[:, j].t(), a[i].t())) if path == "transposed" else torch.mm(a[i], b[:, j])
+        if accumulate:
+            out[i, j] += part
+        else:
+            out[i, j] = part
     return out
 
 
@@ -321,17 +316,26 @@ def _slices(form: str, M: int, N: int, item: int) -> Iterator[tuple[slice, slice
         yield (part, slice(None)) if by_rows else (slice(None), part)
 
 
-def _multiply(path: str, a: Tensor, b: Tensor) -> Tensor:
-    if path == "onednn":
-        weight = b.t()
-        if not (weight.is_contiguous() or b.is_contiguous()):
-            weight = weight.contiguous()  # oneDNN multiplies a second operand with gaps by its reference loop
-        return _onednn(a, weight, None, "none", [], "")
-    if path == "transposed":
-        return _turn(torch.mm(b.t(), a.t()))
-    if path == "upcast":
-        return _onednn(a.float(), b.t().float(), None, "none", [], "").to(a.dtype)
-    return torch.mm(a, b)
+def _by_tiles(a: Tensor, b: Tensor, out: Tensor | None, accumulate: bool) -> Tensor:
+    """a b by oneDNN's kernel for a tile (csrc/cpu/brgemm.cpp)."""
+    out = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
+    if out.stride(1) != 1 or out.dtype not in (a.dtype, torch.float32):
+        product = _by_tiles(a, b, None, False)
+        return out.add_(product) if accumulate else out.copy_(product)
+    a, b = (x if 1 in x.stride() else x.contiguous() for x in (a, b))
+    _brgemm(a, b, out, accumulate)
+    return out
+
+
+def _upcast(a: Tensor, b: Tensor, out: Tensor | None, accumulate: bool) -> Tensor:
+    """a b of float16, multiplied in float32."""
+    out = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
+    x, y = a.float(), b.float()
+    if _can("brgemm", "nt", torch.float32, *a.shape) and out.stride(1) == 1 and out.dtype in _UPCAST:
+        _brgemm(x, y, out, accumulate)
+        return out
+    product = torch.mm(x, y)
+    return out.add_(product) if accumulate else out.copy_(product)
 
 
 def _into(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> Tensor:
