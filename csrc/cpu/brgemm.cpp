@@ -103,6 +103,7 @@ constexpr int64_t kMostRows = 8 * kRows;  // for which a panel of b is packed on
 constexpr int64_t kPacked = 8 << 20;      // bytes of a's that are packed at a time: they stay in the last cache
 constexpr int64_t kWaiting = 8 << 20;     // bytes of the tiles that wait for their next terms
 constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kAhead = 16;  // units, of which an operand's memory is asked for
 
 // A unit is 32 bits: a float32, or two bfloat16 of consecutive terms, as the kernel takes the second operand.
 constexpr int64_t kPart = 128;   // units that are one chain of sums: MKL's chains of 192 err more
@@ -195,7 +196,12 @@ void pack(const Operand<T>& from, int64_t line, int64_t lines, int64_t known, in
       for (int64_t k = 0; k < whole_units; k += 8) put(units_along(from, line + l, u + k), l, k);
   } else if (!to_along && !along) {
     for (int64_t k = 0; k < whole_units; ++k)
-      for (int64_t l = 0; l < whole_lines; l += 8) put(units_across(from, line + l, u + k), l, k);
+      for (int64_t l = 0; l < whole_lines; l += 8) {
+        // rows of two to four cache lines far from each other, which the processor does not foresee
+        for (int64_t i = 0; i < Format<T>::kTerms; ++i)
+          __builtin_prefetch(from.at(line + l, (u + k + kAhead) * Format<T>::kTerms + i));
+        put(units_across(from, line + l, u + k), l, k);
+      }
   } else {
     Units a[8];
     const auto block = [&](int64_t l, int64_t k) {

@@ -21,17 +21,17 @@ _CHUNKS = (
     4  # each adds its dweight to the sum in half precision, rounding: 4 keep the error within 1.5x of one rounding
 )
 _CHUNK_ROWS = 512  # fewer make W, read once a chunk and a product, the bottleneck
-_ACCUMULATOR_ROWS = 1024  # the same where a float32 accumulator of dweight is read and written too
+_SUMMED_ROWS = 1024  # the same where a half-precision dweight, or its float32 accumulator, is read and written too
 
 
 def plan(R: int, C: int, V: int, item: int, dweight: bool) -> tuple[int, bool]:
     """(rows of a chunk, whether dweight is summed in a float32 copy): the least memory that keeps speed and error."""
     if not dweight or item == 4:
         return min(R, _CHUNK_ROWS), False
-    rows = max(-(-R // _CHUNKS), min(R, _CHUNK_ROWS // 2))
-    if rows * item <= _ACCUMULATOR_ROWS * item + C * 4:  # bytes for each class of V
+    rows = max(-(-R // _CHUNKS), min(-(-R // 2), _SUMMED_ROWS), min(R, _CHUNK_ROWS // 2))
+    if rows * item <= _SUMMED_ROWS * item + C * 4:  # bytes for each class of V
         return rows, False
-    return _ACCUMULATOR_ROWS, True
+    return _SUMMED_ROWS, True
 
 
 def _part(x: Tensor, chunk: slice | None) -> Tensor:
