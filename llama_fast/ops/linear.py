@@ -38,7 +38,7 @@ _REGISTER = 32  # bfloat16 numbers that oneDNN reads at once of a first operand,
 _F32 = (torch.float32,)
 _BF16 = (torch.bfloat16,)
 _HALF = (torch.bfloat16, torch.float16)
-_UPCAST = (torch.float16, torch.float32)
+_TILE_RESULTS = {torch.float32: (torch.float32, torch.float16), torch.bfloat16: (torch.bfloat16, torch.float32)}
 _BRGEMM_REASON = "oneDNN's kernel for a tile: whole products lose a tenth of it to rearranging their operands"
 _BRGEMM_F32_REASON = "oneDNN's kernel for a tile uses 512-bit multiply-adds, MKL does not on this processor"
 _COPIED_REASON = "oneDNN takes twice the time for a first operand that lies across: a copy of dy^T pays"
@@ -142,13 +142,15 @@ def forced() -> str | None:
 def _can(path: str, form: str, dtype: torch.dtype, M: int, K: int) -> bool:
     if path == "brgemm":
         return dtype in _has_brgemm and bool(torch.backends.mkldnn.enabled)
+    if path == "upcast":
+        return dtype == torch.float16 and _can("brgemm", form, torch.float32, M, K)
     if path == "gemv":
         return _gemv is not None and form == "nt" and 1 <= M <= 4 and K > 0 and dtype != torch.float64
     if path == "copied":
         return _transpose is not None and dtype in _HALF
     if path == "transposed" and form == "nt":
         return K % _REGISTER == 0  # the rows of W are read in whole registers, and a NaN behind one would stay
-    return path != "upcast" or dtype == torch.float16
+    return True
 
 
 def _find(form: str, dtype: torch.dtype, M: int, N: int, K: int) -> tuple[str, str]:
@@ -290,10 +292,8 @@ def _product(form: str, a: Tensor, b: Tensor, out: Tensor | None, accumulate: bo
         return _copied(a, b, out, accumulate)
     if path == "transposed" and form == "nt":
         return _transposed(a, b, out)
-    if path == "brgemm":
+    if path in ("brgemm", "upcast"):
         return _by_tiles(a, b, out, accumulate)
-    if path == "upcast":
-        return _upcast(a, b, out, accumulate)
     if out is None:
         return _turn(torch.mm(b.t(), a.t())) if path == "transposed" else torch.mm(a, b)
     # out = product needs the product first: by slices, so that little memory is needed for it
@@ -317,25 +317,16 @@ def _slices(form: str, M: int, N: int, item: int) -> Iterator[tuple[slice, slice
 
 
 def _by_tiles(a: Tensor, b: Tensor, out: Tensor | None, accumulate: bool) -> Tensor:
-    """a b by oneDNN's kernel for a tile (csrc/cpu/brgemm.cpp)."""
+    """a b by oneDNN's kernel for a tile (csrc/cpu/brgemm.cpp); float16 in float32."""
     out = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
-    if out.stride(1) != 1 or out.dtype not in (a.dtype, torch.float32):
+    if a.dtype == torch.float16:
+        a, b = a.float(), b.float()
+    if out.stride(1) != 1 or out.dtype not in _TILE_RESULTS[a.dtype]:
         product = _by_tiles(a, b, None, False)
         return out.add_(product) if accumulate else out.copy_(product)
     a, b = (x if 1 in x.stride() else x.contiguous() for x in (a, b))
     _brgemm(a, b, out, accumulate)
     return out
-
-
-def _upcast(a: Tensor, b: Tensor, out: Tensor | None, accumulate: bool) -> Tensor:
-    """a b of float16, multiplied in float32."""
-    out = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
-    x, y = a.float(), b.float()
-    if _can("brgemm", "nt", torch.float32, *a.shape) and out.stride(1) == 1 and out.dtype in _UPCAST:
-        _brgemm(x, y, out, accumulate)
-        return out
-    product = torch.mm(x, y)
-    return out.add_(product) if accumulate else out.copy_(product)
 
 
 def _into(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> Tensor:

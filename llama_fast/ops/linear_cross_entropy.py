@@ -139,9 +139,9 @@ def linear_cross_entropy(
         backward for "none" and in float16, where the loss may be scaled. Logits and their gradients are rounded to the
         dtype of `hidden`, as eager PyTorch does.
     Memory:   keeps the inputs, dhidden and dweight for the backward ("none", float16: the inputs). Beyond them the
-        logits of 512 rows in float32; in half precision those of R/4 rows, below R 4096 of R/2 (256 to 1024), or those of
-        1024 rows and a float32 copy of dweight where this is less; with the backends `cuda` and `triton`, 4096 < R <= 2 C and
-        many classes (from V 16384 on at R 8192, C 4096), those of 512 rows.
+        logits of 512 rows in float32; in half precision those of R/4 rows, below R 4096 of R/2 (256 to 1024), or those
+        of 1024 rows and a float32 copy of dweight where this is less; with the backends `cuda` and `triton`,
+        4096 < R <= 2 C and many classes (from V 16384 on at R 8192, C 4096), those of 512 rows.
     Error:    forward at most 1.0x, backward 1.5x that of F.cross_entropy(F.linear(hidden, weight).float(), targets) in
         the same dtype plus one ulp, against float64.
     Repeats:  bitwise, for equal shape, dtype, number of threads and backend.
