@@ -157,6 +157,16 @@ def test_brgemm_waits_for_a_group_of_columns(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", TILED, ids=str)
+def test_brgemm_of_rows_far_apart(dtype: torch.dtype) -> None:
+    """256 rows 8 MB apart, 2 GB of which little is touched: oneDNN's kernel takes no such distance."""
+    stride = 2**23 // dtype.itemsize
+    a, b = operands("nn", 256, 70, 64, dtype)
+    far = torch.empty(255 * stride + 64, dtype=dtype).as_strided(a.shape, (stride, 1)).copy_(a)
+    with linear.force("brgemm"):
+        assert torch.equal(linear.nn(far, b), linear.nn(a, b))
+
+
+@pytest.mark.parametrize("dtype", TILED, ids=str)
 def test_brgemm_gives_the_same_bits_on_every_number_of_threads(dtype: torch.dtype) -> None:
     threads, found = torch.get_num_threads(), {}
     try:
@@ -231,6 +241,24 @@ def test_an_out_of_another_shape_is_an_error() -> None:
             linear.nt(
                 torch.randn(40, 64).bfloat16(), torch.randn(72, 64).bfloat16(), out=torch.empty(40, 71).bfloat16()
             )
+
+
+@pytest.mark.parametrize("path", ["brgemm", "upcast", "transposed", "gemv"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_out_on_another_device_is_an_error(dtype: torch.dtype, path: str) -> None:
+    x, weight, out = torch.randn(3, 64), torch.randn(64, 64), torch.empty(3, 64, dtype=dtype, device="meta")
+    with linear.force(path), pytest.raises((ValueError, RuntimeError), match=r"meta|device"):
+        linear.nt(x.to(dtype), weight.to(dtype), out=out)
+
+
+@pytest.mark.parametrize("path", ["torch", "brgemm", "gemv", "copied"])
+@pytest.mark.parametrize("convert", [Tensor.to_sparse, Tensor.to_sparse_csr])
+def test_sparse_operands_are_plain_torchs(convert: Callable[[Tensor], Tensor], path: str) -> None:
+    # small whole numbers: every sum is exact
+    x, weight = (torch.randint(-4, 5, (n, 256)).float() for n in (4, 300))
+    for a, b in ((convert(x), weight), (x, convert(weight))):
+        with linear.force(path):
+            assert torch.equal(linear.linear(a, b), F.linear(x, weight))
 
 
 @tiled(torch.float32)

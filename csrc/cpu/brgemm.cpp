@@ -260,8 +260,10 @@ void brgemm(const Operand<T>& a, const Operand<T>& b, int64_t M, int64_t N, int6
   const auto release = kernels().release;
   const int64_t units = round_up(blocks(K, F::kTerms), F::kStep), deep = std::min(units, piece(units, kMost, kPart));
   const int64_t chunks = blocks(N, kColumns), threads = max_threads();
-  // Whole blocks of a are read where they lie, if terms lie side by side and none is missing.
-  const bool direct = a.term_stride == 1 && K == units * F::kTerms;
+  // Whole blocks of a are read where they lie, if terms lie side by side, none is missing, and the rows are no further
+  // apart than the kernel takes: it counts the bytes of a block in 31 bits.
+  const bool direct = a.term_stride == 1 && K == units * F::kTerms &&
+                      a.line_stride <= INT32_MAX / (kRows * static_cast<int64_t>(sizeof(T)));
   const int64_t most = direct ? kMostRows : std::clamp(kPacked / 4 / units / kRows * kRows, kRows, kMostRows);
   const int64_t row_piece = std::min(round_up(M, kRowStep), piece(M, most, kRows));
   // Where the terms come in pieces, all columns of a group take one before any takes the next, so that a's is read from

@@ -181,6 +181,8 @@ def _watched(a: Tensor, b: Tensor) -> bool:
         or a.device.type != "cpu"
         or b.device.type != "cpu"
         or a.dtype != b.dtype
+        or a.layout is not torch.strided
+        or b.layout is not torch.strided
         or not plain(a, b)
         or torch.is_autocast_enabled("cpu")
         or torch._C._are_functorch_transforms_active()
@@ -282,8 +284,8 @@ def _product(form: str, a: Tensor, b: Tensor, out: Tensor | None, accumulate: bo
         if accumulate:
             return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
-    if path != "torch" and out is not None and tuple(out.shape) != (M, N):
-        raise ValueError(f"out has shape {tuple(out.shape)}, expected {(M, N)}")
+    if path != "torch" and out is not None and (tuple(out.shape) != (M, N) or out.device != a.device):
+        raise ValueError(f"out has shape {tuple(out.shape)} on {out.device}, expected {(M, N)} on {a.device}")
     if path == "gemv" and not accumulate:
         out = a.new_empty(M, N) if out is None else out
         _gemv(rows(a), rows(b.t()), out)
