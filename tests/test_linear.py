@@ -217,12 +217,15 @@ def test_brgemm_is_as_exact_as_chains_of_192_terms(form: str) -> None:
 
 
 @tiled(torch.float32)
-def test_float16_is_multiplied_in_float32_tiles() -> None:
+@pytest.mark.parametrize("isa", ISAS)
+def test_float16_is_multiplied_in_float32_tiles(isa: str) -> None:
     for form in linear.FORMS:
         a, b = operands(form, 300, 70, 200, torch.float16)
         truth, plain = TRUTH[form](a.double(), b.double()), TRUTH[form](a.float(), b.float()).half()
-        with linear.force("upcast"):
+        with linear.force("upcast"), target(isa):
             assert problem(getattr(linear, form)(a, b), truth, plain, 200) == ""
+            wide = getattr(linear, form)(a, b, out=torch.empty(300, 70))
+            assert (wide - truth).abs().max() <= 1e-5 * truth.abs().max()  # nothing is rounded to float16
             out = torch.full((300, 140), torch.nan, dtype=torch.float16)[:, ::2]  # which a tile is not written to
             assert problem(getattr(linear, form)(a, b, out=out), truth, plain, 200) == ""
 

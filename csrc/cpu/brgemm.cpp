@@ -125,6 +125,9 @@ struct Format<bf16> {
   static Kernel<c10::BFloat16> kernel() { return kernels().bf16; }
 };
 
+template <>
+struct Format<f16> : Format<float> {};  // widened when it is packed
+
 // An operand seen from the other's side: `lines` rows of a or columns of b, and `terms` along which the sum goes.
 template <class T>
 struct Operand {
@@ -224,6 +227,28 @@ void pack(const Operand<T>& from, int64_t line, int64_t lines, int64_t known, in
       to[l * line_units + k * unit_units] = line + l < known ? unit(from, line + l, u + k, terms) : 0;
 }
 
+// The same for float16, as float32, by blocks that are widened in the first cache.
+void pack(const Operand<f16>& from, int64_t line, int64_t lines, int64_t known, int64_t u, int64_t units, int64_t terms,
+          uint32_t* to, int64_t line_units, int64_t unit_units) {
+  constexpr int64_t kSide = 64;
+  alignas(64) float wide[kSide * kSide];
+  const bool along = from.term_stride == 1;
+  const Operand<float> block{wide, along ? kSide : 1, along ? 1 : kSide};
+  for (int64_t l = 0; l < lines; l += kSide)
+    for (int64_t k = 0; k < units; k += kSide) {
+      const int64_t known_lines = std::clamp(known - line - l, int64_t{0}, kSide);
+      const int64_t known_units = std::clamp(terms - u - k, int64_t{0}, kSide);
+      for (int64_t i = 0; i < (along ? known_lines : known_units); ++i) {
+        const f16* const row = along ? from.at(line + l + i, u + k) : from.at(line + l, u + k + i);
+        for_each_vector(0, along ? known_units : known_lines, [&](int64_t c, auto n) {
+          write_lanes<false>(wide + i * kSide + c, load_lanes(row + c, n), n);
+        });
+      }
+      pack(block, 0, std::min(kSide, lines - l), known_lines, 0, std::min(kSide, units - k), known_units,
+           to + l * line_units + k * unit_units, line_units, unit_units);
+    }
+}
+
 template <class T>
 Operand<T> operand(const Tensor& t, int line_dim, int term_dim) {
   return {t.ptr<const T>(), t.stride[line_dim], t.stride[term_dim]};
@@ -262,7 +287,7 @@ void brgemm(const Operand<T>& a, const Operand<T>& b, int64_t M, int64_t N, int6
   const int64_t chunks = blocks(N, kColumns), threads = max_threads();
   // Whole blocks of a are read where they lie, if terms lie side by side, none is missing, and the rows are no further
   // apart than the kernel takes: it counts the bytes of a block in 31 bits.
-  const bool direct = a.term_stride == 1 && K == units * F::kTerms &&
+  const bool direct = !std::is_same_v<T, f16> && a.term_stride == 1 && K == units * F::kTerms &&
                       a.line_stride <= INT32_MAX / (kRows * static_cast<int64_t>(sizeof(T)));
   const int64_t most = direct ? kMostRows : std::clamp(kPacked / 4 / units / kRows * kRows, kRows, kMostRows);
   const int64_t row_piece = std::min(round_up(M, kRowStep), piece(M, most, kRows));
@@ -328,14 +353,12 @@ void brgemm(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate
     using T = decltype(element);
     brgemm<T, decltype(result)>(operand<T>(a, 0, 1), operand<T>(b, 1, 0), M, N, K, out, accumulate);
   };
-  if (a.dtype == DType::bf16 && out.dtype == DType::bf16)
-    run(bf16{}, bf16{});
-  else if (a.dtype == DType::bf16)
-    run(bf16{}, float{});
-  else if (out.dtype == DType::f16)
-    run(float{}, f16{});
-  else
-    run(float{}, float{});
+  with_dtype(a.dtype, [&](auto element) {
+    if (out.dtype == DType::f32)
+      run(element, float{});
+    else
+      run(element, element);
+  });
 }
 
 }  // namespace

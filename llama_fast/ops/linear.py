@@ -38,7 +38,6 @@ _REGISTER = 32  # bfloat16 numbers that oneDNN reads at once of a first operand,
 _F32 = (torch.float32,)
 _BF16 = (torch.bfloat16,)
 _HALF = (torch.bfloat16, torch.float16)
-_TILE_RESULTS = {torch.float32: (torch.float32, torch.float16), torch.bfloat16: (torch.bfloat16, torch.float32)}
 _BRGEMM_REASON = "oneDNN's kernel for a tile: whole products lose a tenth of it to rearranging their operands"
 _BRGEMM_F32_REASON = "oneDNN's kernel for a tile uses 512-bit multiply-adds, MKL does not on this processor"
 _COPIED_REASON = "oneDNN takes twice the time for a first operand that lies across: a copy of dy^T pays"
@@ -321,9 +320,7 @@ def _slices(form: str, M: int, N: int, item: int) -> Iterator[tuple[slice, slice
 def _by_tiles(a: Tensor, b: Tensor, out: Tensor | None, accumulate: bool) -> Tensor:
     """a b by oneDNN's kernel for a tile (csrc/cpu/brgemm.cpp); float16 in float32."""
     out = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
-    if a.dtype == torch.float16:
-        a, b = a.float(), b.float()
-    if out.stride(1) != 1 or out.dtype not in _TILE_RESULTS[a.dtype]:
+    if out.stride(1) != 1 or out.dtype not in (a.dtype, torch.float32):
         product = _by_tiles(a, b, None, False)
         return out.add_(product) if accumulate else out.copy_(product)
     a, b = (x if 1 in x.stride() else x.contiguous() for x in (a, b))
