@@ -21,8 +21,6 @@ namespace llama_fast::cpu {
 constexpr int64_t kMostRows = 128;  // of a tile
 constexpr int64_t kKeys = 128;      // keys of a block: long enough to hide loading and storing the accumulators of out
 
-constexpr int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
 struct Range {
   int64_t begin, end;
   bool empty() const { return begin >= end; }

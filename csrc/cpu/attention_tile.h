@@ -24,8 +24,6 @@ LF_INLINE float exponent_factor(double scale) {
 template <class U>
 constexpr int64_t kRows = kPerUnit<U> == 2 ? 64 : 32;
 
-LF_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
 // acc += a b over `count` units, one after the other.
 template <int NV, class U>
 LF_INLINE void multiply_chain(const U* a, int64_t a_n, int64_t a_m, const U* b, int64_t b_n, int64_t count,

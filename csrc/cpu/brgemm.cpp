@@ -171,18 +171,6 @@ LF_INLINE Units units_along(const Operand<T>& from, int64_t line, int64_t u) {
   return a;
 }
 
-// Rows become columns: three rounds in which the lanes of rows i and i + 4 take turns.
-LF_INLINE void transpose(Units (&a)[8]) {
-  Units b[8];
-  for (int round = 0; round < 3; ++round) {
-    for (int i = 0; i < 4; ++i) {
-      b[2 * i] = shuffle<0, 8, 1, 9, 2, 10, 3, 11>(a[i], a[i + 4]);
-      b[2 * i + 1] = shuffle<4, 12, 5, 13, 6, 14, 7, 15>(a[i], a[i + 4]);
-    }
-    for (int i = 0; i < 8; ++i) a[i] = b[i];
-  }
-}
-
 // to[line * line_units + u * unit_units] for lines [line, line + lines) and units [u, u + units); terms from `terms` on
 // and lines from `known` on are zero. One of line_units and unit_units is 1.
 template <class T>
@@ -210,7 +198,7 @@ void pack(const Operand<T>& from, int64_t line, int64_t lines, int64_t known, in
     const auto block = [&](int64_t l, int64_t k) {
       for (int i = 0; i < 8; ++i)
         a[i] = along ? units_along(from, line + l + i, u + k) : units_across(from, line + l, u + k + i);
-      transpose(a);
+      transpose_8x8(a);
       for (int i = 0; i < 8; ++i) put(a[i], l + (to_along ? i : 0), k + (to_along ? 0 : i));
     };
     if (along) {  // whole cache lines of `to`: sixteen lines of `from` at a time
@@ -269,11 +257,8 @@ void write_tile(const float* tile, Out* out, int64_t stride, int64_t rows, int64
   }
 }
 
-int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
-int64_t round_up(int64_t n, int64_t step) { return blocks(n, step) * step; }
-
 // n cut into the fewest equal pieces of at most `most`, each a multiple of `step`.
-int64_t piece(int64_t n, int64_t most, int64_t step) { return round_up(blocks(n, blocks(n, most)), step); }
+int64_t piece(int64_t n, int64_t most, int64_t step) { return round_up(blocks_of(n, blocks_of(n, most)), step); }
 
 template <class T, class Out>
 void brgemm(const Operand<T>& a, const Operand<T>& b, int64_t M, int64_t N, int64_t K, const Tensor& out,
@@ -283,8 +268,8 @@ void brgemm(const Operand<T>& a, const Operand<T>& b, int64_t M, int64_t N, int6
   constexpr bool kPairs = F::kTerms > 1;
   const auto kernel = F::kernel();
   const auto release = kernels().release;
-  const int64_t units = round_up(blocks(K, F::kTerms), F::kStep), deep = std::min(units, piece(units, kMost, kPart));
-  const int64_t chunks = blocks(N, kColumns), threads = max_threads();
+  const int64_t units = round_up(blocks_of(K, F::kTerms), F::kStep), deep = std::min(units, piece(units, kMost, kPart));
+  const int64_t chunks = blocks_of(N, kColumns), threads = max_threads();
   // Whole blocks of a are read where they lie, if terms lie side by side, none is missing, and the rows are no further
   // apart than the kernel takes: it counts the bytes of a block in 31 bits.
   const bool direct = !std::is_same_v<T, f16> && a.term_stride == 1 && K == units * F::kTerms &&
@@ -297,14 +282,14 @@ void brgemm(const Operand<T>& a, const Operand<T>& b, int64_t M, int64_t N, int6
   const int64_t group = waits ? std::clamp(kWaiting / (row_piece * kColumns * 4), int64_t{1}, chunks) : chunks;
   const Scratch<uint32_t> a_packed((!direct ? row_piece : M % kRows == 0 ? 0 : std::min(row_piece, kRows)) * units);
   const Scratch<uint32_t> panels(threads * deep * kColumns);
-  const Scratch<float> tiles((waits ? group * blocks(row_piece, kRows) : threads) * kRows * kColumns);
+  const Scratch<float> tiles((waits ? group * blocks_of(row_piece, kRows) : threads) * kRows * kColumns);
   const bool streamed = !accumulate && should_stream(M * N * static_cast<int64_t>(sizeof(Out)));
   std::atomic<bool> failed{false};
   for (int64_t m0 = 0; m0 < M; m0 += row_piece) {
-    const int64_t rows = std::min(row_piece, M - m0), row_blocks = blocks(rows, kRows);
+    const int64_t rows = std::min(row_piece, M - m0), row_blocks = blocks_of(rows, kRows);
     const auto height_of = [&](int64_t i) { return std::min(kRows, round_up(rows - i * kRows, kRowStep)); };
     // what is packed of a: from this block on; each part of the terms one after the other, in it row by row
-    const int64_t first_packed = direct ? rows / kRows : 0, parts = blocks(units, kPart);
+    const int64_t first_packed = direct ? rows / kRows : 0, parts = blocks_of(units, kPart);
     const auto packed = [&](int64_t i) { return a_packed.data() + (i - first_packed) * kRows * units; };
     parallel_tasks((row_blocks - first_packed) * parts, [&](int64_t task, int64_t) {
       const int64_t i = first_packed + task / parts, k = task % parts * kPart, width = std::min(kPart, units - k);
@@ -312,7 +297,7 @@ void brgemm(const Operand<T>& a, const Operand<T>& b, int64_t M, int64_t N, int6
     });
     for (int64_t c0 = 0; c0 < chunks; c0 += group) {
       const int64_t wide = std::min(group, chunks - c0);
-      const int64_t shares = std::min(row_blocks, blocks(kTasksPerThread * threads, wide));
+      const int64_t shares = std::min(row_blocks, blocks_of(kTasksPerThread * threads, wide));
       for (int64_t u0 = 0; u0 < units; u0 += deep) {
         const int64_t u1 = std::min(u0 + deep, units);
         parallel_tasks(wide * shares, [&](int64_t task, int64_t thread) {

@@ -22,6 +22,10 @@ void GOMP_parallel(void (*fn)(void*), void* data, unsigned threads, unsigned fla
 
 namespace llama_fast::cpu {
 
+// Blocks of `size` that hold n items, and the items that these have room for.
+constexpr int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+constexpr int64_t round_up(int64_t n, int64_t size) { return blocks_of(n, size) * size; }
+
 inline int max_threads() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
 
 // Calls body(thread, threads) on `threads` threads at once, or on as many as the runtime gives.

@@ -65,6 +65,19 @@ LF_INLINE V shuffle(V a, V b) {
 #endif
 }
 
+// Rows become columns, eight of each: three rounds in which the lanes of rows i and i + 4 take turns.
+template <class V>
+LF_INLINE void transpose_8x8(V (&a)[8]) {
+  V b[8];
+  for (int round = 0; round < 3; ++round) {
+    for (int i = 0; i < 4; ++i) {
+      b[2 * i] = shuffle<0, 8, 1, 9, 2, 10, 3, 11>(a[i], a[i + 4]);
+      b[2 * i + 1] = shuffle<4, 12, 5, 13, 6, 14, 7, 15>(a[i], a[i + 4]);
+    }
+    for (int i = 0; i < 8; ++i) a[i] = b[i];
+  }
+}
+
 // to[c * to_stride + r] = from[row[r] + c] for four rows and four columns of units.
 template <class U>
 LF_INLINE void transpose_4x4(const U* from, const int64_t (&row)[4], U* to, int64_t to_stride) {

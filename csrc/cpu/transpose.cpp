@@ -26,18 +26,11 @@ constexpr int64_t kStreamed = 1 << 20;
 
 typedef uint16_t Eight __attribute__((vector_size(16)));
 
-// to[c * kTile + r] = from[r * stride + c] for eight rows and columns: three rounds in which the lanes of rows i and
-// i + 4 take turns.
-LF_INLINE void transpose_8x8(const uint16_t* from, int64_t stride, uint16_t* to) {
-  Eight a[8], b[8];
+// to[c * kTile + r] = from[r * stride + c] for eight rows and columns.
+LF_INLINE void transpose_block(const uint16_t* from, int64_t stride, uint16_t* to) {
+  Eight a[8];
   for (int i = 0; i < 8; ++i) std::memcpy(&a[i], from + i * stride, 16);
-  for (int round = 0; round < 3; ++round) {
-    for (int i = 0; i < 4; ++i) {
-      b[2 * i] = shuffle<0, 8, 1, 9, 2, 10, 3, 11>(a[i], a[i + 4]);
-      b[2 * i + 1] = shuffle<4, 12, 5, 13, 6, 14, 7, 15>(a[i], a[i + 4]);
-    }
-    for (int i = 0; i < 8; ++i) a[i] = b[i];
-  }
+  transpose_8x8(a);
   for (int i = 0; i < 8; ++i) std::memcpy(to + i * kTile, &a[i], 16);
 }
 
@@ -57,7 +50,7 @@ void transpose_tile(const uint16_t* x, int64_t x_stride, uint16_t* y, int64_t y_
   alignas(64) uint16_t tile[kTile * kTile];
   const int64_t whole_R = R / 8 * 8, whole_C = C / 8 * 8;
   for (int64_t r = 0; r < whole_R; r += 8)
-    for (int64_t c = 0; c < whole_C; c += 8) transpose_8x8(x + r * x_stride + c, x_stride, tile + c * kTile + r);
+    for (int64_t c = 0; c < whole_C; c += 8) transpose_block(x + r * x_stride + c, x_stride, tile + c * kTile + r);
   for (int64_t r = 0; r < R; ++r)
     for (int64_t c = r < whole_R ? whole_C : 0; c < C; ++c) tile[c * kTile + r] = x[r * x_stride + c];
   for (int64_t c = 0; c < C; ++c) write_row(tile + c * kTile, y + c * y_stride, R, streamed);
