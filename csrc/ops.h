@@ -86,9 +86,9 @@ void gemv(const Tensor& x, const Tensor& weight, const Tensor& y);
 // ys[i] = x weights[i]^T for i in [0, count), in one loop over threads
 void gemv_group(const Tensor& x, const Tensor* weights, const Tensor* ys, int count);
 
-// out = a b, or added to it, by a kernel of oneDNN that torch exports;  a: [M, K], b: [K, N] T, of each one stride is 1;
-// out: [M, N] T or float32, its last stride 1. float16 is multiplied in float32. has_brgemm: whether torch has that kernel
-// for this processor, in bfloat16 (`half`) or float32. Raises std::runtime_error where the kernel fails.
+// out = a b, or added to it, by a kernel of oneDNN that torch exports;  a: [M, K], b: [K, N] T, of each one stride is
+// 1; out: [M, N] T or float32, its last stride 1. float16 is multiplied in float32. has_brgemm: whether torch has that
+// kernel for this processor, in bfloat16 (`half`) or float32. Raises std::runtime_error where the kernel fails.
 bool has_brgemm(bool half);
 void brgemm(const Tensor& a, const Tensor& b, const Tensor& out, bool accumulate);
 
