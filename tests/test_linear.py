@@ -239,8 +239,11 @@ def test_brgemm_gives_way_where_torch_is_told_not_to_use_onednn(monkeypatch: pyt
 
 
 def test_an_out_of_another_shape_is_an_error() -> None:
-    for path in ("brgemm", "transposed", "copied"):
-        with linear.force(path), pytest.raises((ValueError, RuntimeError), match=r"out has shape|mat1|size"):
+    for path in linear.PATHS:
+        with (
+            linear.force(path),
+            pytest.raises(ValueError, match=r"out has shape \(40, 71\) on cpu, expected \(40, 72\)"),
+        ):
             linear.nt(
                 torch.randn(40, 64).bfloat16(), torch.randn(72, 64).bfloat16(), out=torch.empty(40, 71).bfloat16()
             )

@@ -1,5 +1,5 @@
 // Where the outputs of a memory-bound op go: into huge pages when they are new (`use_huge_pages` of ops.h), past the
-// caches when they are large.
+// caches when they are large. And the memory that a kernel works in.
 #pragma once
 
 #include <cstdlib>

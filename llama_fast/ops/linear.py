@@ -283,7 +283,7 @@ def _product(form: str, a: Tensor, b: Tensor, out: Tensor | None, accumulate: bo
         if accumulate:
             return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
-    if path != "torch" and out is not None and (tuple(out.shape) != (M, N) or out.device != a.device):
+    if out is not None and (tuple(out.shape) != (M, N) or out.device != a.device):
         raise ValueError(f"out has shape {tuple(out.shape)} on {out.device}, expected {(M, N)} on {a.device}")
     if path == "gemv" and not accumulate:
         out = a.new_empty(M, N) if out is None else out
