@@ -273,6 +273,8 @@ def tn(dy: Tensor, x: Tensor, *, out: Tensor | None = None, accumulate: bool = F
 def _product(form: str, a: Tensor, b: Tensor, out: Tensor | None, accumulate: bool = False) -> Tensor:
     """a [M, K] times b [K, N], into `out` if it is given."""
     (M, K), N = a.shape, b.shape[1]
+    if out is not None and (tuple(out.shape) != (M, N) or out.device != a.device):
+        raise ValueError(f"out has shape {tuple(out.shape)} on {out.device}, expected {(M, N)} on {a.device}")
     # torch's path says what is wrong where the sizes do not fit
     path = "torch" if M * N * K == 0 or b.shape[0] != K or _plain(a, b) else _find(form, a.dtype, M, N, K)[0]
     if path == "torch" and (out is None or out.dtype == a.dtype):
@@ -283,8 +285,6 @@ def _product(form: str, a: Tensor, b: Tensor, out: Tensor | None, accumulate: bo
         if accumulate:
             return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
-    if out is not None and (tuple(out.shape) != (M, N) or out.device != a.device):
-        raise ValueError(f"out has shape {tuple(out.shape)} on {out.device}, expected {(M, N)} on {a.device}")
     if path == "gemv" and not accumulate:
         out = a.new_empty(M, N) if out is None else out
         _gemv(rows(a), rows(b.t()), out)
