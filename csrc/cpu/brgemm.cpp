@@ -102,8 +102,9 @@ constexpr int64_t kRowStep = 8;   // the last rows are padded to a multiple: eac
 constexpr int64_t kMostRows = 8 * kRows;  // for which a panel of b is packed once
 constexpr int64_t kPacked = 8 << 20;      // bytes of a's that are packed at a time: they stay in the last cache
 constexpr int64_t kWaiting = 8 << 20;     // bytes of the tiles that wait for their next terms
-constexpr int64_t kTasksPerThread = 4;
-constexpr int64_t kAhead = 16;  // units, of which an operand's memory is asked for
+constexpr int64_t kAhead = 16;     // units, of which an operand's memory is asked for: its next rows, two to eight
+                                   // cache lines each and far from each other, are what the processor does not foresee
+constexpr int64_t kRowsAhead = 8;  // the same of the product's rows
 
 // A unit is 32 bits: a float32, or two bfloat16 of consecutive terms, as the kernel takes the second operand.
 constexpr int64_t kPart = 128;   // units that are one chain of sums: MKL's chains of 192 err more
@@ -171,6 +172,14 @@ LF_INLINE Units units_along(const Operand<T>& from, int64_t line, int64_t u) {
   return a;
 }
 
+// Asks for the memory of units [u, u + n) of the lines from `line` on that share a cache line.
+template <class T>
+constexpr int64_t kCacheLine = 64 / static_cast<int64_t>(sizeof(T));
+template <class T>
+LF_INLINE void ask(const Operand<T>& from, int64_t line, int64_t u, int64_t n) {
+  for (int64_t i = 0; i < n * Format<T>::kTerms; ++i) __builtin_prefetch(from.at(line, u * Format<T>::kTerms + i));
+}
+
 // to[line * line_units + u * unit_units] for lines [line, line + lines) and units [u, u + units); terms from `terms` on
 // and lines from `known` on are zero. One of line_units and unit_units is 1.
 template <class T>
@@ -186,13 +195,10 @@ void pack(const Operand<T>& from, int64_t line, int64_t lines, int64_t known, in
     for (int64_t l = 0; l < whole_lines; ++l)
       for (int64_t k = 0; k < whole_units; k += 8) put(units_along(from, line + l, u + k), l, k);
   } else if (!to_along && !along) {
-    for (int64_t k = 0; k < whole_units; ++k)
-      for (int64_t l = 0; l < whole_lines; l += 8) {
-        // rows of two to four cache lines far from each other, which the processor does not foresee
-        for (int64_t i = 0; i < Format<T>::kTerms; ++i)
-          __builtin_prefetch(from.at(line + l, (u + k + kAhead) * Format<T>::kTerms + i));
-        put(units_across(from, line + l, u + k), l, k);
-      }
+    for (int64_t k = 0; k < whole_units; ++k) {
+      for (int64_t l = 0; l < whole_lines; l += kCacheLine<T>) ask(from, line + l, u + k + kAhead, 1);
+      for (int64_t l = 0; l < whole_lines; l += 8) put(units_across(from, line + l, u + k), l, k);
+    }
   } else {
     Units a[8];
     const auto block = [&](int64_t l, int64_t k) {
@@ -206,8 +212,12 @@ void pack(const Operand<T>& from, int64_t line, int64_t lines, int64_t known, in
         for (int64_t k = 0; k < whole_units; k += 8)
           for (int64_t i = l; i < std::min(l + 16, whole_lines); i += 8) block(i, k);
     } else {
-      for (int64_t k = 0; k < whole_units; k += 8)
-        for (int64_t l = 0; l < whole_lines; l += 8) block(l, k);
+      for (int64_t k = 0; k < whole_units; k += 8) {
+        for (int64_t l = 0; l < whole_lines; l += 8) {
+          if (l % kCacheLine<T> == 0) ask(from, line + l, u + k + 8, 8);
+          block(l, k);
+        }
+      }
     }
   }
   for (int64_t l = 0; l < lines; ++l)
@@ -250,6 +260,7 @@ void write_tile(const float* tile, Out* out, int64_t stride, int64_t rows, int64
       for (int64_t c = 0; c < kColumns; c += VecF::kLanes) stream(out + c, load(tile + c));
       continue;
     }
+    for (int64_t c = 0; c < n; c += kCacheLine<Out>) __builtin_prefetch(out + kRowsAhead * stride + c, 1);
     for_each_vector(0, n, [&](int64_t c, auto lanes) {
       const VecF a = load_lanes(tile + c, lanes);
       write_lanes<false>(out + c, add ? load_lanes(out + c, lanes) + a : a, lanes);
@@ -296,36 +307,37 @@ void brgemm(const Operand<T>& a, const Operand<T>& b, int64_t M, int64_t N, int6
       pack(a, m0 + i * kRows, height_of(i), M, k, width, K, packed(i) + height_of(i) * k, width, 1);
     });
     for (int64_t c0 = 0; c0 < chunks; c0 += group) {
-      const int64_t wide = std::min(group, chunks - c0);
-      const int64_t shares = std::min(row_blocks, blocks_of(kTasksPerThread * threads, wide));
       for (int64_t u0 = 0; u0 < units; u0 += deep) {
         const int64_t u1 = std::min(u0 + deep, units);
-        parallel_tasks(wide * shares, [&](int64_t task, int64_t thread) {
-          const int64_t chunk = task / shares, share = task % shares, n0 = (c0 + chunk) * kColumns;
-          uint32_t* const panel = panels.data() + thread * deep * kColumns;
-          pack(b, n0, kColumns, N, u0, u1 - u0, K, panel, 1, kColumns);
-          for (int64_t i = row_blocks * share / shares; i < row_blocks * (share + 1) / shares; ++i) {
-            const int64_t height = height_of(i);
-            float* const tile = tiles.data() + (waits ? chunk * row_blocks + i : thread) * kRows * kColumns;
-            try {
-              for (int64_t k = u0; k < u1; k += kPart) {
-                const int64_t terms = std::min(kPart, u1 - k) * F::kTerms;
-                const void* from = i < first_packed ? static_cast<const void*>(a.at(m0 + i * kRows, k * F::kTerms))
-                                                    : packed(i) + height * k;
-                kernel(height, kColumns, terms, i < first_packed ? a.line_stride : terms, kColumns, kColumns, k > 0,
-                       static_cast<const Element*>(from), reinterpret_cast<const Element*>(panel + (k - u0) * kColumns),
-                       tile, kPairs);
-              }
-            } catch (...) {
-              failed = true;
+        const auto panel_of = [&](int64_t thread) { return panels.data() + thread * deep * kColumns; };
+        const auto prepare = [&](int64_t chunk, int64_t thread) {
+          pack(b, (c0 + chunk) * kColumns, kColumns, N, u0, u1 - u0, K, panel_of(thread), 1, kColumns);
+        };
+        const auto multiply = [&](int64_t chunk, int64_t i, int64_t owner, int64_t thread) {
+          const int64_t height = height_of(i), n0 = (c0 + chunk) * kColumns;
+          const uint32_t* const panel = panel_of(owner);
+          float* const tile = tiles.data() + (waits ? chunk * row_blocks + i : thread) * kRows * kColumns;
+          try {
+            for (int64_t k = u0; k < u1; k += kPart) {
+              const int64_t terms = std::min(kPart, u1 - k) * F::kTerms;
+              const void* from = i < first_packed ? static_cast<const void*>(a.at(m0 + i * kRows, k * F::kTerms))
+                                                  : packed(i) + height * k;
+              kernel(height, kColumns, terms, i < first_packed ? a.line_stride : terms, kColumns, kColumns, k > 0,
+                     static_cast<const Element*>(from), reinterpret_cast<const Element*>(panel + (k - u0) * kColumns),
+                     tile, kPairs);
             }
-            if (u1 < units) continue;
-            write_tile(tile, out.ptr<Out>() + (m0 + i * kRows) * out.stride[0] + n0, out.stride[0],
-                       std::min(kRows, rows - i * kRows), std::min(kColumns, N - n0), accumulate, streamed);
+          } catch (...) {
+            failed = true;
           }
+          if (u1 < units) return;
+          write_tile(tile, out.ptr<Out>() + (m0 + i * kRows) * out.stride[0] + n0, out.stride[0],
+                     std::min(kRows, rows - i * kRows), std::min(kColumns, N - n0), accumulate, streamed);
+        };
+        const auto leave = [&] {
           release(kPairs);
           if (streamed) stream_fence();
-        });
+        };
+        parallel_prepared(std::min(group, chunks - c0), row_blocks, prepare, multiply, leave);
       }
     }
   }

@@ -10,6 +10,7 @@
 #include <atomic>
 #include <cstdint>
 #include <thread>
+#include <vector>
 
 extern "C" {
 int omp_in_parallel();
@@ -59,6 +60,45 @@ void parallel_tasks(int64_t n, const Body& body) {
   std::atomic<int64_t> next{0};
   in_team(std::min<int64_t>(max_threads(), n), [&](int64_t thread, int64_t) {
     for (int64_t task = next++; task < n; task = next++) body(task, thread);
+  });
+}
+
+// prepare(group, thread) once for each group in [0, groups), by one thread, its owner, and then work(group, item,
+// owner, thread) once for each item in [0, items), by the owner and, when no group is left to be prepared, by every
+// thread that has nothing else to do. So what prepare leaves in its thread's place stays there until its items are
+// done. At last leave() on each thread.
+template <class Prepare, class Work, class Leave>
+void parallel_prepared(int64_t groups, int64_t items, const Prepare& prepare, const Work& work, const Leave& leave) {
+  struct alignas(64) Slot {  // of a thread: its group, of which the items from `next` on have not been taken
+    std::atomic<int64_t> next;
+    int64_t group = 0;
+  };
+  const int64_t most = std::min<int64_t>(max_threads(), groups * items);
+  std::vector<Slot> slots(static_cast<size_t>(most));
+  for (Slot& slot : slots) slot.next = items;
+  std::atomic<int64_t> next{0}, prepared{0};
+  in_team(most, [&](int64_t thread, int64_t threads) {
+    const auto take_items = [&](int64_t owner) {
+      Slot& slot = slots[static_cast<size_t>(owner)];
+      while (slot.next.load(std::memory_order_relaxed) < items) {
+        const int64_t item = slot.next.fetch_add(1, std::memory_order_acquire);
+        if (item < items) work(slot.group, item, owner, thread);
+      }
+    };
+    for (int64_t group = next++; group < groups; group = next++) {
+      prepare(group, thread);
+      Slot& own = slots[static_cast<size_t>(thread)];
+      own.group = group;
+      own.next.store(0, std::memory_order_release);
+      prepared.fetch_add(1, std::memory_order_release);
+      take_items(thread);
+    }
+    for (bool all = false; !all;) {
+      all = prepared.load(std::memory_order_acquire) == groups;  // before the last look
+      for (int64_t i = 1; i < threads; ++i) take_items((thread + i) % threads);
+      if (!all) std::this_thread::yield();
+    }
+    leave();
   });
 }
 
