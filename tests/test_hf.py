@@ -281,7 +281,8 @@ def test_report_says_what_runs_and_why() -> None:
         "model.layers.3: ops, for k_proj has a bias: llama_fast: rms_norm, rope, attention, swiglu"
     )
     assert lines[4].endswith("transformers: k_proj has a bias")
-    assert lines[5] == "LlamaForCausalLM, loss of labels: transformers', on the logits (fused_loss is False)"
+    assert lines[5] == "LlamaForCausalLM, lm_head: llama_fast"
+    assert lines[6] == "LlamaForCausalLM, loss of labels: transformers', on the logits (fused_loss is False)"
     with pytest.raises(ValueError, match="Linear has no LlamaDecoderLayer"):
         lf.hf.report(nn.Linear(2, 2))
 

@@ -18,14 +18,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from llama_fast.block import POLICIES
 from llama_fast.hf import layout
 from llama_fast.hf.attention import NAME, attention_forward, mask
+from llama_fast.hf.causal_lm import FUSED, HEAD_REPLACEMENTS, LlamaForCausalLM
 from llama_fast.hf.layers import REPLACEMENTS, LlamaAttention, LlamaDecoderLayer, State, is_forward_of, runs
 from llama_fast.hf.layout import stock
-from llama_fast.hf.loss import FUSED, LOSS_REPLACEMENTS, LlamaForCausalLM
 from llama_fast.hf.report import report
 
 __all__ = ["patch", "register", "report", "unpatch"]
 
-_ALL = {**REPLACEMENTS, **LOSS_REPLACEMENTS}
+_ALL = {**REPLACEMENTS, **HEAD_REPLACEMENTS}
 _STOCK = {ours: theirs for theirs, ours in _ALL.items()}
 
 
@@ -71,10 +71,8 @@ def patch(model: nn.Module, *, policy: str = "recompute-cheap", fused_loss: bool
     _register_attention()
     modules: list[Any] = list(model.modules())
     for module in modules:
-        if type(module) in REPLACEMENTS and _can_swap(module):
-            _swap(module, REPLACEMENTS[type(module)])
-        if fused_loss and type(module) in LOSS_REPLACEMENTS and _can_swap(module):
-            _swap(module, LlamaForCausalLM)
+        if type(module) in _ALL and _can_swap(module):
+            _swap(module, _ALL[type(module)])
         if runs(module, LlamaDecoderLayer):
             module._llama_fast = State(module, policy)
         if runs(module, LlamaForCausalLM):

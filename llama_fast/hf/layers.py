@@ -99,7 +99,8 @@ def linear_objection(module: Any) -> str | None:
     return seen and f"has {seen}"
 
 
-def _project(module: Any, x: Tensor) -> Tensor:
+def project(module: Any, x: Tensor) -> Tensor:
+    """A projection of x, without a call of the module where nothing stands against that."""
     if linear_objection(module) is None and x.dtype == module.weight.dtype:
         return linear(x, module.weight)
     return module(x)
@@ -250,13 +251,15 @@ class _LayerCache:
         return k.transpose(1, 2), v.transpose(1, 2)
 
 
-def named(parameters: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by name, the cache by the name that this version gives it."""
+def named(
+    parameters: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any], cache: str = layout.CACHE
+) -> dict[str, Any]:
+    """All arguments of a call by name, the cache, whatever a version calls it, by the name `cache`."""
     if args:
         kwargs = {**dict(zip(parameters, args, strict=False)), **kwargs}
     for other in layout.CACHES:
-        if other != layout.CACHE and kwargs.get(other) is not None:
-            kwargs[layout.CACHE] = kwargs.pop(other)
+        if other != cache and kwargs.get(other) is not None:
+            kwargs[cache] = kwargs.pop(other)
     return kwargs
 
 
@@ -321,10 +324,10 @@ class LlamaMLP(_MLP):
         if kernel_objection() or activation_objection(self):
             return super().forward(x)
         x = _cast_once(x, self.gate_proj, self.up_proj)
-        gate, up = _project(self.gate_proj, x), _project(self.up_proj, x)
+        gate, up = project(self.gate_proj, x), project(self.up_proj, x)
         if gate.dtype != up.dtype:
             return self.down_proj(self.act_fn(gate) * up)
-        return _project(self.down_proj, swiglu(gate, up))
+        return project(self.down_proj, swiglu(gate, up))
 
 
 class LlamaAttention(_Attention, metaclass=_Recorded):
@@ -344,7 +347,7 @@ class LlamaAttention(_Attention, metaclass=_Recorded):
         cos, sin = kwargs["position_embeddings"]
         projections = (self.q_proj, self.k_proj, self.v_proj)
         x = _cast_once(x, *projections)
-        q, k, v = (_project(p, x).unflatten(-1, (-1, self.head_dim)) for p in projections)
+        q, k, v = (project(p, x).unflatten(-1, (-1, self.head_dim)) for p in projections)
         learned = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
         if cos.ndim == 3 and q.dtype == k.dtype and not learned:
             q, k = rope(q, k, cos, sin)
@@ -366,7 +369,7 @@ class LlamaAttention(_Attention, metaclass=_Recorded):
             scaling=self.scaling,
             **kwargs,
         )
-        return _project(self.o_proj, out.reshape(*x.shape[:-1], -1)), weights
+        return project(self.o_proj, out.reshape(*x.shape[:-1], -1)), weights
 
 
 class LlamaDecoderLayer(_Layer, metaclass=_Recorded):

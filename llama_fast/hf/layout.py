@@ -66,6 +66,7 @@ LAYER_PARAMETERS = _parameters(stock.LlamaDecoderLayer.forward)
 ATTENTION_PARAMETERS = _parameters(stock.LlamaAttention.forward)
 MODEL_PARAMETERS = _parameters(stock.LlamaForCausalLM.forward)
 CACHE = next(name for name in CACHES if name in LAYER_PARAMETERS)
+MODEL_CACHE = next(name for name in CACHES if name in MODEL_PARAMETERS)
 GIVES_TUPLE = "output_attentions" in LAYER_PARAMETERS  # a layer: (hidden_states,) or (hidden_states, weights)
 POSITIONS_TO_CACHE = "cache_position" in ATTENTION_PARAMETERS  # a cache's update wants them
 # update(..., kwargs=kwargs): a paged cache reads and changes the arguments of the call

@@ -11,6 +11,7 @@ from torch import nn
 import llama_fast
 from llama_fast.hf import layout
 from llama_fast.hf.attention import NAME
+from llama_fast.hf.causal_lm import LlamaForCausalLM, head_objection, loss_objection
 from llama_fast.hf.layers import (
     LlamaAttention,
     LlamaDecoderLayer,
@@ -23,7 +24,6 @@ from llama_fast.hf.layers import (
     structure_objection,
 )
 from llama_fast.hf.layout import stock
-from llama_fast.hf.loss import loss_objection
 
 
 def report(model: nn.Module) -> str:
@@ -49,11 +49,15 @@ def report(model: nn.Module) -> str:
         lines.append(f"{names[0]}{f' to {names[-1]}' if len(names) > 1 else ''}: {text}")
     for name, m in model.named_modules():
         if isinstance(m, stock.LlamaForCausalLM):
+            where = name or type(m).__name__
+            against = head_objection(m) if runs(m, LlamaForCausalLM) else "not patched"
+            what = "llama_fast" if against is None else f"transformers' ({against})"
+            lines.append(f"{where}, lm_head: {what}")
             against = loss_objection(m)
             what = "fused, without logits" if against is None else f"transformers', on the logits ({against})"
             if against == "lm_head has a DTensor for a weight":
                 what = "fused, without logits, in a call that finds the weight of lm_head, now in shards, whole"
-            lines.append(f"{name or type(m).__name__}, loss of labels: {what}")
+            lines.append(f"{where}, loss of labels: {what}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""The fused loss: the same number and gradients as transformers', and no logits at any time."""
+"""The product of lm_head, and the fused loss: the number and gradients of transformers, and no logits at any time."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from numerics import EveryResult
 from torch import Tensor
 
 import llama_fast as lf
+from llama_fast.ops import linear
 
 _LABELS = tokens(seed=9)
 _LABELS[0, :6], _LABELS[2, 3:] = -100, -100
@@ -126,3 +127,59 @@ def test_where_the_logits_are_needed_they_are_made(what: str) -> None:
     torch.testing.assert_close(got.loss, want.loss, rtol=1e-4, atol=1e-5)
     if what != "logits to keep":
         assert "transformers', on the logits" in lf.hf.report(ours)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {},
+        {"logits_to_keep": 1},
+        {"logits_to_keep": 4, "labels": tokens()[:, -4:]},
+        {"logits_to_keep": torch.tensor([0, 5])},
+        {"labels": _LABELS},
+        {"labels": _LABELS, "num_items_in_batch": 7},
+        {"labels": _LABELS.masked_fill(_LABELS == -100, 5), "ignore_index": 5},
+        {"output_hidden_states": True, "return_dict": False},
+    ],
+    ids=lambda call: " ".join(call) or "plain",
+)
+def test_outputs_with_logits_are_those_of_transformers(call: dict[str, Any]) -> None:
+    stock = make()
+    want, got = (m(tokens(), **call) for m in (stock, patched(stock)))
+    assert type(got) is type(want)
+    assert len(got) == len(want)
+    if isinstance(want, dict):
+        assert list(got) == list(want)
+    values = [(g, w) for g, w in zip(_tensors(got), _tensors(want), strict=True)]
+    assert len(values) >= 1 + ("labels" in call)
+    for g, w in values:
+        torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-5)
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    return [v for v in (outputs.values() if isinstance(outputs, dict) else outputs) if isinstance(v, Tensor)]
+
+
+def test_the_head_is_multiplied_on_the_paths_of_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of a decode by gemv; by the module where that has a hook, a bias or another dtype."""
+    ours = patched(make()).eval()
+    V, seen = ours.config.vocab_size, []
+    product = linear._product
+    monkeypatch.setattr(
+        linear, "_product", lambda form, a, b, *rest: seen.append(b.shape[1]) or product(form, a, b, *rest)
+    )
+    with torch.no_grad():
+        want = ours(tokens(), logits_to_keep=1).logits
+        assert seen.count(V) == 1
+        assert "lm_head: llama_fast" in lf.hf.report(ours)
+        calls: list[int] = []
+        hook = ours.lm_head.register_forward_hook(lambda *_: calls.append(1))
+        torch.testing.assert_close(ours(tokens(), logits_to_keep=1).logits, want)
+        assert (seen.count(V), calls) == (1, [1])
+        assert "lm_head: transformers' (lm_head has a hook)" in lf.hf.report(ours)
+        hook.remove()
+        ours.lm_head.bias = torch.nn.Parameter(torch.ones(V))
+        torch.testing.assert_close(ours(tokens(), logits_to_keep=1).logits, want + 1)
+        assert seen.count(V) == 1
+    lf.hf.unpatch(ours)
+    assert "lm_head: transformers' (not patched)" in lf.hf.report(ours)

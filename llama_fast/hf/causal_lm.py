@@ -1,4 +1,4 @@
-"""transformers' LlamaForCausalLM with a loss that never makes the logits."""
+"""transformers' LlamaForCausalLM: the product of its lm_head on llama_fast's paths, and a loss without logits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.utils import can_return_tuple
 
 from llama_fast.hf import layout
 from llama_fast.hf.attention import kernel_objection
-from llama_fast.hf.layers import linear_objection, named, runs
+from llama_fast.hf.layers import linear_objection, named, project, runs
 from llama_fast.hf.layout import stock
 from llama_fast.ops.dispatch import autocast_dtype
 from llama_fast.ops.linear_cross_entropy import linear_cross_entropy
@@ -32,14 +32,20 @@ def loss_objection(model: Any) -> str | None:
         return 'fused_loss is "training" and the model is in evaluation mode'
     if model.loss_function is not ForCausalLMLoss:
         return f"the model has the loss function {getattr(model.loss_function, '__name__', model.loss_function)}"
+    return head_objection(model)
+
+
+def head_objection(model: Any) -> str | None:
+    """Why lm_head is called as a module, or None where its weight is used directly."""
     found = linear_objection(model.lm_head)
     return found and f"lm_head {found}"
 
 
 class LlamaForCausalLM(_CausalLM):
-    """transformers' LlamaForCausalLM whose loss is lf.linear_cross_entropy; its outputs then have no logits.
+    """transformers' LlamaForCausalLM with llama_fast's product in the place of lm_head's call.
 
-    `_llama_fast_loss`: True, False, or "training" for no fused loss in evaluation mode.
+    With `_llama_fast_loss` its loss is lf.linear_cross_entropy, and its outputs then have no logits: True, False, or
+    "training" for no fused loss in evaluation mode.
     """
 
     _llama_fast_loss: bool | str = False
@@ -49,23 +55,39 @@ class LlamaForCausalLM(_CausalLM):
         """As transformers' own; with labels and the fused loss `logits` is None."""
         if not issubclass(type(self), LlamaForCausalLM):
             return type(self).forward(self, *args, **kwargs)
-        kwargs = named(layout.MODEL_PARAMETERS, args, kwargs)
-        keep = kwargs.get("logits_to_keep", 0)
-        everywhere = isinstance(keep, int) and keep == 0
-        if kwargs.get("labels") is None or not everywhere or kernel_objection() or loss_objection(self):
+        kwargs = named(layout.MODEL_PARAMETERS, args, kwargs, layout.MODEL_CACHE)
+        labels, keep = kwargs.get("labels"), kwargs.get("logits_to_keep", 0)
+        of_all = isinstance(keep, int) and keep == 0
+        fused = labels is not None and of_all and loss_objection(self) is None
+        if kernel_objection() or head_objection(self) or not (fused or isinstance(keep, int)):
             return super().forward(**kwargs)
-        kwargs.pop("logits_to_keep", None)
-        return self._with_fused_loss(**kwargs)
+        call = {name: value for name, value in kwargs.items() if name not in ("labels", "logits_to_keep")}
+        return self._with_fused_loss(labels, **call) if fused else self._with_logits(labels, keep, **call)
 
     @can_return_tuple
-    def _with_fused_loss(self, labels: Tensor, **kwargs: Any) -> CausalLMOutputWithPast:
-        outputs = self.model(**kwargs)
-        return CausalLMOutputWithPast(
-            loss=_loss(outputs.last_hidden_state, self.lm_head.weight, labels, **kwargs),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            **{_CACHE_FIELD: getattr(outputs, _CACHE_FIELD)},
-        )
+    def _with_fused_loss(self, labels: Tensor, **call: Any) -> CausalLMOutputWithPast:
+        outputs = self.model(**call)
+        return _outputs(outputs, loss=_loss(outputs.last_hidden_state, self.lm_head.weight, labels, **call))
+
+    @can_return_tuple
+    def _with_logits(self, labels: Tensor | None, keep: int, **call: Any) -> CausalLMOutputWithPast:
+        outputs = self.model(**call)
+        logits = project(self.lm_head, outputs.last_hidden_state[:, slice(-keep, None)])
+        loss = None
+        if labels is not None:
+            extra = {name: value for name, value in call.items() if name not in layout.MODEL_PARAMETERS}
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **extra)
+        return _outputs(outputs, loss=loss, logits=logits)
+
+
+def _outputs(outputs: Any, **made: Tensor | None) -> CausalLMOutputWithPast:
+    """`made`, and what of the model's outputs goes with it."""
+    return CausalLMOutputWithPast(
+        **made,
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+        **{_CACHE_FIELD: getattr(outputs, _CACHE_FIELD)},
+    )
 
 
 def _loss(
@@ -92,4 +114,4 @@ def _loss(
     return total / num_items_in_batch
 
 
-LOSS_REPLACEMENTS = {_CausalLM: LlamaForCausalLM}
+HEAD_REPLACEMENTS = {_CausalLM: LlamaForCausalLM}
