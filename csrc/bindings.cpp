@@ -9,7 +9,8 @@ namespace py = pybind11;
 
 namespace {
 
-// A layer as Python gives it: the eleven tensors of DecodeLayer, eps, interleaved, window.
+// A layer as Python gives it: the eleven tensors of DecodeLayer (None for caches that are not used), eps, interleaved,
+// window.
 llama_fast::cpu::DecodeLayer decode_layer(const py::tuple& from) {
   const auto tensor = [&](size_t i) { return from[i].cast<llama_fast::Tensor>(); };
   return {tensor(0),
@@ -78,6 +79,25 @@ PYBIND11_MODULE(_native, module) {
   m.def("use_huge_pages", &cpu::use_huge_pages, arg("out"));
   m.def("transpose", &cpu::transpose, arg("x"), arg("y"), unlocked());
   m.def("argmax", &cpu::argmax, arg("x"), arg("best"), unlocked());
+  using Given = const llama_fast::Tensor&;
+  m.def(
+      "block_before",
+      [](Given x, const py::tuple& layer, Given cos, Given sin, Given q, Given k, Given v) {
+        const cpu::DecodeLayer w = decode_layer(layer);
+        const TorchThreads asked;
+        const py::gil_scoped_release unlocked;
+        cpu::block_before(x, w, cos, sin, q, k, v);
+      },
+      arg("x"), arg("layer"), arg("cos"), arg("sin"), arg("q"), arg("k"), arg("v"));
+  m.def(
+      "block_after",
+      [](Given out, Given x, const py::tuple& layer, int64_t head_dim, Given y) {
+        const cpu::DecodeLayer w = decode_layer(layer);
+        const TorchThreads asked;
+        const py::gil_scoped_release unlocked;
+        cpu::block_after(out, x, w, head_dim, y);
+      },
+      arg("out"), arg("x"), arg("layer"), arg("head_dim"), arg("y"));
   py::class_<cpu::DecodePlan>(m, "DecodePlan")
       .def(py::init([](const llama_fast::Tensor& embed, const llama_fast::Tensor& cos, const llama_fast::Tensor& sin,
                        const py::list& layers, const llama_fast::Tensor& norm, double eps,

@@ -12,7 +12,7 @@
 namespace llama_fast {
 
 // Raised, with INTERFACE of llama_fast/ops/library.py, by every change of a name or a signature that Python calls.
-constexpr int kInterface = 4;
+constexpr int kInterface = 5;
 
 enum class DType : int8_t { f32, bf16, f16, i32, i64 };
 
@@ -114,6 +114,14 @@ struct DecodeLayer {
   bool interleaved;
   int64_t window;
 };
+
+// The parts of a layer before and after its attention, of R rows, 1 to kGemvRows, the caches of `w` unused. Throw
+// std::invalid_argument, with nothing written, where the plan of a decode would, but for H / G, which may be any.
+// q [R, H D], k [R, G D] after rotary, v [R, G D]; cos, sin: [1 or B, T, D/2] f32, R = B T
+void block_before(const Tensor& x, const DecodeLayer& w, const Tensor& cos, const Tensor& sin, const Tensor& q,
+                  const Tensor& k, const Tensor& v);
+// y [R, C] of the layer whose input was x and whose attention gave `out` [R, H D]
+void block_after(const Tensor& out, const Tensor& x, const DecodeLayer& w, int64_t head_dim, const Tensor& y);
 
 class DecodePlan {
  public:

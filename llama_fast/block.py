@@ -29,13 +29,14 @@ D head dim.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from llama_fast import few_rows
+from llama_fast.block_attention import AnyCache, Cache, Spans, attend, attend_bwd, check_cache, check_spans
 from llama_fast.ops import linear, table
 from llama_fast.ops.attention import check_packed
 from llama_fast.ops.dispatch import (
@@ -57,7 +58,6 @@ _rms_norm_fwd = primitives["rms_norm_fwd"]
 _add_rms_norm_fwd, _add_rms_norm_bwd = primitives["add_rms_norm_fwd"], primitives["add_rms_norm_bwd"]
 _swiglu_fwd, _swiglu_bwd = primitives["swiglu_fwd"], primitives["swiglu_bwd"]
 _rope_fwd, _rope_bwd = primitives["rope_fwd"], primitives["rope_bwd"]
-_attention_fwd, _attention_bwd = primitives["attention_fwd"], primitives["attention_bwd"]
 
 
 class Weights(NamedTuple):
@@ -105,35 +105,6 @@ class BlockOptions:
             raise ValueError(f"block: head_dim is {self.head_dim}, expected an even number >= 2")
         number("eps", self.eps, "a number >= 0", 0.0)
         number("window", self.window, f"0 or a number of keys up to {table.WIDEST}", 0, table.WIDEST, whole=True)
-
-
-Spans = tuple[tuple[int, int], ...]  # of each row of the batch: its keys from the first number up to the second
-
-
-class AnyCache(Protocol):
-    """Keys and values of one layer, wherever they are kept."""
-
-    def append(self, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes in new rows and gives all of them, k and v [B, S, G, D], the new ones last."""
-
-
-class Cache(NamedTuple):
-    """Keys and values of one layer for generation: room [B, S_max, G, D] of which `used` rows are filled.
-
-    With `starts`, B numbers, the tokens of row b begin there: what stands before is neither read nor attended to.
-    """
-
-    k_BSGD: Tensor
-    v_BSGD: Tensor
-    used: int
-    starts: tuple[int, ...] | None = None
-
-    def append(self, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes new rows at `used` and gives all that are filled."""
-        end = self.used + k_BTGD.shape[1]
-        self.k_BSGD[:, self.used : end] = k_BTGD
-        self.v_BSGD[:, self.used : end] = v_BTGD
-        return self.k_BSGD[:, :end], self.v_BSGD[:, :end]
 
 
 class _Activations:
@@ -209,16 +180,7 @@ def _forward(
     q, k, v = (t.view(B, tokens, t.shape[1] // D, D) for t in (q, k, v))
     q, k = _rope_fwd(q, k, cos, sin, options.interleaved, backend=backend)
     a.put(kept, q_BTHD=q, k_BTGD=k, v_BTGD=v)
-    k, v = (k, v) if cache is None else cache.append(k, v)
-    if isinstance(cache, Cache) and cache.starts is not None:
-        S = k.shape[1]  # no generator holds on to what is deleted below: torch.compile does not follow it
-        spans = tuple((start, S) for start in cache.starts)
-    if attended is not None:
-        out_BTHD, lse_BHT = attended
-    elif spans is not None:
-        out_BTHD, lse_BHT = _attend_spans(spans, q, k, v, options, backend)
-    else:
-        out_BTHD, lse_BHT = _attention_fwd(q, k, v, cu_seqlens, D**-0.5, True, options.window, backend=backend)
+    out_BTHD, lse_BHT = attended or attend(q, k, v, cu_seqlens, options, backend, spans, cache)
     a.put(kept, out_BTHD=out_BTHD, lse_BHT=lse_BHT)
     del q, k, v
     attended_RC = join.reduce(linear.nt(out_BTHD.flatten(2).flatten(0, 1), w.wo_CxHD.to(dtype))).to(stream)
@@ -246,58 +208,6 @@ def _result(act_RF: Tensor, h_RC: Tensor, w: Weights, options: BlockOptions, sha
     y_RC = y_RC.add_(h_RC) if alone else y_RC + h_RC
     # no view to autograd: an in-place change of a view would drop the hook that FSDP2 puts on what a layer gives
     return torch.ops.aten._unsafe_view(y_RC, shape)
-
-
-def _calls(spans: Spans, T: int, S: int) -> Iterator[tuple[slice, slice, slice, bool]]:
-    """Row, queries, keys and causal, for each call of the attention that spans come to.
-
-    Queries before their row's span see nothing; those beyond it, all of it.
-    """
-    for b, (begin, end) in enumerate(spans):
-        first, last = (min(max(key - (S - T), 0), T) for key in (begin, end))
-        if begin < end:
-            yield from (
-                (slice(b, b + 1), queries, slice(begin, end), causal)
-                for queries, causal in ((slice(first, last), True), (slice(last, T), False))
-                if queries.start < queries.stop
-            )
-
-
-def _attend_spans(
-    spans: Spans, q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, options: BlockOptions, backend: str | None
-) -> tuple[Tensor, Tensor]:
-    """Attention of rows that have their own spans of keys, one after the other; a query that sees none gives zeros."""
-    B, T, H, D = q_BTHD.shape
-    out_BTHD, lse_BHT = torch.zeros_like(q_BTHD), q_BTHD.new_zeros(B, H, T, dtype=torch.float32)
-    for row, queries, keys, causal in _calls(spans, T, k_BSGD.shape[1]):
-        q, k, v = q_BTHD[row, queries], k_BSGD[row, keys], v_BSGD[row, keys]
-        out, lse = _attention_fwd(q, k, v, None, D**-0.5, causal, options.window, backend=backend)
-        out_BTHD[row, queries], lse_BHT[row, :, queries] = out, lse
-    return out_BTHD, lse_BHT
-
-
-def _attend_spans_bwd(
-    spans: Spans,
-    dout_BTHD: Tensor,
-    qkv: tuple[Tensor, Tensor, Tensor],
-    out_BTHD: Tensor,
-    lse_BHT: Tensor,
-    options: BlockOptions,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of `_attend_spans`."""
-    _, T, _, D = dout_BTHD.shape
-    dq_BTHD, dk_BTGD, dv_BTGD = (torch.zeros_like(t) for t in qkv)
-    for row, queries, keys, causal in _calls(spans, T, T):
-        dout, q, out = (t[row, queries] for t in (dout_BTHD, qkv[0], out_BTHD))
-        k, v, lse = qkv[1][row, keys], qkv[2][row, keys], lse_BHT[row, :, queries].contiguous()
-        dq, dk, dv = _attention_bwd(
-            dout, q, k, v, out, lse, None, D**-0.5, causal, options.window, backend=backend
-        )  # fmt: skip
-        dq_BTHD[row, queries] = dq
-        dk_BTGD[row, keys] += dk
-        dv_BTGD[row, keys] += dv
-    return dq_BTHD, dk_BTGD, dv_BTGD
 
 
 def _backward(
@@ -361,13 +271,7 @@ def _backward(
     dwo = linear.tn(dh_all, out_BTHD.flatten(2).flatten(0, 1)).to(w.wo_CxHD.dtype) if needs.wo_CxHD else None
     dout_BTHD = linear.nn(dh_all, w.wo_CxHD.to(dtype)).view(out_BTHD.shape)
     del dh_all
-    if spans is not None:
-        dq, dk, dv = _attend_spans_bwd(spans, dout_BTHD, qkv, out_BTHD, lse_BHT, options, backend)
-    else:
-        dq, dk, dv = _attention_bwd(
-            dout_BTHD, *qkv, out_BTHD, lse_BHT, cu_seqlens,
-            options.head_dim**-0.5, True, options.window, backend=backend,
-        )  # fmt: skip
+    dq, dk, dv = attend_bwd(dout_BTHD, *qkv, out_BTHD, lse_BHT, cu_seqlens, options, backend, spans)
     del dout_BTHD, qkv, out_BTHD, lse_BHT
     dk = dk if dk_BTGD is None else dk + dk_BTGD
     dv = dv if dv_BTGD is None else dv + dv_BTGD
@@ -441,14 +345,6 @@ class _Block(torch.autograd.Function):
         return dx, None, None, None, None, None, None, None, *dw
 
 
-def _check_spans(spans: Spans, B: int, cu_seqlens: Tensor | None, options: BlockOptions) -> None:
-    if len(spans) != B or not all(0 <= begin <= end for begin, end in spans):
-        raise ValueError(f"block: spans is {spans}, expected {B} pairs (begin, end) with 0 <= begin <= end")
-    if cu_seqlens is not None or options.window:
-        other = f"a window of {options.window}" if options.window else "cu_seqlens"
-        raise ValueError(f"block: spans are given beside {other}, expected one of the two")
-
-
 def _check(
     x: Tensor,
     w: Weights,
@@ -489,25 +385,7 @@ def _check(
         if t.dtype != torch.float32:
             raise ValueError(f"block: {name} has dtype {t.dtype}, expected a float type")
     if spans is not None:
-        _check_spans(spans, B, cu_seqlens, options)
-
-
-def _check_cache(cache: Cache, x: Tensor, G: int, D: int, dtype: torch.dtype) -> None:
-    B, T, _ = x.shape
-    for name, room in (("k_BSGD", cache.k_BSGD), ("v_BSGD", cache.v_BSGD)):
-        if room.ndim != 4 or room.shape[0] != B or room.shape[2:] != (G, D) or cache.used + T > room.shape[1]:
-            raise ValueError(
-                f"block: cache.{name} has shape {tuple(room.shape)}, expected {(B, cache.used + T, G, D)}, "
-                f"room for {cache.used} rows used and {T} new ones"
-            )
-        if room.device != x.device:
-            raise ValueError(f"block: cache.{name} is on {room.device}, expected {x.device} as x")
-        if room.dtype != dtype:
-            raise ValueError(f"block: cache.{name} has dtype {room.dtype}, expected {dtype}")
-    if cache.used < 0:
-        raise ValueError(f"block: cache.used is {cache.used}, expected 0 or more")
-    if cache.starts is not None and (len(cache.starts) != B or not all(s >= 0 for s in cache.starts)):
-        raise ValueError(f"block: cache.starts is {cache.starts}, expected {B} numbers of 0 or more")
+        check_spans(spans, B, cu_seqlens, options)
 
 
 def transformer_block(
@@ -573,11 +451,15 @@ def transformer_block(
         if return_keys:
             raise ValueError("block: return_keys is True beside a cache, expected one of the two")
         if isinstance(cache, Cache):
-            _check_cache(cache, x, weights.wk_GDxC.shape[0] // options.head_dim, options.head_dim, dtype)
+            check_cache(cache, x, weights.wk_GDxC.shape[0] // options.head_dim, options.head_dim, dtype)
     with no_autocast(autocast, x):
         x = x.to(stream)
         if cache is None and (recorded(x, *weights) or torch.compiler.is_compiling()):
             return _Block.apply(x, cos, sin, cu_seqlens, spans, options, dtype, return_keys, *weights)
+        few = x.dtype == dtype and not return_keys
+        if few and (qkv := few_rows.before(x, weights, cos, sin, options)) is not None:
+            out_BTHD, _ = attend(*qkv, cu_seqlens, options, forced(), spans, cache)
+            return few_rows.after(out_BTHD, x, weights, options)
         kept = _KEYS if return_keys else frozenset()
         a, act_RF, h_RC = _forward(x, weights, dtype, cos, sin, cu_seqlens, options, forced(), spans, cache, kept)
         y = _result(act_RF, h_RC, weights, options, x.shape)

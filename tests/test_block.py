@@ -12,7 +12,7 @@ from numerics import TARGETS, target
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from llama_fast import block, plain
+from llama_fast import block_attention, plain
 from llama_fast.block import POLICIES, BlockOptions, Cache, Weights, transformer_block
 from llama_fast.config import LlamaConfig, rope_cos_sin
 from llama_fast.ops import linear, reference
@@ -155,7 +155,7 @@ def test_what_a_backward_does_again(
         return lambda *args, **kwargs: (calls.append(name), f(*args, **kwargs))[1]
 
     monkeypatch.setattr(linear, "nt", watched("product", linear.nt))
-    monkeypatch.setattr(block, "_attention_fwd", watched("attention", block._attention_fwd))
+    monkeypatch.setattr(block_attention, "_attention_fwd", watched("attention", block_attention._attention_fwd))
     y.backward(dy)
     assert (calls.count("product"), calls.count("attention")) == (products, attention)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import llama_fast as lf
-from llama_fast import decode
+from llama_fast import decode, few_rows
 from llama_fast.config import LlamaConfig
 from llama_fast.generate import KVCache
 from llama_fast.model import Llama
@@ -36,6 +36,7 @@ TINY = LlamaConfig.preset("tiny")
 def op_by_op() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decode, "step", lambda *_: None)
+        patch.setattr(few_rows, "before", lambda *_: None)
         yield
 
 

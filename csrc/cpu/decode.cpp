@@ -1,4 +1,5 @@
-// A step of a decode, from the tokens to the logits, in one loop over threads. The products, whose speed is that of
+// A step of a decode, from the tokens to the logits, in one loop over threads; and the two parts of a layer, before and
+// after its attention, for few rows whose keys and values are kept elsewhere. The products, whose speed is that of
 // reading the weights once, are dealt by outputs; what is small, the norms of a few rows, every thread computes for
 // itself, so that the threads wait for each other five times a layer. It is the other kernels of this folder on parts
 // of their tensors, so the results are bitwise those of the ops called one by one, and of each row alone, for every
@@ -131,15 +132,7 @@ class Thread {
   }
 
   void layer(const DecodeLayer& w, const Tensor& cos, const Tensor& sin, int64_t used, const int64_t* starts) {
-    const Tensor in[] = {w.wq, w.wk, w.wv}, qkv[] = {s_.q, s_.k, s_.v};
-    loops_.run(
-        n_.HD + 2 * n_.GD, kGrain, [&] { rms_norm_fwd(x_, w.norm1, w.eps, own_.normed, own_.rstd); },
-        [&](int64_t begin, int64_t end) {
-          for (int i = 0; i < 3; begin -= in[i].size[0], end -= in[i].size[0], ++i) {
-            const int64_t from = std::max<int64_t>(begin, 0), to = std::min(end, in[i].size[0]);
-            if (from < to) multiply(own_.normed, in[i], qkv[i], from, to);
-          }
-        });
+    project(w, x_, s_.v);
     const int64_t groups = n_.GD / n_.D;
     loops_.run(
         n_.R * groups, 1, [] {},
@@ -147,11 +140,47 @@ class Thread {
           for (int64_t i = begin; i < end; ++i)
             attend(w, cos, sin, used, i / groups, i % groups, starts == nullptr ? 0 : starts[i / groups]);
         });
+    finish(w, x_, s_.out, y_);
+    std::swap(x_, y_);
+  }
+
+  // q and k of x, before rotary, and v.
+  void project(const DecodeLayer& w, const Tensor& x, const Tensor& v) {
+    const Tensor in[] = {w.wq, w.wk, w.wv}, qkv[] = {s_.q, s_.k, v};
     loops_.run(
-        n_.C, kGrain, [] {}, [&](int64_t begin, int64_t end) { multiply(s_.out, w.wo, s_.attended, begin, end); });
+        n_.HD + 2 * n_.GD, kGrain, [&] { rms_norm_fwd(x, w.norm1, w.eps, own_.normed, own_.rstd); },
+        [&](int64_t begin, int64_t end) {
+          for (int i = 0; i < 3; begin -= in[i].size[0], end -= in[i].size[0], ++i) {
+            const int64_t from = std::max<int64_t>(begin, 0), to = std::min(end, in[i].size[0]);
+            if (from < to) multiply(own_.normed, in[i], qkv[i], from, to);
+          }
+        });
+  }
+
+  // q and k after rotary; cos, sin: [1 or B, T, D/2] for R = B T rows.
+  void turn(const Tensor& cos, const Tensor& sin, bool interleaved, const Tensor& q, const Tensor& k) {
+    const int64_t D = n_.D, groups = n_.GD / D, rep = n_.HD / n_.GD, T = cos.size[1];
+    loops_.run(
+        n_.R * groups, 1, [] {},
+        [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) {
+            const int64_t r = i / groups, g = i % groups;
+            const auto angles = [&](const Tensor& table) {
+              const int64_t row = cos.size[0] == 1 ? 0 : r / T;
+              return narrow(narrow(table, 0, row, row + 1), 1, r % T, r % T + 1);
+            };
+            rope_fwd(heads_of(s_.q, r, g * rep, (g + 1) * rep, D), heads_of(s_.k, r, g, g + 1, D), angles(cos),
+                     angles(sin), interleaved, heads_of(q, r, g * rep, (g + 1) * rep, D), heads_of(k, r, g, g + 1, D));
+          }
+        });
+  }
+
+  // y, the layer's result for x, whose attention gave `out`.
+  void finish(const DecodeLayer& w, const Tensor& x, const Tensor& out, const Tensor& y) {
+    loops_.run(n_.C, kGrain, [] {}, [&](int64_t begin, int64_t end) { multiply(out, w.wo, s_.attended, begin, end); });
     bool normed = false;
     const auto norm = [&] {
-      if (!normed) add_rms_norm_fwd(s_.attended, x_, w.norm2, w.eps, own_.normed, own_.h, own_.rstd);
+      if (!normed) add_rms_norm_fwd(s_.attended, x, w.norm2, w.eps, own_.normed, own_.h, own_.rstd);
       normed = true;
     };
     loops_.run(n_.F, kGrain, norm, [&](int64_t begin, int64_t end) {
@@ -160,14 +189,13 @@ class Thread {
       swiglu_fwd(narrow(s_.gate, 1, begin, end), narrow(s_.up, 1, begin, end), narrow(s_.act, 1, begin, end));
     });
     loops_.run(n_.C, kGrain, norm, [&](int64_t begin, int64_t end) {
-      multiply(s_.act, w.wdown, y_, begin, end);
-      with_dtype(y_.dtype, [&](auto tag) {
+      multiply(s_.act, w.wdown, y, begin, end);
+      with_dtype(y.dtype, [&](auto tag) {
         using T = decltype(tag);
         for (int64_t r = 0; r < n_.R; ++r)
-          add(own_.h.ptr<T>() + r * n_.C + begin, y_.ptr<T>() + r * n_.C + begin, end - begin);
+          add(own_.h.ptr<T>() + r * n_.C + begin, y.ptr<T>() + r * n_.C + begin, end - begin);
       });
     });
-    std::swap(x_, y_);
   }
 
   void logits(const Tensor& norm, double eps, const Tensor& head, const Tensor& logits) {
@@ -208,39 +236,97 @@ class Thread {
   Tensor x_, y_;
 };
 
+// Calls body(thread) on each thread of a team that has room, in `memory`, for `loops` loops over layers of this size.
+template <class Body>
+void in_room(const Sizes& sizes, DType dtype, int64_t loops, std::vector<char>& memory, const Body& body) {
+  const int64_t least = std::min(sizes.HD + 2 * sizes.GD, 2 * sizes.F) * sizes.C;
+  const int64_t threads = std::clamp<int64_t>(least / kGrainElements, 1, max_threads());
+  Arena for_all(nullptr), for_one(nullptr);
+  static_cast<void>(Shared(for_all, dtype, sizes)), static_cast<void>(Own(for_one, dtype, sizes));
+  const int64_t of_counts = loops * static_cast<int64_t>(sizeof(Loops::Counts));
+  memory.resize(static_cast<size_t>(of_counts + for_all.bytes() + threads * for_one.bytes() + kLine));
+  char* const begin = memory.data() + (kLine - reinterpret_cast<uintptr_t>(memory.data()) % kLine) % kLine;
+  auto* const counts = reinterpret_cast<Loops::Counts*>(begin);
+  Arena arena(begin + of_counts);
+  const Shared shared(arena, dtype, sizes);
+  std::vector<Own> owns;
+  for (int64_t i = 0; i < threads; ++i) owns.emplace_back(arena, dtype, sizes);
+  for (int64_t i = 0; i < loops; ++i) new (counts + i) Loops::Counts;
+  in_team(threads, [&](int64_t index, int64_t count) {
+    Thread thread(sizes, shared, owns[static_cast<size_t>(index)], Loops(counts, count));
+    body(thread);
+  });
+}
+
+// Of a layer's weights and R rows in one dtype; throws where they do not fit each other, or the kernels.
+Sizes sizes_of(const DecodeLayer& w, DType dtype, int64_t R, int64_t D) {
+  if (dtype != DType::f32 && dtype != DType::bf16 && dtype != DType::f16)
+    throw std::invalid_argument("decode: not float32, bfloat16 or float16");
+  const int64_t C = w.norm1.size[0], HD = w.wq.size[0], GD = w.wk.size[0], F = w.wgate.size[0];
+  if (R < 1 || R > kGemvRows || (R > 4 && dtype == DType::bf16 && R * C > kCached))
+    throw std::invalid_argument("decode: more rows than gemv is made for");
+  if (D < kLeastHeadDim || D > kMostHeadDim || D % kHeadDimStep != 0 || GD < D || GD % D != 0 || HD % GD != 0 ||
+      HD < GD || C < 1 || F < 1)
+    throw std::invalid_argument("decode: heads or sizes that the ops one by one must take");
+  for (const Tensor* gain : {&w.norm1, &w.norm2}) expect("norm1 or norm2", *gain, dtype, {C});
+  expect("wq", w.wq, dtype, {HD, C});
+  expect("wk", w.wk, dtype, {GD, C});
+  expect("wv", w.wv, dtype, {GD, C});
+  expect("wo", w.wo, dtype, {C, HD});
+  expect("wgate", w.wgate, dtype, {F, C});
+  expect("wup", w.wup, dtype, {F, C});
+  expect("wdown", w.wdown, dtype, {C, F});
+  return {R, C, HD, GD, F, 0, D};
+}
+
 }  // namespace
+
+void block_before(const Tensor& x, const DecodeLayer& w, const Tensor& cos, const Tensor& sin, const Tensor& q,
+                  const Tensor& k, const Tensor& v) {
+  const Sizes sizes = sizes_of(w, x.dtype, x.size[0], 2 * cos.size[2]);
+  const int64_t R = sizes.R;
+  expect("x", x, x.dtype, {R, sizes.C});
+  expect("q", q, x.dtype, {R, sizes.HD});
+  for (const Tensor* t : {&k, &v}) expect("k or v", *t, x.dtype, {R, sizes.GD});
+  const int64_t tables = cos.size[0], T = cos.size[1];
+  if (T < 1 || R % T != 0 || (tables != 1 && tables != R / T))
+    throw std::invalid_argument("decode: cos is for other rows");
+  for (const Tensor* t : {&cos, &sin}) expect("cos or sin", *t, DType::f32, {tables, T, sizes.D / 2});
+  std::vector<char> memory;
+  in_room(sizes, x.dtype, 2, memory, [&](Thread& thread) {
+    thread.project(w, x, v);
+    thread.turn(cos, sin, w.interleaved, q, k);
+  });
+}
+
+void block_after(const Tensor& out, const Tensor& x, const DecodeLayer& w, int64_t head_dim, const Tensor& y) {
+  const Sizes sizes = sizes_of(w, x.dtype, x.size[0], head_dim);
+  expect("out", out, x.dtype, {sizes.R, sizes.HD});
+  for (const Tensor* t : {&x, &y}) expect("x or y", *t, x.dtype, {sizes.R, sizes.C});
+  std::vector<char> memory;
+  in_room(sizes, x.dtype, 3, memory, [&](Thread& thread) { thread.finish(w, x, out, y); });
+}
 
 DecodePlan::DecodePlan(const Tensor& embed, const Tensor& cos, const Tensor& sin, std::vector<DecodeLayer> layers,
                        const Tensor& norm, double eps, const Tensor& head)
     : embed_(embed), cos_(cos), sin_(sin), norm_(norm), head_(head), eps_(eps), layers_(std::move(layers)) {
   const DType dtype = embed.dtype;
-  if (dtype != DType::f32 && dtype != DType::bf16 && dtype != DType::f16)
-    throw std::invalid_argument("decode: embed is not float32, bfloat16 or float16");
   if (layers_.empty()) throw std::invalid_argument("decode: no layers");
   const DecodeLayer& first = layers_[0];
-  const int64_t V = embed.size[0], C = embed.size[1], HD = first.wq.size[0], GD = first.wk.size[0];
-  const int64_t F = first.wgate.size[0], R = first.k_cache.size[0], S = first.k_cache.size[1],
-                D = first.k_cache.size[3];
-  if (R < 1 || R > kGemvRows || (R > 4 && dtype == DType::bf16 && R * C > kCached))
-    throw std::invalid_argument("decode: more rows than gemv is made for");
-  if (D < kLeastHeadDim || D > kMostHeadDim || D % kHeadDimStep != 0 || GD < D || GD % D != 0 || HD % GD != 0 ||
-      HD < GD || HD / GD > kFewRows || C < 1 || F < 1 || V < 1)
-    throw std::invalid_argument("decode: heads or sizes that the ops one by one must take");
-  expect("embed", embed, dtype, {V, C});
-  expect("head", head, dtype, {V, C});
-  expect("norm", norm, dtype, {C});
+  const int64_t V = embed.size[0], R = first.k_cache.size[0], S = first.k_cache.size[1], D = first.k_cache.size[3];
+  const Sizes sizes = sizes_of(first, dtype, R, D);
+  if (V < 1) throw std::invalid_argument("decode: no vocabulary");
+  if (sizes.HD / sizes.GD > kFewRows) throw std::invalid_argument("decode: more query heads of a key head than few");
+  expect("embed", embed, dtype, {V, sizes.C});
+  expect("head", head, dtype, {V, sizes.C});
+  expect("norm", norm, dtype, {sizes.C});
   for (const Tensor* table : {&cos, &sin}) expect("cos or sin", *table, DType::f32, {cos.size[0], D / 2});
   for (const DecodeLayer& w : layers_) {
-    for (const Tensor* gain : {&w.norm1, &w.norm2}) expect("norm1 or norm2", *gain, dtype, {C});
-    expect("wq", w.wq, dtype, {HD, C});
-    expect("wk", w.wk, dtype, {GD, C});
-    expect("wv", w.wv, dtype, {GD, C});
-    expect("wo", w.wo, dtype, {C, HD});
-    expect("wgate", w.wgate, dtype, {F, C});
-    expect("wup", w.wup, dtype, {F, C});
-    expect("wdown", w.wdown, dtype, {C, F});
-    expect("k_cache", w.k_cache, dtype, {R, S, GD / D, D});
-    expect("v_cache", w.v_cache, dtype, {R, S, GD / D, D});
+    const Sizes own = sizes_of(w, dtype, R, D);
+    if (own.C != sizes.C || own.HD != sizes.HD || own.GD != sizes.GD || own.F != sizes.F)
+      throw std::invalid_argument("decode: layers of different sizes");
+    for (const Tensor* cache : {&w.k_cache, &w.v_cache})
+      expect("k_cache or v_cache", *cache, dtype, {R, S, sizes.GD / D, D});
   }
 }
 
@@ -261,20 +347,6 @@ bool DecodePlan::step(const Tensor& tokens, int64_t used, const std::vector<int6
                           std::any_of(starts.begin(), starts.end(), [](int64_t start) { return start < 0; })))
     return false;
 
-  const int64_t least = std::min(sizes.HD + 2 * sizes.GD, 2 * sizes.F) * sizes.C;
-  const int64_t threads = std::clamp<int64_t>(least / kGrainElements, 1, max_threads());
-  Arena for_all(nullptr), for_one(nullptr);
-  static_cast<void>(Shared(for_all, embed_.dtype, sizes)), static_cast<void>(Own(for_one, embed_.dtype, sizes));
-  const int64_t loops = 5 * static_cast<int64_t>(layers_.size()) + 2;
-  const int64_t of_counts = loops * static_cast<int64_t>(sizeof(Loops::Counts));
-  memory_.resize(static_cast<size_t>(of_counts + for_all.bytes() + threads * for_one.bytes() + kLine));
-  char* const memory = memory_.data() + (kLine - reinterpret_cast<uintptr_t>(memory_.data()) % kLine) % kLine;
-  auto* const counts = reinterpret_cast<Loops::Counts*>(memory);
-  Arena arena(memory + of_counts);
-  const Shared shared(arena, embed_.dtype, sizes);
-  std::vector<Own> owns;
-  for (int64_t i = 0; i < threads; ++i) owns.emplace_back(arena, embed_.dtype, sizes);
-
   // position `used` of the tables as [1, 1, D/2]
   const auto angles = [used](const Tensor& table) {
     Tensor t = narrow(table, 0, used, used + 1);
@@ -284,9 +356,8 @@ bool DecodePlan::step(const Tensor& tokens, int64_t used, const std::vector<int6
     return t;
   };
   const Tensor cos = angles(cos_), sin = angles(sin_);
-  for (int64_t i = 0; i < loops; ++i) new (counts + i) Loops::Counts;
-  in_team(threads, [&](int64_t index, int64_t count) {
-    Thread thread(sizes, shared, owns[static_cast<size_t>(index)], Loops(counts, count));
+  const int64_t loops = 5 * static_cast<int64_t>(layers_.size()) + 2;
+  in_room(sizes, embed_.dtype, loops, memory_, [&](Thread& thread) {
     thread.embed(embed_, ids);
     for (const DecodeLayer& layer : layers_)
       thread.layer(layer, cos, sin, used, starts.empty() ? nullptr : starts.data());

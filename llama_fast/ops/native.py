@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llama_fast.ops import chunks, library, table
 from llama_fast.ops.dispatch import plain
-from llama_fast.ops.linear import rows
+from llama_fast.ops.linear import flat, rows
 from llama_fast.ops.table import Op
 
 _native, _reason = library.load("_native")
@@ -68,7 +68,36 @@ attention_fwd = _launcher(table.ATTENTION, "fwd")
 attention_bwd = _launcher(table.ATTENTION, "bwd")
 
 
-# ---- a whole step of a decode ----------------------------------------------------------------------------------------
+# ---- the parts of a block of few rows, and a whole step of a decode --------------------------------------------------
+def block_before(
+    x_BTC: Tensor,
+    weights: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    interleaved: bool,
+    qkv: tuple[Tensor, Tensor, Tensor],
+) -> bool:
+    """Writes q [B, T, H, D], k and v [B, T, G, D] of a block, `block_before` of csrc/ops.h; False where it takes no
+    such tensors. weights: the nine in the order of `block.Weights`; cos, sin: [1 or B, T, D/2] float32."""
+    if _native is None:
+        return False
+    layer = (*weights, None, None, eps, interleaved, 0)
+    try:
+        _native.cpu.block_before(rows(flat(x_BTC)), layer, cos, sin, *(t.flatten(2).flatten(0, 1) for t in qkv))
+    except ValueError:
+        return False
+    return True
+
+
+def block_after(out_BTHD: Tensor, x_BTC: Tensor, weights: Sequence[Tensor], eps: float, head_dim: int) -> Tensor:
+    """The result [B, T, C] of a block whose `block_before` took x and whose attention gave `out`."""
+    y = x_BTC.new_empty(x_BTC.shape)
+    layer = (*weights, None, None, eps, False, 0)
+    _native.cpu.block_after(flat(out_BTHD.flatten(2)), rows(flat(x_BTC)), layer, head_dim, flat(y))
+    return y
+
+
 def decode_plan(
     embed: Tensor,
     cos: Tensor,
