@@ -19,6 +19,8 @@ from torch import Tensor
 
 from llama_fast.ops import native
 
+_COLD = 1e-30  # below this temperature the likeliest token has all the probability, or those that tie with it
+
 
 class Sampler:
     """Chooses a token from each row of logits.
@@ -87,7 +89,9 @@ class Sampler:
             logits = torch.where(seen_BV, torch.where(logits < 0, logits * p, logits / p), logits)
         if self.temperature == 0.0:
             return logits.argmax(-1)
-        logits = self._filter(logits / self.temperature)
+        if self.temperature < _COLD:  # they would be infinite
+            logits = logits - logits.amax(-1, keepdim=True)
+        logits = self._filter(logits / max(self.temperature, torch.finfo(logits.dtype).tiny))
         return torch.multinomial(logits.softmax(-1), 1, generator=self.generator).squeeze(-1)
 
     def _filter(self, logits: Tensor) -> Tensor:

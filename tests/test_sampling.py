@@ -34,6 +34,15 @@ def test_draws_repeat_by_seed_and_follow_the_probabilities() -> None:
     assert Sampler()(logits).tolist() == [0] * 4000
 
 
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-45, 5e-324])
+def test_a_temperature_near_zero_takes_the_likeliest(temperature: float) -> None:
+    """Divided by it the logits are infinite, or it is 0 in float32."""
+    logits = some_logits()
+    for filters in ({}, {"top_k": 5, "top_p": 0.9, "min_p": 0.1}):
+        drawn = Sampler(temperature, seed=0, **filters)(logits)  # type: ignore[arg-type]
+        assert torch.equal(logits.gather(1, drawn[:, None]), logits.amax(-1, keepdim=True))
+
+
 def test_without_a_seed_it_is_torchs_generator() -> None:
     logits = some_logits()
     draws = []
