@@ -70,12 +70,12 @@ class BPETokenizer:
         """Ids of one text; what looks like a special token in it ("<|eot_id|>") is plain text.
 
         Args:
-            text: any string.
+            text: any string without lone surrogates.
             bos: put `bos_id` in front.
             eos: put `eos_id` behind.
 
         Raises:
-            ValueError: `bos` or `eos` is asked for, and the vocabulary has none.
+            ValueError: `bos` or `eos` is asked for, and the vocabulary has none; or a lone surrogate in the text.
         """
         if (bos and self.bos_id is None) or (eos and self.eos_id is None):
             raise ValueError(f"bos = {bos}, eos = {eos}: the vocabulary has bos {self.bos_id} and eos {self.eos_id}")
@@ -88,6 +88,11 @@ class BPETokenizer:
         return self._encode(text, special=True)
 
     def _encode(self, text: str, special: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            found = f"{text[error.start]!r}, at position {error.start}"
+            raise ValueError(f"text has a lone surrogate, {found}: expected Unicode text") from None
         self.backend.encode_special_tokens = not special
         return list(self.backend.encode(text, add_special_tokens=False).ids)
 
@@ -125,7 +130,8 @@ class BPEStreamDecoder:
         text = self._new_text()
         if text.endswith("\ufffd"):  # perhaps the beginning of a character
             return ""
-        self._ids = self._ids[self._shown :] or self._ids
+        if text:  # else a special token, behind which another would be the first of a text
+            self._ids = self._ids[self._shown :]
         self._shown = len(self._ids)
         return text
 

@@ -100,6 +100,27 @@ def test_streams_of_random_ids_are_the_whole_decoding(tok: BPETokenizer) -> None
         tok.decode([1500])
 
 
+@pytest.mark.parametrize("text", ["\udcff", "ab\ud800"])
+def test_no_text_is_named(tok: BPETokenizer, text: str) -> None:
+    """Bytes of the command line that are not UTF-8 come as these."""
+    for encode in (tok.encode, tok.encode_marked):
+        with pytest.raises(ValueError, match=rf"text has a lone surrogate, .*, at position {len(text) - 1}"):
+            encode(text)
+
+
+def test_a_special_token_inside_a_text_takes_no_space() -> None:
+    """LLaMA 2's decoder strips the space in front of a text, not those inside it."""
+    vocab = {"<s>": 0, "\u2581a": 1, "\u2581b": 2, "c": 3, "a": 4}
+    backend = library.Tokenizer(library.models.BPE(vocab, []))
+    parts = (library.decoders.Replace("\u2581", " "), library.decoders.Fuse(), library.decoders.Strip(" ", 1, 0))
+    backend.decoder = library.decoders.Sequence(list(parts))
+    backend.add_special_tokens(["<s>"])
+    tok = BPETokenizer(backend, 0, [], adds_bos=True)
+    for ids in ([1, 0, 2, 3], [0, 1, 0, 0, 2], [1, 0], [0, 0, 1, 2], [3, 0, 3, 2]):
+        assert tok.decode(ids) == backend.decode(ids)
+    assert tok.decode([1, 0, 2], continuation=True) == " a b"
+
+
 def test_a_vocabulary_that_leaves_numbers_out() -> None:
     library = pytest.importorskip("tokenizers", reason="the extra chat is not installed")
     alphabet = sorted(library.pre_tokenizers.ByteLevel.alphabet())
