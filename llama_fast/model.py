@@ -68,7 +68,7 @@ class Llama(nn.Module):
         )
         self.norm = RMSNorm(config.dim, config.norm_eps, **like)
         self.lm_head = Linear(config.dim, config.vocab_size, **like)
-        self._rope: tuple[Tensor, Tensor] | None = None
+        self._rope: tuple[LlamaConfig, Tensor, Tensor] | None = None
         self._tie()
         self.register_load_state_dict_post_hook(_tie_again)
         if device is None:
@@ -106,14 +106,15 @@ class Llama(nn.Module):
         rows = self.config.max_seq_len  # where a compiler watches: fewer would bind it to these lengths
         if not torch.compiler.is_compiling():
             rows = min(rows, 1 << (end - 1).bit_length()) if end else 0
-        if self._rope is None or self._rope[0].shape[0] < rows or self._rope[0].device != device:
+        kept = self._rope
+        if kept is None or kept[0] is not self.config or kept[1].shape[0] < rows or kept[1].device != device:
             with torch.inference_mode(False):  # for later calls too, whose backward keeps them
                 cos, sin = rope_cos_sin(self.config, rows, device)
             # not fake ones, nor what an export or a trace has recorded
             if not torch.compiler.is_exporting() and (torch.compiler.is_compiling() or plain(cos, sin)):
-                self._rope = cos, sin
+                self._rope = self.config, cos, sin
         else:
-            cos, sin = self._rope
+            _, cos, sin = kept
         return cos[start:end], sin[start:end]
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:

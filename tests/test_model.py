@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from llama_fast.block import POLICIES
-from llama_fast.config import LlamaConfig
+from llama_fast.config import LinearRopeScaling, LlamaConfig
 from llama_fast.model import Llama
 from llama_fast.plain import PlainLlama
 
@@ -140,6 +140,17 @@ def test_a_model_that_inference_mode_has_seen_can_still_be_trained() -> None:
     losses = [model.loss(tokens, targets) for model in (seen, fresh)]
     assert torch.equal(*losses)
     losses[0].backward()
+
+
+def test_a_config_that_is_put_in_turns_by_its_own_angles() -> None:
+    """A longer context by another scaling, say; the tables are kept between calls."""
+    tokens, _ = _batch(TINY)
+    model = Llama(TINY)
+    model(tokens), model.generate(tokens, max_new_tokens=2)
+    model.config = dataclasses.replace(TINY, rope_scaling=LinearRopeScaling(4.0), max_seq_len=256)
+    fresh = Llama(model.config)
+    assert torch.equal(model(tokens), fresh(tokens))
+    assert torch.equal(model.generate(tokens, max_new_tokens=9), fresh.generate(tokens, max_new_tokens=9))
 
 
 @pytest.mark.parametrize("kind", ["fake mode", "make_fx"])
