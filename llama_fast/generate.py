@@ -49,15 +49,21 @@ class KVCache:
         starts: Sequence[int] | None = None,
     ) -> None:
         shape = (config.n_layers, batch, room, config.n_kv_heads, config.head_dim)
-        self.k_LBSGD = torch.empty(shape, device=device, dtype=dtype)
-        self.v_LBSGD = torch.empty(shape, device=device, dtype=dtype)
+        with torch.inference_mode(False):  # later steps may be outside it
+            self.k_LBSGD = torch.empty(shape, device=device, dtype=dtype)
+            self.v_LBSGD = torch.empty(shape, device=device, dtype=dtype)
         self.used = 0
         self.starts = tuple(starts) if starts is not None and any(starts) else None
         self._layers = list(zip(self.k_LBSGD, self.v_LBSGD, strict=True))
         self.plan: decode.Plan | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "plan": None}  # it holds addresses: a copy makes its own
+        # a plan holds addresses: a copy makes its own; so it does its layers, which pickle would give other memory
+        return {name: value for name, value in vars(self).items() if name not in ("plan", "_layers")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, plan=None)
+        self._layers = list(zip(self.k_LBSGD, self.v_LBSGD, strict=True))
 
     @property
     def room(self) -> int:
@@ -69,7 +75,8 @@ class KVCache:
         old_k, old_v = self.k_LBSGD, self.v_LBSGD
         L, B, S, G, D = old_k.shape
         if room > S:
-            self.k_LBSGD, self.v_LBSGD = (t.new_empty(L, B, room, G, D) for t in (old_k, old_v))
+            with torch.inference_mode(False):
+                self.k_LBSGD, self.v_LBSGD = (t.new_empty(L, B, room, G, D) for t in (old_k, old_v))
             self.k_LBSGD[:, :, : self.used] = old_k[:, :, : self.used]
             self.v_LBSGD[:, :, : self.used] = old_v[:, :, : self.used]
             self._layers = list(zip(self.k_LBSGD, self.v_LBSGD, strict=True))
@@ -137,11 +144,13 @@ def stream(
         raise ValueError(f"before has {len(before)} ids: expected the {used} of the cache, for the repetition penalty")
     if max_new_tokens == 0:
         return
-    seen_BV = _seen(prompts, starts, model.config.vocab_size) if sampler.penalises else None
+    V = model.config.vocab_size
+    with torch.inference_mode(False):  # each step writes into them, and may be outside it
+        seen_BV = _seen(prompts, starts, V) if sampler.penalises else None
+        done = torch.zeros(B, dtype=torch.bool, device=prompts.device)
     if seen_BV is not None:
         seen_BV[:, list(before)] = True
     stops = torch.tensor(list(eos_ids), device=prompts.device)
-    done = torch.zeros(B, dtype=torch.bool, device=prompts.device)
     for at in range(0, T - prefill_chunk, prefill_chunk):
         model.hidden(prompts[:, at : at + prefill_chunk], cache)
     step = prompts[:, (T - 1) // prefill_chunk * prefill_chunk :]

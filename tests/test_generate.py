@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -152,6 +154,37 @@ def test_a_cache_goes_on_from_earlier_tokens(model: Llama) -> None:
         next(model.stream([[1], [2, 3]], max_new_tokens=1, cache=KVCache(TINY, 2, 0, "cpu", torch.float32)))
     with pytest.raises(ValueError, match=r"before has 0 ids: expected the \d+ of the cache"):
         next(model.stream(tokens[:, :1], max_new_tokens=1, cache=cache, repetition_penalty=1.2))
+
+
+@pytest.mark.parametrize("of", [copy.copy, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copy_of_a_cache_goes_on_alike(model: Llama, of: Callable[[KVCache], KVCache]) -> None:
+    """The prompt is written layer by layer, and the native step reads all layers."""
+    tokens = prompts(1, 20)
+    expected = model.generate(tokens, max_new_tokens=8)
+    cache = KVCache(TINY, 1, 40, "cpu", torch.float32)
+    with torch.no_grad():
+        model(tokens[:, :12], cache)
+    cache = of(cache)
+    new = [int(s.tokens[0]) for s in model.stream(tokens[:, 12:], max_new_tokens=8, cache=cache)]
+    assert new == expected[0, 20:].tolist()
+
+
+def test_a_stream_begun_in_inference_mode_goes_on_outside(model: Llama) -> None:
+    tokens, options = prompts(2, 6), {"max_new_tokens": 8, "repetition_penalty": 1.2, "eos_id": TINY.vocab_size - 1}
+    expected = model.generate(tokens, **options)  # type: ignore[arg-type]
+    for kind in ("native", "op by op"):
+        with pytest.MonkeyPatch.context() as patch:
+            if kind == "op by op":
+                patch.setattr(decode, "step", lambda *_: None)
+            steps = model.stream(tokens, **options)  # type: ignore[arg-type]
+            with torch.inference_mode():
+                first = next(steps)
+            new = torch.stack([s.tokens for s in (first, *steps)], dim=1)
+        assert torch.equal(new, expected[:, 6:])
+    with torch.inference_mode():
+        cache = KVCache(TINY, 1, 1, "cpu", torch.float32)
+        cache.grow(9)
+    assert len(list(model.stream(tokens[:1], max_new_tokens=3, cache=cache))) == 3
 
 
 def test_end_of_sequence_fills_and_stops(model: Llama) -> None:
