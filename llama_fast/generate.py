@@ -158,14 +158,15 @@ def stream(
         logits_BV = decode.step(model, step, cache)
         if logits_BV is None:
             logits_BV = model.lm_head(model.hidden(step, cache)[:, -1])
-        chosen = sampler(logits_BV, seen_BV)
+        chosen = given = sampler(logits_BV, seen_BV)
         if len(stops):
-            chosen = torch.where(done, stops[0], chosen)
+            given = torch.where(done, stops[0], chosen)
+            chosen = given.clamp(0, V - 1)  # the model takes no id that it has not, as an end may be
         if seen_BV is not None:
             seen_BV.scatter_(1, chosen[:, None], True)
-        yield Step(chosen, _logprobs(logits_BV, chosen) if logprobs else None)
+        yield Step(given, _logprobs(logits_BV, chosen) if logprobs else None)
         if len(stops):
-            done |= (chosen[:, None] == stops).any(1)
+            done |= (given[:, None] == stops).any(1)
             if bool(done.all()):
                 return
         step = chosen.unsqueeze(1)

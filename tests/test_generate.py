@@ -204,6 +204,21 @@ def test_end_of_sequence_fills_and_stops(model: Llama) -> None:
     assert rows == [free[0, : 6 + first].tolist(), free[1, : 6 + second].tolist()]
 
 
+@pytest.mark.parametrize("outside", [-1, TINY.vocab_size + 7])
+def test_an_end_outside_the_vocabulary_fills_too(model: Llama, outside: int) -> None:
+    """As where the tokenizer has ids that the embedding has not."""
+    free = model.generate(prompts(2, 5), max_new_tokens=8)
+    eos = int(free[0, 6])
+    assert eos not in free[1, 5:]
+    first = free[0, 5:].tolist().index(eos)
+    options: dict[str, Any] = {"max_new_tokens": 8, "eos_id": [outside, eos]}
+    found = model.generate(prompts(2, 5), **options)
+    assert found[0, 5:].tolist() == free[0, 5 : 6 + first].tolist() + [outside] * (7 - first)
+    assert torch.equal(found[1], free[1])
+    steps = list(model.stream(prompts(2, 5), logprobs=True, repetition_penalty=1.0001, **options))
+    assert [int(s.tokens[0]) for s in steps] == found[0, 5:].tolist()
+
+
 def test_autocast_generates_in_its_dtype(model: Llama) -> None:
     prompt = torch.arange(10).view(2, 5)
     for weights, dtype in ((torch.float32, torch.bfloat16), (torch.float64, torch.float64)):
