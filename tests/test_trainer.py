@@ -476,6 +476,8 @@ def test_gemm_rate() -> None:
     assert 1e8 < measure_gemm_rate("float32", seconds=0.1) < 1e16
     assert 1e8 < measure_gemm_rate("bfloat16", seconds=0.1) < 1e16
     assert torch.equal(torch.get_rng_state(), before)
+    with torch.device("meta"):  # as where the default device is a GPU
+        assert 1e8 < measure_gemm_rate("float32", "cpu", seconds=0.1) < 1e16
     with pytest.raises(ValueError, match="dtype = 'int8'"):
         measure_gemm_rate("int8")
 

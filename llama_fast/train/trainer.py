@@ -424,7 +424,8 @@ def measure_gemm_rate(dtype: str = "float32", device: torch.device | str = "cpu"
         raise ValueError(f"dtype = {dtype!r}: expected one of {', '.join(_DTYPES)}")
     device = torch.device(device)
     n = 1024 if device.type == "cpu" else 8192  # large enough for the full rate, small enough for many in 0.5 s
-    a, b = (torch.randn(n, n, generator=torch.Generator().manual_seed(0)).to(device, _DTYPES[dtype]) for _ in "ab")
+    generator = torch.Generator().manual_seed(0)  # of the CPU, whatever torch's default device is
+    a, b = (torch.randn(n, n, generator=generator, device="cpu").to(device, _DTYPES[dtype]) for _ in "ab")
     products = [lambda: a @ b]
     if device.type == "cpu":
         products.append(lambda: linear.nt(a, b))
