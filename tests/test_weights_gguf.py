@@ -126,6 +126,8 @@ def llama3_divisors(scaling: Llama3RopeScaling) -> np.ndarray:
 
 def test_rotary_scalings(tmp_path: Path) -> None:
     linear = dataclasses.replace(CONFIG, rope_scaling=LinearRopeScaling(4.0))
+    old = {"llama.rope.scale_linear": 4.0}  # as files of 2023 have it, without a type
+    assert Llama.from_pretrained(write_gguf(tmp_path / "old.gguf", Llama(linear), change=old)).config == linear
     fields = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
     path = write_gguf(tmp_path / "linear.gguf", Llama(linear), change=fields)
     assert Llama.from_pretrained(path).config == linear

@@ -174,7 +174,8 @@ def _as_written(value: float) -> float:
 
 
 def _scaling(fields: Mapping[str, Any], head_dim: int, theta: float, divisors: Tensor | None) -> RopeScaling | None:
-    kind = fields.get("llama.rope.scaling.type", "none")
+    factor = fields.get("llama.rope.scaling.factor", fields.get("llama.rope.scale_linear"))  # the latter of 2023
+    kind = fields.get("llama.rope.scaling.type", "linear" if factor else "none")  # as llama.cpp reads them
     if divisors is not None:
         scaling = Llama3RopeScaling(_as_written(divisors.max().item()), *_LLAMA3_SCALING)
         freqs = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
@@ -183,7 +184,9 @@ def _scaling(fields: Mapping[str, Any], head_dim: int, theta: float, divisors: T
             raise ValueError(f"{_ROPE} holds {divisors.tolist()}: expected those of Llama 3.1's scaling")
         return scaling
     if kind == "linear":
-        return LinearRopeScaling(_as_written(fields["llama.rope.scaling.factor"]))
+        if factor is None:
+            raise KeyError("llama.rope.scaling.factor")
+        return LinearRopeScaling(_as_written(factor))
     if kind != "none":
         raise ValueError(f"llama.rope.scaling.type = {kind!r}: expected none or linear")
     return None
