@@ -50,9 +50,9 @@ def load(path: Path, dtype: str | None, device: str | None) -> tuple[Llama, AnyT
 
 
 def check_device(name: str | None) -> None:
-    """Raises ValueError unless torch can put a tensor on the device called `name`; None is the default one."""
+    """Raises ValueError unless torch can read a number on the device called `name`; None is the default one."""
     try:
-        torch.empty(0, device=name)
+        torch.zeros((), device=name).item()
     except (RuntimeError, AssertionError) as error:  # the latter from a torch that was built without CUDA
         raise ValueError(f"device = {name!r}: {str(error).splitlines()[0]}") from None
 

@@ -263,6 +263,7 @@ def test_plain_starts_from_the_same_loss(llama_fast_program: Any, text: Path, tm
         (["generate", "--checkpoint", "OUT"], "no such folder or file, expected a folder of Hugging Face or Meta"),
         (["generate", "--checkpoint", "OUT", "--system", "Be kind."], "--system 'Be kind.': expected --chat"),
         (["generate", "--checkpoint", "OUT", "--device", "gpu"], "device = 'gpu': Expected one of cpu, cuda"),
+        (["generate", "--checkpoint", "OUT", "--device", "meta"], "device = 'meta': Tensor.item() cannot be called"),
         (["convert", "OUT", "elsewhere"], "no such folder or file, expected a folder of Hugging Face or Meta"),
         (["plan", "--preset", "tiny", "--seq-len", "0"], "seq_len = 0: expected 1 .. max_seq_len"),
         (["plan", "--preset", "tiny", "--tensor", "0"], "tensor = 0: expected 1 or more"),
