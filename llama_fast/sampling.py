@@ -80,6 +80,9 @@ class Sampler:
         Args:
             logits_BV: [B, V].
             seen_BV: [B, V] bool, the tokens that the penalty is for; None for none.
+
+        Raises:
+            FloatingPointError: on the CPU, where the draw fails: the logits are not finite.
         """
         if self.temperature == 0.0 and (seen_BV is None or not self.penalises):
             return native.argmax(logits_BV)
@@ -92,7 +95,14 @@ class Sampler:
         if self.temperature < _COLD:  # they would be infinite
             logits = logits - logits.amax(-1, keepdim=True)
         logits = self._filter(logits / max(self.temperature, torch.finfo(logits.dtype).tiny))
-        return torch.multinomial(logits.softmax(-1), 1, generator=self.generator).squeeze(-1)
+        try:
+            return torch.multinomial(logits.softmax(-1), 1, generator=self.generator).squeeze(-1)
+        except RuntimeError:
+            if logits_BV.isfinite().all():
+                raise
+            raise FloatingPointError(
+                "the model's logits hold NaN or infinity: expected finite numbers; float16 overflows before bfloat16"
+            ) from None
 
     def _filter(self, logits: Tensor) -> Tensor:
         if self.top_k is not None and self.top_k < logits.shape[-1]:

@@ -43,6 +43,15 @@ def test_a_temperature_near_zero_takes_the_likeliest(temperature: float) -> None
         assert torch.equal(logits.gather(1, drawn[:, None]), logits.amax(-1, keepdim=True))
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers_are_named(bad: float) -> None:
+    """As of a model whose activations float16 cannot hold."""
+    logits = some_logits()
+    logits[3, 7] = bad
+    with pytest.raises(FloatingPointError, match="the model's logits hold NaN or infinity"):
+        Sampler(0.8, top_p=0.9)(logits)
+
+
 def test_without_a_seed_it_is_torchs_generator() -> None:
     logits = some_logits()
     draws = []
