@@ -51,7 +51,8 @@ def load_tokenizer(path: Path | str) -> AnyTokenizer:
         raise ValueError(f"{path}: tokenizer.ggml.model = {kind!r}: expected gpt2 or llama")
     if (path / "tokenizer.json").is_file():
         return bpe.from_folder(path)
-    for file in (path / "tokenizer.model", path.parent / "tokenizer.model"):
+    for folder in (path, path.parent, path.resolve().parent):  # the last of "." and of a link
+        file = folder / "tokenizer.model"
         if file.is_file():
             with open(file, "rb") as opened:
                 return bpe.from_tiktoken(file) if bpe.is_tiktoken(opened.read(256)) else Tokenizer(file)

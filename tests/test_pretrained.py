@@ -78,6 +78,23 @@ def test_a_folder_and_a_checkpoint_in_a_run(model_path: Path, tmp_path: Path) ->
         assert chat_template(path) is None
 
 
+def test_a_checkpoint_in_a_run_by_any_of_its_names(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = tmp_path / "run" / "step_0000001"
+    (step / "sub").mkdir(parents=True)
+    (tmp_path / "run" / "tokenizer.model").write_bytes(model_path.read_bytes())
+    (tmp_path / "link").symlink_to(step)
+    (tmp_path / "run" / "step_0000002").symlink_to(model_path.parent.parent)  # moved away, its run is here
+    for where, names in (
+        (step, (".", "../step_0000001", "../step_0000002")),
+        (step / "sub", ("..", tmp_path / "link")),
+    ):
+        monkeypatch.chdir(where)
+        for name in names:
+            assert load_tokenizer(name).vocab_size == 900
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
