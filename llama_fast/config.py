@@ -66,6 +66,9 @@ _SCALINGS: dict[str, type[LinearRopeScaling] | type[Llama3RopeScaling]] = {
 }
 
 
+_MOST_LAYERS = 100_000  # a damaged file's number: the names of so many layers' tensors alone would not end
+
+
 @dataclass(frozen=True)
 class LlamaConfig:
     """All sizes of one LLaMA; immutable, checked when built.
@@ -106,6 +109,8 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "max_seq_len"):
             _check_count(name, getattr(self, name))
+        if self.n_layers > _MOST_LAYERS:
+            raise ValueError(f"n_layers = {self.n_layers}: expected at most {_MOST_LAYERS}")
         _check_positive("norm_eps", self.norm_eps)
         _check_positive("rope_theta", self.rope_theta)
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, LinearRopeScaling | Llama3RopeScaling):

@@ -55,6 +55,7 @@ def test_unknown_preset_lists_close_names() -> None:
         ({"n_layers": True}, "n_layers = True"),
         ({"vocab_size": 1.5}, r"vocab_size = 1\.5"),
         ({"n_heads": 3, "n_kv_heads": 3}, "n_heads = 3: expected a divisor of dim = 64"),
+        ({"n_layers": 10**30}, "n_layers = 1000000000000000000000000000000: expected at most 100000"),
         ({"n_kv_heads": 3}, "n_kv_heads = 3: expected a divisor of n_heads = 4"),
         ({"dim": 60}, "head_dim = 15: expected an even number"),
         ({"explicit_head_dim": 7}, "head_dim = 7"),
