@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -164,6 +166,36 @@ def test_brgemm_of_rows_far_apart(dtype: torch.dtype) -> None:
     far = torch.empty(255 * stride + 64, dtype=dtype).as_strided(a.shape, (stride, 1)).copy_(a)
     with linear.force("brgemm"):
         assert torch.equal(linear.nn(far, b), linear.nn(a, b))
+
+
+MANY_STRIDES = """
+import sys, torch
+from pathlib import Path
+from llama_fast.ops import linear
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+torch.set_num_threads(1)
+dtype = getattr(torch, sys.argv[1])
+a, b, memory = torch.randn(256, 320).to(dtype), torch.randn(320, 64).to(dtype), torch.empty(256 * 1000, dtype=dtype)
+with linear.force("brgemm"):
+    y = linear.nn(a, b)
+    for stride in range(321, 721):
+        if stride == 521:
+            before = resident()
+        assert torch.equal(linear.nn(memory.as_strided(a.shape, (stride, 1)).copy_(a), b), y)
+print(resident() - before)
+"""
+
+
+@pytest.mark.parametrize("dtype", TILED, ids=str)
+def test_brgemm_keeps_no_kernel_for_each_distance_of_rows(dtype: torch.dtype) -> None:
+    """Of 200 more, after 200 of which it may keep some; a kernel takes 20 to 130 kB. The bits are the same for each."""
+    command = [sys.executable, "-c", MANY_STRIDES, str(dtype).removeprefix("torch.")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 4 << 20
 
 
 @pytest.mark.parametrize("dtype", TILED, ids=str)

@@ -1,7 +1,7 @@
 // out = a b by the vendor's kernel for one tile, oneDNN's brgemm, in loops of our own: what oneDNN's whole products
 // lose beside that kernel is rearranging their operands, and in float32 the cut of the sum that keeps its error
-// (docs/ops/linear.md). Each operand is packed once into what the kernel reads best; a tile of the product is added up
-// in float32, part by part of the terms, while it stays in a core's caches, and rounded once. Nothing depends on the
+// (docs/ops/linear.md). What does not lie as the kernel reads it best is packed so; a tile of the product is added up
+// in float32, part by part of the terms, while it stays in a core's caches, and rounded once. No bit depends on the
 // number of threads.
 #ifndef LF_ISA
 
@@ -105,6 +105,7 @@ constexpr int64_t kWaiting = 8 << 20;     // bytes of the tiles that wait for th
 constexpr int64_t kAhead = 16;     // units, of which an operand's memory is asked for: its next rows, two to eight
                                    // cache lines each and far from each other, are what the processor does not foresee
 constexpr int64_t kRowsAhead = 8;  // the same of the product's rows
+constexpr int kStrides = 64;       // distances of a's rows for which it is read where it lies
 
 // A unit is 32 bits: a float32, or two bfloat16 of consecutive terms, as the kernel takes the second operand.
 constexpr int64_t kPart = 128;   // units that are one chain of sums: MKL's chains of 192 err more
@@ -172,9 +173,11 @@ LF_INLINE Units units_along(const Operand<T>& from, int64_t line, int64_t u) {
   return a;
 }
 
-// Asks for the memory of units [u, u + n) of the lines from `line` on that share a cache line.
 template <class T>
-constexpr int64_t kCacheLine = 64 / static_cast<int64_t>(sizeof(T));
+constexpr int64_t kCacheLine = 64 / static_cast<int64_t>(sizeof(T));  // elements of it
+
+// Asks for the memory of units [u, u + n) of the lines from `line` on that share a cache line. They may lie behind the
+// operand's end: asking is no access.
 template <class T>
 LF_INLINE void ask(const Operand<T>& from, int64_t line, int64_t u, int64_t n) {
   for (int64_t i = 0; i < n * Format<T>::kTerms; ++i) __builtin_prefetch(from.at(line, u * Format<T>::kTerms + i));
@@ -247,6 +250,17 @@ void pack(const Operand<f16>& from, int64_t line, int64_t lines, int64_t known, 
     }
 }
 
+// Whether rows of a that lie `stride` apart may be read there: each distance has kernels of its own, 20 to 130 kB each,
+// which torch keeps as long as the thread lives. So the first kStrides distances that are met may, and no other.
+template <class T>
+bool may_read(int64_t stride) {
+  static std::atomic<int64_t> met[kStrides] = {};
+  return std::any_of(std::begin(met), std::end(met), [&](std::atomic<int64_t>& slot) {
+    int64_t found = 0;
+    return slot.compare_exchange_strong(found, stride) || found == stride;
+  });
+}
+
 template <class T>
 Operand<T> operand(const Tensor& t, int line_dim, int term_dim) {
   return {t.ptr<const T>(), t.stride[line_dim], t.stride[term_dim]};
@@ -281,10 +295,11 @@ void brgemm(const Operand<T>& a, const Operand<T>& b, int64_t M, int64_t N, int6
   const auto release = kernels().release;
   const int64_t units = round_up(blocks_of(K, F::kTerms), F::kStep), deep = std::min(units, piece(units, kMost, kPart));
   const int64_t chunks = blocks_of(N, kColumns), threads = max_threads();
-  // Whole blocks of a are read where they lie, if terms lie side by side, none is missing, and the rows are no further
-  // apart than the kernel takes: it counts the bytes of a block in 31 bits.
-  const bool direct = !std::is_same_v<T, f16> && a.term_stride == 1 && K == units * F::kTerms &&
-                      a.line_stride <= INT32_MAX / (kRows * static_cast<int64_t>(sizeof(T)));
+  // Whole blocks of a are read where they lie, if there are any, terms lie side by side, none is missing, and the rows
+  // are no further apart than the kernel takes: it counts the bytes of a block in 31 bits.
+  const bool direct = !std::is_same_v<T, f16> && M >= kRows && a.term_stride == 1 && K == units * F::kTerms &&
+                      a.line_stride <= INT32_MAX / (kRows * static_cast<int64_t>(sizeof(T))) &&
+                      may_read<T>(a.line_stride);
   const int64_t most = direct ? kMostRows : std::clamp(kPacked / 4 / units / kRows * kRows, kRows, kMostRows);
   const int64_t row_piece = std::min(round_up(M, kRowStep), piece(M, most, kRows));
   // Where the terms come in pieces, all columns of a group take one before any takes the next, so that a's is read from
