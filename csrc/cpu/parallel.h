@@ -64,9 +64,9 @@ void parallel_tasks(int64_t n, const Body& body) {
 }
 
 // prepare(group, thread) once for each group in [0, groups), by one thread, its owner, and then work(group, item,
-// owner, thread) once for each item in [0, items), by the owner and, when no group is left to be prepared, by every
-// thread that has nothing else to do. So what prepare leaves in its thread's place stays there until its items are
-// done. At last leave() on each thread.
+// owner, thread) once for each item in [0, items), items >= 1, by the owner and, when every group has an owner, by each
+// thread that has nothing else to do. An owner then prepares no other group: what prepare leaves in its thread's place
+// stays there until its items are done. At last leave() on each thread.
 template <class Prepare, class Work, class Leave>
 void parallel_prepared(int64_t groups, int64_t items, const Prepare& prepare, const Work& work, const Leave& leave) {
   struct alignas(64) Slot {  // of a thread: its group, of which the items from `next` on have not been taken

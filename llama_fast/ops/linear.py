@@ -256,7 +256,8 @@ def tn(dy: Tensor, x: Tensor, *, out: Tensor | None = None, accumulate: bool = F
     Args:
         dy: [..., V]. x: [..., C].
         out: [V, C], any strides: dW is written there, or added to it with `accumulate`, and returned. The sum is
-            rounded once to the dtype of `out` where the path can add (torch's), and the product before it elsewhere.
+            rounded once to the dtype of `out` where the path can add (torch's, and brgemm's where the last stride of
+            `out` is 1), and the product before it elsewhere.
             A float32 `out` may stand beside half-precision dy and x.
 
     Raises:
