@@ -50,13 +50,14 @@ constexpr int64_t kParts = 64;  // partial sums of dweight; more than the thread
 constexpr int64_t kRows = 4;    // rows that the backward takes at once, to read and write dweight a fourth as often
 
 // Whether the second pass over a row fetches the next rows into the caches, C = 4096. On a Zen 5, GB/s a core with and
-// without: forward bf16 31 against 39, f32 44 against 36, with the addition bf16 34 against 30, f32 45 against 41;
-// backward bf16 37 against 33, f32 38 against 41, with the addition bf16 38 against 34, f32 29 against 39. On an
-// Emerald Rapids, two cores: forward bf16 33 against 26, backward f32 38 against 31, with the addition 34 against 33.
+// without: forward f32 44 against 36, with the addition bf16 34 against 30, f32 45 against 41; backward bf16 37 against
+// 33, f32 38 against 41, with the addition bf16 38 against 34, f32 29 against 39. On an Emerald Rapids, two cores:
+// forward bf16 33 against 26, backward f32 38 against 31, with the addition 34 against 33.
+// The forward always does. In bf16 on a Zen 5, two cores together, in three processes: without 56, 43, 45; the next
+// row, asked for by each vector, 61, 48, 48; the row after it, by each cache line, 72, 52, 55 (f32 so 84, 54, 53,
+// against 88, 58, 54).
 template <class T, bool kAdd>
-bool fwd_reads_ahead() {
-  return kAdd || sizeof(T) == 4 || amd_family() == 0;
-}
+constexpr int64_t kRowsAhead = !kAdd && sizeof(T) == 2 ? 2 : 1;
 template <class T>
 bool bwd_reads_ahead() {
   return sizeof(T) == 2 || amd_family() == 0;
@@ -77,8 +78,11 @@ bool rows_share_boundaries(const Tensor& a) {
   return a.stride[0] % VecF::kLanes == 0;
 }
 
+template <class T>
+constexpr int64_t kVectorBytes = VecF::kLanes * static_cast<int64_t>(sizeof(T));
+
 // kAdd: sum_out = x + residual is written, rounded to T, and normalised as rounded.
-template <class T, bool kAdd, bool kStream, bool kAhead>
+template <class T, bool kAdd, bool kStream>
 void norm_fwd_row(const T* x, const T* residual, const T* weight, double eps, T* y, T* sum_out, float* rstd, int64_t C,
                   int64_t x_next, int64_t residual_next) {
   const auto value = [&](int64_t c, auto n) {
@@ -94,17 +98,16 @@ void norm_fwd_row(const T* x, const T* residual, const T* weight, double eps, T*
   const auto r = static_cast<float>(1.0 / std::sqrt(squares / static_cast<double>(C) + eps));
   *rstd = r;
   for_each_vector(kStream ? lanes_before_boundary(y) : 0, C, [&](int64_t c, auto n) {
-    if constexpr (kAhead) {
-      __builtin_prefetch(x + x_next + c);
-      if constexpr (kAdd) __builtin_prefetch(residual + residual_next + c);
-    }
+    if (kRowsAhead<T, kAdd> == 1 || c * static_cast<int64_t>(sizeof(T)) % 64 < kVectorBytes<T>)
+      __builtin_prefetch(x + kRowsAhead<T, kAdd> * x_next + c);
+    if constexpr (kAdd) __builtin_prefetch(residual + residual_next + c);
     const VecF v = value(c, n);
     if constexpr (kAdd) write_lanes<kStream>(sum_out + c, v, n);
     write_lanes<kStream>(y + c, v * VecF(r) * load_lanes(weight + c, n), n);
   });
 }
 
-template <class T, bool kAdd, bool kStream, bool kAhead>
+template <class T, bool kAdd, bool kStream>
 void norm_fwd_rows(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps, const Tensor& y,
                    const Tensor& sum_out, const Tensor& rstd) {
   const int64_t R = x.size[0], C = x.size[1];
@@ -113,8 +116,8 @@ void norm_fwd_rows(const Tensor& x, const Tensor& residual, const Tensor& weight
       T* y_row = row_of_output<T>(y, r);
       T* sum_row = kAdd ? row_of_output<T>(sum_out, r) : nullptr;
       const T* residual_row = kAdd ? row<T>(residual, r) : nullptr;
-      norm_fwd_row<T, kAdd, kStream, kAhead>(row<T>(x, r), residual_row, weight.ptr<T>(), eps, y_row, sum_row,
-                                             rstd.ptr<float>() + r, C, x.stride[0], kAdd ? residual.stride[0] : 0);
+      norm_fwd_row<T, kAdd, kStream>(row<T>(x, r), residual_row, weight.ptr<T>(), eps, y_row, sum_row,
+                                     rstd.ptr<float>() + r, C, x.stride[0], kAdd ? residual.stride[0] : 0);
     }
     stream_fence();
   });
@@ -130,11 +133,8 @@ void norm_fwd(const Tensor& x, const Tensor& residual, const Tensor& weight, dou
         should_stream(bytes) &&
         (!add || (y.stride[0] == sum_out.stride[0] && same_boundaries(y.ptr<T>(), sum_out.ptr<T>())));
     with_bool(add, [&](auto kAdd) {
-      with_bool(past_caches, [&](auto kStream) {
-        with_bool(fwd_reads_ahead<T, kAdd>(), [&](auto kAhead) {
-          norm_fwd_rows<T, kAdd, kStream, kAhead>(x, residual, weight, eps, y, sum_out, rstd);
-        });
-      });
+      with_bool(past_caches,
+                [&](auto kStream) { norm_fwd_rows<T, kAdd, kStream>(x, residual, weight, eps, y, sum_out, rstd); });
     });
   });
 }
