@@ -89,7 +89,7 @@ def attend(
     if cache is not None:
         k, v = cache.append(k, v)
     if isinstance(cache, Cache) and cache.starts is not None:
-        S = k.shape[1]  # no generator holds on to what is deleted below: torch.compile does not follow it
+        S = k.shape[1]  # read here: a generator that held on to k would be more than torch.compile follows
         spans = tuple((start, S) for start in cache.starts)
     if spans is not None:
         return _attend_spans(spans, q, k, v, options, backend)

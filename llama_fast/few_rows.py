@@ -1,8 +1,8 @@
 """A block of few rows on the CPU, where no gradients are recorded: two native calls, before and after its attention.
 
 Between the products of so few rows Python takes as long as the products themselves. The attention, and where its keys
-and values are kept, stays with block.py. The kernels are those of the ops (csrc/cpu/decode.cpp), and so are the bits,
-where each product is large enough for gemv.
+and values are kept, stays with block_attention.py. The kernels are those of the ops (csrc/cpu/decode.cpp), and so are
+the bits, where each product is large enough for gemv.
 
 Legend: B batch, T tokens, R = B T rows, C width, H query heads, G key/value heads, D head dim.
 """

@@ -59,7 +59,7 @@ class LlamaForCausalLM(_CausalLM):
         labels, keep = kwargs.get("labels"), kwargs.get("logits_to_keep", 0)
         of_all = isinstance(keep, int) and keep == 0
         fused = labels is not None and of_all and loss_objection(self) is None
-        if kernel_objection() or head_objection(self) or not (fused or isinstance(keep, int)):
+        if kernel_objection() or head_objection(self) or not isinstance(keep, int):
             return super().forward(**kwargs)
         call = {name: value for name, value in kwargs.items() if name not in ("labels", "logits_to_keep")}
         return self._with_fused_loss(labels, **call) if fused else self._with_logits(labels, keep, **call)
