@@ -385,7 +385,7 @@ def _check(
         if t.dtype != torch.float32:
             raise ValueError(f"block: {name} has dtype {t.dtype}, expected a float type")
     if spans is not None:
-        check_spans(spans, B, cu_seqlens, options)
+        check_spans(spans, B, cu_seqlens)
 
 
 def transformer_block(
@@ -410,7 +410,7 @@ def transformer_block(
         options: head dim, epsilon, policy, window, rotary layout, collectives.
         cu_seqlens: [N+1] int32, sequences packed in one row (B = 1); attention stays within each.
         spans: B pairs (begin, end), padding: row b sees only its keys from begin up to end. A query before its span
-            sees none, one beyond it all of the span.
+            sees none, one beyond it all of the span; beside a window each span ends at the last key.
         cache: keys and values so far; this call appends its own and attends to all. No gradient.
         return_keys: give k and v too.
 

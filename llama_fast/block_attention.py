@@ -47,13 +47,12 @@ class Cache(NamedTuple):
         return self.k_BSGD[:, :end], self.v_BSGD[:, :end]
 
 
-def check_spans(spans: Spans, B: int, cu_seqlens: Tensor | None, options: BlockOptions) -> None:
+def check_spans(spans: Spans, B: int, cu_seqlens: Tensor | None) -> None:
     """Raises ValueError where spans are not those of B rows."""
     if len(spans) != B or not all(0 <= begin <= end for begin, end in spans):
         raise ValueError(f"block: spans is {spans}, expected {B} pairs (begin, end) with 0 <= begin <= end")
-    if cu_seqlens is not None or options.window:
-        other = f"a window of {options.window}" if options.window else "cu_seqlens"
-        raise ValueError(f"block: spans are given beside {other}, expected one of the two")
+    if cu_seqlens is not None:
+        raise ValueError("block: spans are given beside cu_seqlens, expected one of the two")
 
 
 def check_cache(cache: Cache, x: Tensor, G: int, D: int, dtype: torch.dtype) -> None:
@@ -117,11 +116,13 @@ def attend_bwd(
     return dq, dk, dv
 
 
-def _calls(spans: Spans, T: int, S: int) -> Iterator[tuple[slice, slice, slice, bool]]:
+def _calls(spans: Spans, T: int, S: int, window: int) -> Iterator[tuple[slice, slice, slice, bool]]:
     """Row, queries, keys and causal, for each call of the attention that spans come to.
 
-    Queries before their row's span see nothing; those beyond it, all of it.
+    Queries before their row's span see nothing; those beyond it, all of it, which beside a window no kernel can say.
     """
+    if window and any(end < S for _, end in spans):
+        raise ValueError(f"block: spans is {spans} beside a window of {window}, expected each to end at key {S}")
     for b, (begin, end) in enumerate(spans):
         first, last = (min(max(key - (S - T), 0), T) for key in (begin, end))
         if begin < end:
@@ -138,7 +139,7 @@ def _attend_spans(
     """Attention of rows that have their own spans of keys, one after the other; a query that sees none gives zeros."""
     B, T, H, D = q_BTHD.shape
     out_BTHD, lse_BHT = torch.zeros_like(q_BTHD), q_BTHD.new_zeros(B, H, T, dtype=torch.float32)
-    for row, queries, keys, causal in _calls(spans, T, k_BSGD.shape[1]):
+    for row, queries, keys, causal in _calls(spans, T, k_BSGD.shape[1], options.window):
         q, k, v = q_BTHD[row, queries], k_BSGD[row, keys], v_BSGD[row, keys]
         out, lse = _attention_fwd(q, k, v, None, D**-0.5, causal, options.window, backend=backend)
         out_BTHD[row, queries], lse_BHT[row, :, queries] = out, lse
@@ -157,7 +158,7 @@ def _attend_spans_bwd(
     """dq, dk, dv of `_attend_spans`."""
     _, T, _, D = dout_BTHD.shape
     dq_BTHD, dk_BTGD, dv_BTGD = (torch.zeros_like(t) for t in qkv)
-    for row, queries, keys, causal in _calls(spans, T, T):
+    for row, queries, keys, causal in _calls(spans, T, T, options.window):
         dout, q, out = (t[row, queries] for t in (dout_BTHD, qkv[0], out_BTHD))
         k, v, lse = qkv[1][row, keys], qkv[2][row, keys], lse_BHT[row, :, queries].contiguous()
         dq, dk, dv = _attention_bwd(

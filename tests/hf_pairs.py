@@ -61,10 +61,11 @@ class Case:
     rows: Tensor | None = None
 
 
-def make(seed: int = 0, **options: Any) -> Any:
-    """A LlamaForCausalLM with gains that are not one and biases that are not the first ones."""
+def make(seed: int = 0, architecture: str = "Llama", **options: Any) -> Any:
+    """A LlamaForCausalLM, or its like, with gains that are not one and biases that are not the first ones."""
     torch.manual_seed(seed)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SIZES, **options}))
+    config = getattr(transformers, f"{architecture}Config")(**{**SIZES, **options})
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config)
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim == 1:
@@ -81,7 +82,7 @@ def exact(model: Any) -> Any:
     """The model in float64 with norms that are in float64 too: transformers' own compute them in float32."""
     truth = copy.deepcopy(model).double()
     for module in truth.modules():
-        if type(module).__name__ == "LlamaRMSNorm":
+        if type(module).__name__.endswith("RMSNorm"):
             module.forward = lambda x, m=module: (
                 m.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + m.variance_epsilon)
             )
@@ -131,6 +132,10 @@ def assert_close(
 
 
 def ran(model: Any) -> str:
-    """What the layers of a patched model ran in their last call."""
-    (what,) = {m._llama_fast.last for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer"}
+    """What the layers of a patched model ran in their last call, where all ran the same."""
+    (what,) = set(ran_by_layer(model))
     return what
+
+
+def ran_by_layer(model: Any) -> list[str]:
+    return [m._llama_fast.last for m in model.modules() if type(m).__name__.endswith("DecoderLayer")]

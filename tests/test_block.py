@@ -392,22 +392,24 @@ def test_autocast_leaves_float64_alone() -> None:
 SPANS = ((4, T), (2, T - 5))
 
 
+@pytest.mark.parametrize("window", [0, 5])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_padded_rows_are_what_each_is_alone(policy: str) -> None:
+def test_padded_rows_are_what_each_is_alone(policy: str, window: int) -> None:
     layer = _plain_block(WIDE, torch.float64).layers[0]
     w = _weights(layer)
     x, dy = _inputs(WIDE, torch.float64)
     cos, sin = rope_cos_sin(WIDE, T)
-    options = BlockOptions(WIDE.head_dim, WIDE.norm_eps, policy)
-    y = transformer_block(x, w, cos, sin, options, spans=SPANS)
+    options = BlockOptions(WIDE.head_dim, WIDE.norm_eps, policy, window)
+    spans = ((4, T), (0, T)) if window else SPANS
+    y = transformer_block(x, w, cos, sin, options, spans=spans)
     inside = torch.zeros(B, T, 1, dtype=torch.bool)
     alone = []
-    for b, (begin, end) in enumerate(SPANS):
+    for b, (begin, end) in enumerate(spans):
         inside[b, begin:end] = True
         alone.append(transformer_block(x[b : b + 1, begin:end], w, cos[begin:end], sin[begin:end], options))
         torch.testing.assert_close(y[b : b + 1, begin:end], alone[b], rtol=1e-9, atol=1e-9)
     found = torch.autograd.grad(y, [x, *w], dy * inside)
-    parts = [dy[b : b + 1, begin:end] for b, (begin, end) in enumerate(SPANS)]
+    parts = [dy[b : b + 1, begin:end] for b, (begin, end) in enumerate(spans)]
     for got, want in zip(found, torch.autograd.grad(alone, [x, *w], parts), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
@@ -468,8 +470,8 @@ def test_bad_input_names_argument_value_and_expectation() -> None:
     for spans in (((0, 3),), ((0, 3), (5, 4)), ((-1, 3), (0, 3))):
         with pytest.raises(ValueError, match=r"spans is .*, expected 2 pairs \(begin, end\) with 0 <= begin <= end"):
             transformer_block(x, w, cos, sin, options, spans=spans)
-    with pytest.raises(ValueError, match="spans are given beside a window of 4, expected one of the two"):
-        transformer_block(x, w, cos, sin, BlockOptions(WIDE.head_dim, window=4), spans=((0, 3), (0, 4)))
+    with pytest.raises(ValueError, match=f"spans is .* beside a window of 4, expected each to end at key {T}"):
+        transformer_block(x, w, cos, sin, BlockOptions(WIDE.head_dim, window=4), spans=((0, 3), (0, T)))
     with pytest.raises(ValueError, match=r"cos is a NoneType, expected a torch.Tensor"):
         transformer_block(x, w, None, sin, options)
     with pytest.raises(ValueError, match=r"x has B = 2, expected 1 with cu_seqlens"):

@@ -78,6 +78,64 @@ def test_packed_sequences_are_row_numbers() -> None:
     assert torch.equal(_allowed(found, T, T), _causal(T, T))
 
 
+def test_a_sliding_window_is_a_number() -> None:
+    from transformers import masking_utils as m
+
+    for W in (1, 4, T - 1):
+        window = m.sliding_window_causal_mask_function(W)
+        found = _mask(T, T, mask_function=window, local_size=W)
+        assert found.tolist() == [[[[0, T, W]]]]
+        assert torch.equal(_allowed(found, T, T), _causal(T, T).triu(1 - W))
+        left = _PADDED.flip(1)
+        left[0] = True
+        found = _mask(T, T, mask_function=window, local_size=W, attention_mask=left)
+        assert found.shape == (B, 1, 1, 3)
+        assert torch.equal(_allowed(found, T, T), _causal(T, T).triu(1 - W) & left[:, None])
+    for W in (T, T + 1):
+        assert _mask(T, T, mask_function=m.sliding_window_causal_mask_function(W), local_size=W) is None
+
+
+def test_a_sliding_window_before_which_a_cache_has_dropped_keys() -> None:
+    """10 of 26 keys are gone; queries count from 19."""
+    from transformers import masking_utils as m
+
+    W, gone, length = 10, 10, S - T
+    where = {"cache_position": torch.arange(T, S)} if layout.POSITIONS_TO_CACHE else {
+        "q_length": length, "q_offset": T, "device": "cpu"
+    }  # fmt: skip
+    call = {"batch_size": B, "kv_length": S - gone, "kv_offset": gone, "local_size": W, **where}
+    call["mask_function"] = m.sliding_window_causal_mask_function(W)
+    causal = _causal(length, S - gone).triu(S - gone - length + 1 - W)
+    found = attention.mask(**call)
+    assert found.tolist() == [[[[0, S - gone, W]]]]
+    assert torch.equal(_allowed(found, length, S - gone), causal)
+    left = torch.ones(B, S, dtype=torch.bool)
+    left[0, :13], left[1, :4] = False, False
+    found = attention.mask(**call, attention_mask=left)
+    assert found[..., 0].flatten().tolist() == [3, 0, 0]
+    assert torch.equal(_allowed(found, length, S - gone), causal & left[:, None, gone:])
+    last = (
+        {"cache_position": torch.tensor([S - 1])} if layout.POSITIONS_TO_CACHE else {"q_length": 1, "q_offset": S - 1}
+    )
+    one = {**call, **last, "kv_length": W, "kv_offset": S - W}
+    assert attention.mask(**one) is None
+
+
+def test_packed_sequences_within_a_sliding_window() -> None:
+    from transformers import masking_utils as m
+
+    packed = m.packed_sequence_mask_function(_PACKED)
+    orders = [m.sliding_window_causal_mask_function(4)]
+    if hasattr(m, "remap_positions_for_packed_sequence"):
+        positions = torch.cat([torch.arange(n) for n in (7, 12, 19, 3, 5, 11)]).view(B, T)
+        orders.append(m.remap_positions_for_packed_sequence(orders[0], positions))
+    for order in orders:
+        found = _mask(T, T, mask_function=m.and_masks(order, packed), allow_is_causal_skip=False)
+        assert found.tolist() == [[[[0, 7, 19, 38, 41, 46, 57], [4] * 7]]]
+        same = _PACKED.unsqueeze(2) == _PACKED.unsqueeze(1)
+        assert torch.equal(_allowed(found, T, T), _causal(T, T).triu(-3) & same)
+
+
 def test_any_other_mask_is_transformers_own() -> None:
     from transformers import masking_utils as m
 
@@ -86,8 +144,9 @@ def test_any_other_mask_is_transformers_own() -> None:
     assert _mask(T, T, attention_mask=gaps).dtype == torch.bool
     assert torch.equal(_allowed(_mask(T, T, attention_mask=gaps), T, T), _causal(T, T) & gaps[:, None])
     window = m.sliding_window_causal_mask_function(4)
-    found = _mask(T, T, mask_function=window, local_size=4)
-    assert torch.equal(found.expand(B, 1, T, T).squeeze(1), _causal(T, T) & ~_causal(T, T).tril(-4))
+    found = _mask(T, T, mask_function=window, local_size=4, attention_mask=_PADDED)  # and keys that end before the last
+    assert found.dtype == torch.bool
+    assert torch.equal(found.expand(B, 1, T, T).squeeze(1), _causal(T, T).triu(-3) & _PADDED[:, None])
     prefix = m.or_masks(m.causal_mask_function, lambda b, h, q, k: k < 3)
     found = _mask(T, T, mask_function=prefix, allow_is_causal_skip=False)
     assert torch.equal(found.expand(B, 1, T, T).squeeze(1), _causal(T, T) | (torch.arange(T) < 3))
@@ -96,7 +155,7 @@ def test_any_other_mask_is_transformers_own() -> None:
 
 
 @pytest.mark.parametrize("hidden", ["fake", "in a CUDA graph"])
-@pytest.mark.parametrize("kind", ["padding", "packed"])
+@pytest.mark.parametrize("kind", ["padding", "packed", "packed within a window"])
 def test_numbers_that_cannot_be_seen_are_not_looked_at(kind: str, hidden: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import masking_utils as m
@@ -109,8 +168,9 @@ def test_numbers_that_cannot_be_seen_are_not_looked_at(kind: str, hidden: str, m
             monkeypatch.setattr(Tensor, name, None)
     with mode:
         rows = torch.ones(B, T, dtype=torch.long)
-        packed = m.and_masks(m.causal_mask_function, m.packed_sequence_mask_function(rows))
-        call = {"mask_function": packed} if kind == "packed" else {"attention_mask": rows.bool()}
+        order = m.causal_mask_function if kind == "packed" else m.sliding_window_causal_mask_function(4)
+        packed = m.and_masks(order, m.packed_sequence_mask_function(rows))
+        call = {"attention_mask": rows.bool()} if kind == "padding" else {"mask_function": packed}
         assert _mask(T, T, **call).shape[-2:] == (T, T)
 
 

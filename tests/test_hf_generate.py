@@ -14,8 +14,8 @@ from torch import Tensor
 from llama_fast.hf import layout
 
 NEW = 6
-CACHE = next(n for n in layout.MODEL_PARAMETERS if n in layout.CACHES)  # how a model's forward and its outputs call it
-POSITIONS = "cache_position" in layout.MODEL_PARAMETERS
+CACHE = layout.MODEL_CACHE  # how a model's forward and its outputs call it
+POSITIONS = "cache_position" in layout.parameters(transformers.LlamaForCausalLM.forward)
 _PADDED = torch.ones(3, 19, dtype=torch.long)
 _PADDED[0, :5], _PADDED[2, :11] = 0, 0
 

@@ -1,4 +1,6 @@
-"""transformers' LLaMA made fast in place: `lf.hf.patch(model)`, `unpatch`, `report`, `register`.
+"""transformers' models made fast in place: `lf.hf.patch(model)`, `unpatch`, `report`, `register`.
+
+LLaMA, Mistral, Qwen2 and Qwen3.
 
 Needs transformers 4.53 to 4.57 or 5.x (`pip install 'llama_fast[hf]'`). What keeps working, and what runs when:
 docs/hf.md.
@@ -18,9 +20,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from llama_fast.block import POLICIES
 from llama_fast.hf import layout
 from llama_fast.hf.attention import NAME, attention_forward, mask
-from llama_fast.hf.causal_lm import FUSED, HEAD_REPLACEMENTS, LlamaForCausalLM
-from llama_fast.hf.layers import REPLACEMENTS, LlamaAttention, LlamaDecoderLayer, State, is_forward_of, runs
-from llama_fast.hf.layout import stock
+from llama_fast.hf.causal_lm import FUSED, HEAD_REPLACEMENTS, ForCausalLM
+from llama_fast.hf.layers import REPLACEMENTS, Attention, DecoderLayer, State, is_forward_of, is_ours, runs
 from llama_fast.hf.report import report
 
 __all__ = ["patch", "register", "report", "unpatch"]
@@ -30,54 +31,57 @@ _STOCK = {ours: theirs for theirs, ours in _ALL.items()}
 
 
 def patch(model: nn.Module, *, policy: str = "recompute-cheap", fused_loss: bool | str = False) -> nn.Module:
-    """Makes the LLaMA layers of a transformers model run on llama_fast, in place.
+    """Makes the decoder layers of a transformers model run on llama_fast, in place.
 
     Parameters, names, hooks, checkpoints and the interface stay as they are. Each layer decides at each call what runs:
     the whole block, or the ops one by one where something stands against it; `report` says which and why.
 
     Args:
-        model: any module with LlamaDecoderLayers in it: LlamaForCausalLM, LlamaModel, a PEFT model around one.
+        model: any module with decoder layers of LLaMA, Mistral, Qwen2 or Qwen3 in it: LlamaForCausalLM, MistralModel, a
+            PEFT model around one.
         policy: what each block keeps for the backward: "save", "recompute-cheap", "recompute-linear" or
             "recompute-all" (block.py).
-        fused_loss: True: a LlamaForCausalLM that is given labels computes its loss without making the logits, and gives
-            None for them; "training": only in training mode; False: logits and loss are transformers' own.
+        fused_loss: True: a LlamaForCausalLM, or its like, that is given labels computes its loss without making the
+            logits, and gives None for them; "training": only in training mode; False: logits and loss are transformers'
+            own.
 
     Returns:
         `model` itself.
 
     Raises:
-        ValueError: an option is not one of those, or the model is no module, or has no LlamaDecoderLayer that can be
-            patched, or with `fused_loss` no LlamaForCausalLM.
+        ValueError: an option is not one of those, or the model is no module, or has no decoder layer that can be
+            patched, or with `fused_loss` no LlamaForCausalLM or its like.
         NotSupported: the version of transformers or the layout of its layers is unknown.
     """
     if policy not in POLICIES:
         raise ValueError(f"hf.patch: policy is {policy!r}, expected one of {', '.join(POLICIES)}")
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"hf.patch: model is a {type(model).__name__}, expected a module with LlamaDecoderLayers in it"
+            f"hf.patch: model is a {type(model).__name__}, expected a module with a {layout.LAYER_NAMES} in it"
         )
     if fused_loss not in FUSED:
         raise ValueError(f"hf.patch: fused_loss is {fused_loss!r}, expected True, False or 'training'")
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, stock.LlamaDecoderLayer)]
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, layout.LAYERS)]
     for name, layer in layers:
         layout.check_layer(name, layer)
-    takable = [layer for _, layer in layers if runs(layer, LlamaDecoderLayer) or _can_swap(layer)]
+    takable = [layer for _, layer in layers if runs(layer, DecoderLayer) or _can_swap(layer)]
     if not takable:
         raise ValueError(f"hf.patch: {_nothing_to_patch(model, layers)}")
-    heads = [m for m in model.modules() if isinstance(m, stock.LlamaForCausalLM)]
-    if fused_loss and not any(runs(m, LlamaForCausalLM) or _can_swap(m) for m in heads):
+    heads = [m for m in model.modules() if isinstance(m, layout.CAUSAL_LMS)]
+    if fused_loss and not any(runs(m, ForCausalLM) or _can_swap(m) for m in heads):
         found = "one whose class or forward was replaced" if heads else "none"
-        raise ValueError(f"hf.patch: fused_loss is {fused_loss!r}, expected a LlamaForCausalLM for it, found {found}")
+        expected = " or ".join(kind.__name__ for kind in layout.CAUSAL_LMS)
+        raise ValueError(f"hf.patch: fused_loss is {fused_loss!r}, expected a {expected} for it, found {found}")
     _register_attention()
     modules: list[Any] = list(model.modules())
     for module in modules:
         if type(module) in _ALL and _can_swap(module):
             _swap(module, _ALL[type(module)])
-        if runs(module, LlamaDecoderLayer):
+        if runs(module, DecoderLayer):
             module._llama_fast = State(module, policy)
-        if runs(module, LlamaForCausalLM):
+        if runs(module, ForCausalLM):
             module._llama_fast_loss = fused_loss
-    _switch_attention([m for m in modules if type(m) is LlamaAttention])
+    _switch_attention([m for m in modules if is_ours(m, Attention)])
     return model
 
 
@@ -118,11 +122,11 @@ def register() -> None:
 
     - `attn_implementation="llama_fast"`, with its mask function, for any model of transformers that takes attention
       functions; `from_pretrained(..., attn_implementation="llama_fast")`.
-    - Where transformers has a registry of class replacements (5.x from `transformers.monkey_patching` on), its LLaMA
-      layers too: what `from_pretrained` and `from_config` build are this package's layers, which run as one block
-      where the attention implementation is "llama_fast". Elsewhere `patch` does that for a model. Some versions of that
-      registry fail where an optional package is missing, torchvision for one; then a warning says so, and the layers
-      are not registered.
+    - Where transformers has a registry of class replacements (5.x from `transformers.monkey_patching` on), its
+      decoder layers too: what `from_pretrained` and `from_config` build are this package's layers, which run as one
+      block where the attention implementation is "llama_fast". Elsewhere `patch` does that for a model. Some versions
+      of that registry fail where an optional package is missing, torchvision for one; then a warning says so, and the
+      layers are not registered.
 
     May be called more than once.
     """
@@ -194,12 +198,14 @@ def _swap(module: nn.Module, kind: Any) -> None:
 def _nothing_to_patch(model: nn.Module, layers: list[tuple[str, nn.Module]]) -> str:
     if not layers:
         kinds = sorted({type(m).__name__ for m in model.modules()})
-        return f"{type(model).__name__} has no LlamaDecoderLayer, only {', '.join(kinds)}"
+        left_out = "".join(f"; {name} is left out: {why}" for name, why in layout.LEFT_OUT.items())
+        return f"{type(model).__name__} has no {layout.LAYER_NAMES}, only {', '.join(kinds)}{left_out}"
     name, layer = layers[0]
     kind = type(layer)
-    if kind is stock.LlamaDecoderLayer:
-        return f"the forward of {name} was replaced, expected LlamaDecoderLayer's own"
+    if kind in layout.LAYERS:
+        return f"the forward of {name} was replaced, expected {kind.__name__}'s own"
+    expected = next(stock.__name__ for stock in layout.LAYERS if isinstance(layer, stock))
     return (
-        f"{name} is a {kind.__module__}.{kind.__name__}, expected LlamaDecoderLayer itself; a model that is to be "
+        f"{name} is a {kind.__module__}.{kind.__name__}, expected {expected} itself; a model that is to be "
         "sharded is patched before fully_shard"
     )

@@ -8,6 +8,8 @@ What the mask function gives, and what it means; transformers hands on as it is 
     [1,1,1,N+1] int32  sequences packed in the rows of the batch laid end to end, causal within each: where each begins
     [B,1,1,2] int64    as None, and row b sees only its keys from the first number up to the second: padding. It stays
                        on the CPU, since each layer reads the numbers
+    [B,1,1,3] int64    the same within a sliding window, the third number; B = 1: each row sees all keys within it
+    [1,1,2,N+1] int32  packed sequences within a sliding window, the number in the second row
     [B,1,T,S]          bool or float, anything else, as transformers makes it for scaled_dot_product_attention
 
 Legend: B batch, T query tokens, S key tokens, H query heads, G key/value heads, D head dim.
@@ -16,7 +18,7 @@ Legend: B batch, T query tokens, S key tokens, H query heads, G key/value heads,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,19 +51,30 @@ def _free_variables(function: Any) -> dict[str, Any]:
     return dict(zip(function.__code__.co_freevars, [c.cell_contents for c in function.__closure__ or ()], strict=True))
 
 
-def _sequence_numbers(mask_function: Any) -> Tensor | None:
-    """[B, T], the sequence that each token belongs to, where the mask function is transformers' "causal within packed
-    sequences"; None where it is any other."""
+def _read(mask_function: Any) -> tuple[int | None, Tensor | None] | None:
+    """The sliding window of a mask function of transformers that is causal, or None, and [B, T], the packed sequence
+    that each token belongs to, or None; None where the function is any other."""
+    if mask_function is causal_mask_function:
+        return None, None
+    if torch.compiler.is_compiling():  # to which closures are closed
+        return None
     if getattr(mask_function, "__qualname__", "") != "and_masks.<locals>.and_mask":
         return None
     parts = _free_variables(mask_function).get("mask_functions", ())
     names = [getattr(part, "__qualname__", "") for part in parts]
-    if len(parts) != 2 or names[1] != "packed_sequence_mask_function.<locals>.inner_mask":
+    if len(parts) != 2:
+        return None
+    if names[0] == "sliding_window_overlay.<locals>.inner_mask" and parts[1] is causal_mask_function:
+        return _free_variables(parts[0]).get("sliding_window"), None
+    if names[1] != "packed_sequence_mask_function.<locals>.inner_mask":
         return None
     order = parts[0]
-    if names[0] == "remap_positions_for_packed_sequence.<locals>.inner_mask":
+    if names[0] == "remap_positions_for_packed_sequence.<locals>.inner_mask":  # places within each sequence
         order = _free_variables(order).get("mask_function")
-    return _free_variables(parts[1]).get("packed_sequence_mask") if order is causal_mask_function else None
+    read = _read(order)
+    if read is None or read[1] is not None:
+        return None
+    return read[0], _free_variables(parts[1]).get("packed_sequence_mask")
 
 
 def _row_numbers(sequences: Tensor) -> Tensor:
@@ -86,23 +99,25 @@ def mask(
     """transformers' mask function of "llama_fast": arguments of `masking_utils.sdpa_mask`, results as above."""
     positions = kwargs.get("cache_position")
     length = kwargs["q_length"] if positions is None else positions.shape[0]
-    if attention_mask is None and kv_offset == 0 and kv_length == length:
-        sequences = _sequence_numbers(mask_function)
-        if sequences is not None and not _hidden(sequences):
-            if bool((sequences[:, -1] == sequences[:, 0]).all()):
-                return sequences.new_zeros((1, 1, 1, 1), dtype=torch.int32)
-            return _row_numbers(sequences.expand(batch_size, -1))
-    if mask_function is causal_mask_function and allow_is_causal_skip and kv_offset == 0:
-        offset = kwargs.get("q_offset", 0) if positions is None else positions[0]
-        known = isinstance(offset, int) or not _hidden(offset)
-        if kv_length == length or (known and int(offset) + length == kv_length):  # the last query at the last key
-            if attention_mask is None:
-                return None
-            seen = not _hidden(attention_mask) and attention_mask.shape[-1] == kv_length
-            spans = _spans(attention_mask, length) if seen else None
-            if spans is not None:
-                whole = spans == [[0, kv_length]] * batch_size
-                return None if whole else torch.tensor(spans)[:, None, None]
+    read, local = _read(mask_function), kwargs.get("local_size")
+    if read is None and allow_is_causal_skip and local is not None and kv_length <= local:
+        read = local, None  # of a sliding window or of chunks, of which all keys are in one
+    if read is not None:
+        window, sequences = read
+        if window is not None and kv_length <= window:
+            window = None  # it holds all keys
+        if sequences is not None:
+            if attention_mask is None and kv_offset == 0 and kv_length == length and not _hidden(sequences):
+                return _packed(sequences.expand(batch_size, -1), window)
+        elif allow_is_causal_skip and (window is None or not _hidden()):
+            offset = kwargs.get("q_offset", 0) if positions is None else positions[0]
+            if _last_at_last(offset, length, kv_offset, kv_length):
+                if attention_mask is None:
+                    return None if window is None else torch.tensor([0, kv_length, window])[None, None, None]
+                padded = attention_mask.shape[-1] == kv_offset + kv_length and not _hidden(attention_mask)
+                spans = _spans(attention_mask[:, kv_offset:], length, window) if padded else None
+                if spans is not None:
+                    return _short(spans, kv_length, window)
     return sdpa_mask(
         batch_size=batch_size,
         kv_length=kv_length,
@@ -113,15 +128,39 @@ def mask(
     )
 
 
-def _spans(seen: Tensor, T: int) -> list[list[int]] | None:
+def _last_at_last(offset: Any, length: int, kv_offset: Any, kv_length: int) -> bool:
+    """Whether the last query stands at the last key, as far as can be known."""
+    if isinstance(kv_offset, int) and kv_offset == 0 and kv_length == length:
+        return True
+    known = not any(isinstance(place, Tensor) and _hidden(place) for place in (offset, kv_offset))
+    return known and int(offset) + length == int(kv_offset) + kv_length
+
+
+def _packed(sequences: Tensor, window: int | None) -> Tensor:
+    """The short mask of packed sequences, from [B, T], the number of each token's."""
+    if window is None and bool((sequences[:, -1] == sequences[:, 0]).all()):
+        return sequences.new_zeros((1, 1, 1, 1), dtype=torch.int32)
+    begins = _row_numbers(sequences)
+    return begins if window is None else torch.cat((begins, torch.full_like(begins, window)), dim=2)
+
+
+def _short(spans: list[list[int]], S: int, window: int | None) -> Tensor | None:
+    """The short mask of rows that see the keys of their spans alone."""
+    whole = all(span == [0, S] for span in spans)
+    if window is None:
+        return None if whole else torch.tensor(spans)[:, None, None]
+    return torch.tensor([[*span, window] for span in (spans[:1] if whole else spans)])[:, None, None]
+
+
+def _spans(seen: Tensor, T: int, window: int | None) -> list[list[int]] | None:
     """[B, S] bool -> [first, last + 1] of each row's true places; None where they leave gaps, or end before the last
-    of S > T keys, so that no two numbers can say which keys a query sees."""
+    of S > T keys, or of those within a window, so that no two numbers can say which keys a query sees."""
     S = seen.shape[1]
     if bool(seen.all()):
         return [[0, S]] * seen.shape[0]
     places = seen.int()
     rows = torch.stack((places.argmax(1), S - places.flip(1).argmax(1), places.sum(1)), dim=1).tolist()
-    contiguous = all(end - begin == count and S in (T, end) for begin, end, count in rows)
+    contiguous = all(end - begin == count and (end == S or (S == T and window is None)) for begin, end, count in rows)
     return [[begin, end] for begin, end, _ in rows] if contiguous else None
 
 
@@ -134,11 +173,15 @@ def four_dimensional(mask: Tensor | None, B: int, T: int, S: int, device: torch.
     causal = torch.ones(T, S, dtype=torch.bool, device=device).tril_(S - T)[None, None]
     if mask is None:
         return causal
-    mask = mask.to(device)
-    if mask.dtype == torch.int64:
-        key, (begin, end) = torch.arange(S, device=device), mask.unsqueeze(-2).unbind(-1)
+    what = seen(mask.to(device))
+    if what.window is not None:
+        causal = causal.triu(S - T - what.window + 1)
+    if what.spans is not None:
+        key, (begin, end) = torch.arange(S, device=device), mask.to(device)[..., :2].unsqueeze(-2).unbind(-1)
         return causal & (begin <= key) & (key < end)
-    sequence = torch.bucketize(torch.arange(B * T, device=device), mask.flatten()[1:], right=True).view(B, 1, T)
+    if what.cu_seqlens is None:
+        return causal
+    sequence = torch.bucketize(torch.arange(B * T, device=device), what.cu_seqlens[1:], right=True).view(B, 1, T)
     return causal & (sequence.unsqueeze(3) == sequence.unsqueeze(2))
 
 
@@ -150,9 +193,37 @@ def is_causal_alone(mask: Tensor | None) -> bool:
 def is_short(mask: Tensor) -> bool:
     """Whether a mask says in numbers of rows or keys what queries see, not place by place."""
     shape = tuple(mask.shape)
-    return (mask.dtype == torch.int64 and shape[1:] == (1, 1, 2)) or (
-        mask.dtype == torch.int32 and shape[:-1] == (1, 1, 1)
-    )
+    if mask.dtype == torch.int64:
+        return shape[1:] in ((1, 1, 2), (1, 1, 3))
+    return mask.dtype == torch.int32 and shape[:-1] in ((1, 1, 1), (1, 1, 2))
+
+
+class Seen(NamedTuple):
+    """What a short mask, or None, says beside causal, each None where it says nothing of it.
+
+    Args:
+        cu_seqlens: [N+1] int32, where each packed sequence begins in the rows laid end to end.
+        spans: of each row, the first and one past the last of the keys that it sees.
+        window: of how many keys, up to its own, a query sees those.
+    """
+
+    cu_seqlens: Tensor | None = None
+    spans: tuple[tuple[int, int], ...] | None = None
+    window: int | None = None
+
+
+def seen(mask: Tensor | None) -> Seen:
+    """Reads a short mask, the numbers of its rows too: such a mask is on the CPU."""
+    if mask is None or is_causal_alone(mask):
+        return Seen()
+    if mask.dtype == torch.int32:
+        begins = mask[0, 0]
+        return Seen(cu_seqlens=begins[0], window=int(begins[1, 0]) if len(begins) > 1 else None)
+    rows = mask.flatten(1).tolist()
+    window = rows[0][2] if mask.shape[-1] == 3 else None
+    if window is not None and len(rows) == 1 and rows[0][0] == 0:
+        return Seen(window=window)
+    return Seen(spans=tuple((row[0], row[1]) for row in rows), window=window)
 
 
 def kernel_objection() -> str | None:
@@ -177,13 +248,16 @@ def objection(mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> st
     return next((f"{name} is given" for name in (*_SDPA_ONLY, *_UNKNOWN) if kwargs.get(name) is not None), None)
 
 
-def _padded(q: Tensor, k: Tensor, v: Tensor, spans: list[list[int]], scale: float | None) -> Tensor:
-    """Attention of rows of which each has its own span of keys; a query beyond its row's span sees all of that."""
+def _padded(
+    q: Tensor, k: Tensor, v: Tensor, spans: tuple[tuple[int, int], ...], scale: float | None, window: int | None
+) -> Tensor:
+    """Attention of rows of which each has its own span of keys; a query beyond its row's span, of which there are none
+    where there is a window, sees all of that."""
     T, out = q.shape[1], []
     for b, (begin, end) in enumerate(spans):
         q_row, k_row, v_row = q[b : b + 1], k[b : b + 1, begin:end], v[b : b + 1, begin:end]
         within = T - (k.shape[1] - end)
-        parts = [attention(q_row[:, :within], k_row, v_row, scale=scale)]
+        parts = [attention(q_row[:, :within], k_row, v_row, scale=scale, window=window)]
         if within < T:
             parts.append(attention(q_row[:, within:], k_row, v_row, causal=False, scale=scale))
         out += [torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]]
@@ -255,12 +329,15 @@ def attention_forward(
     alike = value.shape[-1] == query.shape[-1]  # not where keys carry rotary beside what values have, as DeepSeek's
     if alike and objection(attention_mask, dropout, kwargs) is None:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        if attention_mask is None:
-            return attention(q, k, v, causal=causal, scale=scaling), None
-        if attention_mask.dtype == torch.int64:
-            return _padded(q, k, v, attention_mask.flatten(1).tolist(), scaling), None
-        rows = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
-        return attention(*rows, scale=scaling, cu_seqlens=attention_mask.flatten()).view(q.shape), None
+        what = seen(attention_mask)
+        if what.spans is not None:
+            return _padded(q, k, v, what.spans, scaling, what.window), None
+        if what.cu_seqlens is not None:
+            rows = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+            out = attention(*rows, scale=scaling, cu_seqlens=what.cu_seqlens, window=what.window)
+            return out.view(q.shape), None
+        causal = causal or attention_mask is not None
+        return attention(q, k, v, causal=causal, scale=scaling, window=what.window), None
     if causal or attention_mask is not None:
         attention_mask = four_dimensional(attention_mask, B, T, key.shape[2], query.device)
     return sdpa_attention_forward(

@@ -1,9 +1,9 @@
-"""transformers' LlamaForCausalLM: the product of its lm_head on llama_fast's paths, and a loss without logits."""
+"""transformers' models with a language modelling head: the product of lm_head on llama_fast's paths, and a loss without
+logits."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import torch.nn.functional as F
@@ -14,19 +14,17 @@ from transformers.utils import can_return_tuple
 
 from llama_fast.hf import layout
 from llama_fast.hf.attention import kernel_objection
-from llama_fast.hf.layers import linear_objection, named, project, runs
-from llama_fast.hf.layout import stock
+from llama_fast.hf.layers import derive, linear_objection, named, project, runs
 from llama_fast.ops.dispatch import autocast_dtype
 from llama_fast.ops.linear_cross_entropy import linear_cross_entropy
 
-_CausalLM: Any = stock.LlamaForCausalLM
 _CACHE_FIELD = next(f.name for f in dataclasses.fields(CausalLMOutputWithPast) if f.name in layout.CACHES)
 FUSED = (False, True, "training")
 
 
 def loss_objection(model: Any) -> str | None:
     """Why a model with labels makes its logits, or None."""
-    if not runs(model, LlamaForCausalLM) or not model._llama_fast_loss:
+    if not runs(model, ForCausalLM) or not model._llama_fast_loss:
         return "fused_loss is False"
     if model._llama_fast_loss == "training" and not model.training:
         return 'fused_loss is "training" and the model is in evaluation mode'
@@ -41,41 +39,36 @@ def head_objection(model: Any) -> str | None:
     return found and f"lm_head {found}"
 
 
-class LlamaForCausalLM(_CausalLM):
-    """transformers' LlamaForCausalLM with llama_fast's product in the place of lm_head's call.
+class ForCausalLM:
+    """A model with llama_fast's product in the place of its lm_head's call.
 
     With `_llama_fast_loss` its loss is lf.linear_cross_entropy, and its outputs then have no logits: True, False, or
     "training" for no fused loss in evaluation mode.
     """
 
-    _llama_fast_loss: bool | str = False
-
-    @functools.wraps(_CausalLM.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def fast_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers' own; with labels and the fused loss `logits` is None."""
-        if not issubclass(type(self), LlamaForCausalLM):
-            return type(self).forward(self, *args, **kwargs)
-        kwargs = named(layout.MODEL_PARAMETERS, args, kwargs, layout.MODEL_CACHE)
+        kwargs = named(self._parameters_of_forward, args, kwargs, layout.MODEL_CACHE)
         labels, keep = kwargs.get("labels"), kwargs.get("logits_to_keep", 0)
         of_all = isinstance(keep, int) and keep == 0
         fused = labels is not None and of_all and loss_objection(self) is None
         if kernel_objection() or head_objection(self) or not isinstance(keep, int):
-            return super().forward(**kwargs)
+            return self.stock_forward(**kwargs)
         call = {name: value for name, value in kwargs.items() if name not in ("labels", "logits_to_keep")}
         return self._with_fused_loss(labels, **call) if fused else self._with_logits(labels, keep, **call)
 
     @can_return_tuple
-    def _with_fused_loss(self, labels: Tensor, **call: Any) -> CausalLMOutputWithPast:
+    def _with_fused_loss(self: Any, labels: Tensor, **call: Any) -> CausalLMOutputWithPast:
         outputs = self.model(**call)
         return _outputs(outputs, loss=_loss(outputs.last_hidden_state, self.lm_head.weight, labels, **call))
 
     @can_return_tuple
-    def _with_logits(self, labels: Tensor | None, keep: int, **call: Any) -> CausalLMOutputWithPast:
+    def _with_logits(self: Any, labels: Tensor | None, keep: int, **call: Any) -> CausalLMOutputWithPast:
         outputs = self.model(**call)
         logits = project(self.lm_head, outputs.last_hidden_state[:, slice(-keep, None)])
         loss = None
         if labels is not None:
-            extra = {name: value for name, value in call.items() if name not in layout.MODEL_PARAMETERS}
+            extra = {name: value for name, value in call.items() if name not in self._parameters_of_forward}
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **extra)
         return _outputs(outputs, loss=loss, logits=logits)
 
@@ -114,4 +107,6 @@ def _loss(
     return total / num_items_in_batch
 
 
-HEAD_REPLACEMENTS = {_CausalLM: LlamaForCausalLM}
+HEAD_REPLACEMENTS = {
+    theirs: derive(theirs, ForCausalLM, __name__, _llama_fast_loss=False) for theirs in layout.CAUSAL_LMS
+}

@@ -1,16 +1,19 @@
-"""transformers' LLaMA classes with llama_fast's kernels inside.
+"""transformers' decoder layers, of LLaMA and the architectures like it, with llama_fast's kernels inside.
 
-Each class has the name of the one that it derives from, adds no state that a checkpoint sees, and can be put on an
-existing module by assigning its `__class__`: parameters, names, hooks and everything else stay as they are. What runs
-is decided at each call: the whole block where nothing stands against it, else the ops one by one, each where it fits.
-A forward that someone has wrapped (accelerate does) outlives `unpatch` and is then that of the module's class.
+`derive` makes of each of transformers' classes one of the same name, in this module, whose forward is that of a part
+below. It adds no state that a checkpoint sees, and can be put on an existing module by assigning its `__class__`:
+parameters, names, hooks and everything else stay as they are. What runs is decided at each call: the whole block where
+nothing stands against it, else the ops one by one, each where it fits. A forward that someone has wrapped (accelerate
+does) outlives `unpatch` and is then that of the module's class.
 
 Legend: B batch, T tokens, C width, H query heads, G key/value heads, D head dim.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import sys
 from typing import Any
 
 import torch
@@ -22,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llama_fast.block import BlockOptions, Weights, transformer_block
 from llama_fast.hf import layout
-from llama_fast.hf.attention import NAME, attention_forward, is_causal_alone, kernel_objection, objection
+from llama_fast.hf.attention import NAME, attention_forward, kernel_objection, objection, seen
 from llama_fast.hf.layout import stock
 from llama_fast.ops.dispatch import autocast_dtype
 from llama_fast.ops.linear import linear
@@ -30,11 +33,6 @@ from llama_fast.ops.rms_norm import add_rms_norm, rms_norm
 from llama_fast.ops.rope import rope
 from llama_fast.ops.swiglu import swiglu
 
-# taken now: inside from_pretrained a registered class stands in modeling_llama in the place of the one it derives from
-_Norm: Any = stock.LlamaRMSNorm
-_MLP: Any = stock.LlamaMLP
-_Attention: Any = stock.LlamaAttention
-_Layer: Any = stock.LlamaDecoderLayer
 _apply_rotary = stock.apply_rotary_pos_emb
 _SILU = (nn.SiLU, type(ACT2FN["silu"]))
 _RECORDER = "transformers.utils.output_capturing"  # its hooks only note what a module gave
@@ -64,10 +62,16 @@ def is_forward_of(function: Any, module: Any, kind: Any) -> bool:
     return getattr(function, "__func__", None) is kind.forward and function.__self__ is module
 
 
-def runs(module: Any, kind: Any) -> bool:
-    """Whether a module is of the class `kind`, or of the one that FSDP2 derives from it."""
+def is_ours(module: Any, part: Any) -> bool:
+    """Whether a module's class is one that `derive` made with this part, and none that derives from it."""
+    return vars(type(module)).get("_part") is part
+
+
+def runs(module: Any, part: Any) -> bool:
+    """Whether a module's class is one that `derive` made with this part, or the one that FSDP2 derives from that."""
     found = type(module)
-    return found is kind or (kind in found.__bases__ and found.__module__.startswith("torch.distributed."))
+    of_fsdp = found.__module__.startswith("torch.distributed.")
+    return is_ours(module, part) or (of_fsdp and any(vars(base).get("_part") is part for base in found.__bases__))
 
 
 def _only_placed(module: Any) -> bool:
@@ -95,8 +99,8 @@ def linear_objection(module: Any) -> str | None:
         return "has a bias"
     if not _plain_tensors(module.weight):
         return f"has a {type(module.weight).__name__} for a weight"
-    seen = watched(module)
-    return seen and f"has {seen}"
+    found = watched(module)
+    return found and f"has {found}"
 
 
 def project(module: Any, x: Tensor) -> Tensor:
@@ -116,7 +120,7 @@ def _cast_once(x: Tensor, *projections: Any) -> Tensor:
 
 def norm_objection(norm: Any, x: Tensor | None = None) -> str | None:
     """Why a norm does not run on lf.rms_norm, or None; without `x`, what its structure says."""
-    if type(norm) is not LlamaRMSNorm:
+    if not is_ours(norm, RMSNorm):
         return is_a(norm)
     if not _plain_tensors(norm.weight):
         return f"has a {type(norm.weight).__name__} for a weight"
@@ -127,19 +131,21 @@ def norm_objection(norm: Any, x: Tensor | None = None) -> str | None:
 
 def activation_objection(mlp: Any) -> str | None:
     """Why a feed-forward layer does not run on lf.swiglu, or None."""
-    if type(mlp) is not LlamaMLP:
+    if not is_ours(mlp, MLP):
         return is_a(mlp)
     if type(mlp.act_fn) not in _SILU:
         return f"has the activation {type(mlp.act_fn).__name__}"
-    seen = watched(mlp.act_fn)
-    return seen and f"has {seen} on its activation"
+    found = watched(mlp.act_fn)
+    return found and f"has {found} on its activation"
 
 
 def structure_objection(layer: Any) -> str | None:
     """What in a layer, whatever the call, keeps it from running as one block; None if nothing."""
     attn, mlp = layer.self_attn, layer.mlp
-    if type(attn) is not LlamaAttention:
+    if not is_ours(attn, Attention):
         return f"self_attn {is_a(attn)}"
+    if attn._norms_heads:
+        return "self_attn norms its queries and keys"
     for name, found in (
         ("mlp", activation_objection(mlp)),
         ("input_layernorm", norm_objection(layer.input_layernorm)),
@@ -153,8 +159,8 @@ def structure_objection(layer: Any) -> str | None:
         ("input_layernorm", layer.input_layernorm),
         ("post_attention_layernorm", layer.post_attention_layernorm),
     ):
-        if seen := watched(module):
-            return f"{name} has {seen}"
+        if found := watched(module):
+            return f"{name} has {found}"
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         if found := linear_objection(getattr(attn, name)):
             return f"{name} {found}"
@@ -292,7 +298,7 @@ class State:
 
 
 class _Recorded(type):
-    """isinstance() takes the stock layers too.
+    """isinstance() takes the stock modules too.
 
     transformers notes hidden states of the instances of a class that its model class names, and puts a registered class
     in that place for good, for models too that are built without it.
@@ -302,27 +308,24 @@ class _Recorded(type):
         return super().__instancecheck__(instance) or isinstance(instance, cls.__dict__.get("_stock", ()))
 
 
-class LlamaRMSNorm(_Norm):
-    """transformers' LlamaRMSNorm on lf.rms_norm, where the gain has the dtype of the input."""
+# The parts: what their classes have is reached by super(), which is the stock class that `derive` puts behind them.
+class RMSNorm:
+    """A norm on lf.rms_norm, where the gain has the dtype of the input."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def fast_forward(self: Any, hidden_states: Tensor) -> Tensor:
         """x [..., C] -> [..., C]."""
-        if not issubclass(type(self), LlamaRMSNorm):
-            return type(self).forward(self, hidden_states)
         if kernel_objection() or norm_objection(self, hidden_states):
-            return super().forward(hidden_states)
+            return self.stock_forward(hidden_states)
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
-class LlamaMLP(_MLP):
-    """transformers' LlamaMLP on lf.swiglu, where the activation is SiLU."""
+class MLP:
+    """A feed-forward layer on lf.swiglu, where the activation is SiLU."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def fast_forward(self: Any, x: Tensor) -> Tensor:
         """x [..., C] -> [..., C]."""
-        if not issubclass(type(self), LlamaMLP):
-            return type(self).forward(self, x)
         if kernel_objection() or activation_objection(self):
-            return super().forward(x)
+            return self.stock_forward(x)
         x = _cast_once(x, self.gate_proj, self.up_proj)
         gate, up = project(self.gate_proj, x), project(self.up_proj, x)
         if gate.dtype != up.dtype:
@@ -330,24 +333,24 @@ class LlamaMLP(_MLP):
         return project(self.down_proj, swiglu(gate, up))
 
 
-class LlamaAttention(_Attention, metaclass=_Recorded):
-    """transformers' LlamaAttention on lf.rope and the attention function of its config."""
+class Attention:
+    """An attention layer on lf.rope and the attention function of its config.
 
-    _stock = _Attention
+    `_norms_heads`: its queries and keys have norms, between the projections and rotary, as Qwen3's do.
+    """
 
-    @functools.wraps(_Attention.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def fast_forward(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """x [B, T, C] -> [B, T, C] and the attention weights or None."""
-        if not issubclass(type(self), LlamaAttention):
-            return type(self).forward(self, *args, **kwargs)
         if kernel_objection():
-            return super().forward(*args, **kwargs)
-        kwargs = named(layout.ATTENTION_PARAMETERS, args, kwargs)
+            return self.stock_forward(*args, **kwargs)
+        kwargs = named(self._parameters_of_forward, args, kwargs)
         x, mask = kwargs.pop("hidden_states"), kwargs.pop("attention_mask", None)
         cos, sin = kwargs["position_embeddings"]
         projections = (self.q_proj, self.k_proj, self.v_proj)
         x = _cast_once(x, *projections)
         q, k, v = (project(p, x).unflatten(-1, (-1, self.head_dim)) for p in projections)
+        if self._norms_heads:
+            q, k = self.q_norm(q), self.k_norm(k)
         learned = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
         if cos.ndim == 3 and q.dtype == k.dtype and not learned:
             q, k = rope(q, k, cos, sin)
@@ -367,29 +370,32 @@ class LlamaAttention(_Attention, metaclass=_Recorded):
             mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
+            **self._window(),
             **kwargs,
         )
         return project(self.o_proj, out.reshape(*x.shape[:-1], -1)), weights
 
+    def _window(self: Any) -> dict[str, int | None]:
+        """What others' attention functions are told of a sliding window; this package's reads it in the mask."""
+        if self._window_from is None:
+            return {}
+        holder = self if self._window_from == "layer" else self.config
+        return {"sliding_window": getattr(holder, "sliding_window", None)}
 
-class LlamaDecoderLayer(_Layer, metaclass=_Recorded):
-    """transformers' LlamaDecoderLayer as one block with a hand-written backward, else by its parts.
+
+class DecoderLayer:
+    """A decoder layer as one block with a hand-written backward, else by its modules.
 
     `_llama_fast`: the policy of the block, and in words what the last call ran.
     """
 
-    _stock = _Layer
-
-    def __init__(self, config: Any, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
+    def __init__(self: Any, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)  # type: ignore[call-arg]
         self._llama_fast = State(self)
 
-    @functools.wraps(_Layer.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def fast_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """x [B, T, C] -> [B, T, C]."""
-        if not issubclass(type(self), LlamaDecoderLayer):
-            return type(self).forward(self, *args, **kwargs)
-        kwargs = named(layout.LAYER_PARAMETERS, args, kwargs)
+        kwargs = named(self._parameters_of_forward, args, kwargs)
         x = kwargs.pop("hidden_states")
         against = structure_objection(self) or call_objection(self, x, kwargs)
         if not torch.compiler.is_compiling():
@@ -397,21 +403,19 @@ class LlamaDecoderLayer(_Layer, metaclass=_Recorded):
         y = self._block(x, kwargs) if against is None else self._parts(x, kwargs)
         return y if not layout.GIVES_TUPLE or isinstance(y, tuple) else (y,)
 
-    def _block(self, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+    def _block(self: Any, x: Tensor, arguments: dict[str, Any]) -> Tensor:
         attn = self.self_attn
         options = self._llama_fast.options
         cos, sin = (t[..., : t.shape[-1] // 2].float() for t in arguments["position_embeddings"])
-        cache, mask = arguments.get(layout.CACHE), arguments.get("attention_mask")
-        w, spans = block_weights(self), None
-        if is_causal_alone(mask):
-            mask = None
-        if mask is not None and mask.dtype == torch.int32:
+        cache, w, mask = arguments.get(layout.CACHE), block_weights(self), seen(arguments.get("attention_mask"))
+        if mask.window is not None:
+            options = dataclasses.replace(options, window=mask.window)
+        if mask.cu_seqlens is not None:
             B, T, C = x.shape
             cos, sin = (t.expand(B, -1, -1).reshape(1, B * T, -1) for t in (cos, sin))
-            y = transformer_block(x.reshape(1, B * T, C), w, cos, sin, options, cu_seqlens=mask.flatten())
+            y = transformer_block(x.reshape(1, B * T, C), w, cos, sin, options, cu_seqlens=mask.cu_seqlens)
             return y.view(B, T, C)
-        if mask is not None:
-            spans = tuple((begin, end) for begin, end in mask.flatten(1).tolist())
+        spans = mask.spans
         if cache is None:
             return transformer_block(x, w, cos, sin, options, spans=spans)
         held = _LayerCache(cache, attn.layer_idx, arguments)
@@ -421,7 +425,7 @@ class LlamaDecoderLayer(_Layer, metaclass=_Recorded):
         held.append(k, v)
         return y
 
-    def _parts(self, x: Tensor, arguments: dict[str, Any]) -> Any:
+    def _parts(self: Any, x: Tensor, arguments: dict[str, Any]) -> Any:
         """The layer by its modules; the addition before the second norm within it, where both allow that."""
         norm = self.post_attention_layernorm
         attended, *rest = self.self_attn(hidden_states=self.input_layernorm(x), **arguments)
@@ -434,9 +438,30 @@ class LlamaDecoderLayer(_Layer, metaclass=_Recorded):
         return (y, *rest) if layout.GIVES_TUPLE and arguments.get("output_attentions") else y
 
 
-REPLACEMENTS = {
-    _Norm: LlamaRMSNorm,
-    _MLP: LlamaMLP,
-    _Attention: LlamaAttention,
-    _Layer: LlamaDecoderLayer,
-}
+def derive(theirs: Any, part: Any, module: str, **attributes: Any) -> Any:
+    """The class of the same name that derives from `theirs` and has the forward of `part`; `module` holds it."""
+
+    @functools.wraps(theirs.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not issubclass(type(self), part):  # a wrapper that outlived `unpatch`
+            return type(self).forward(self, *args, **kwargs)
+        return self.fast_forward(*args, **kwargs)
+
+    members = {"__module__": module, "__qualname__": theirs.__name__, "__doc__": part.__doc__, "forward": forward}
+    members |= {"_part": part, "_stock": theirs, "stock_forward": theirs.forward}
+    members |= {"_parameters_of_forward": layout.parameters(theirs.forward), **attributes}
+    ours = _Recorded(theirs.__name__, (part, theirs), members)
+    setattr(sys.modules[module], theirs.__name__, ours)
+    return ours
+
+
+# Where an attention layer has the window of which it tells an attention function
+_WINDOW_FROM = {"Llama": None, "Mistral": "config", "Qwen2": "layer", "Qwen3": "layer"}
+# made now: inside from_pretrained a registered class stands in the place of the one it derives from
+REPLACEMENTS: dict[Any, Any] = {}
+for _name, _stock in layout.ARCHITECTURES.items():
+    for _theirs, _part in ((_stock.RMSNorm, RMSNorm), (_stock.MLP, MLP), (_stock.DecoderLayer, DecoderLayer)):
+        REPLACEMENTS[_theirs] = derive(_theirs, _part, __name__)
+    REPLACEMENTS[_stock.Attention] = derive(
+        _stock.Attention, Attention, __name__, _window_from=_WINDOW_FROM[_name], _norms_heads=_name == "Qwen3"
+    )

@@ -11,19 +11,19 @@ from torch import nn
 import llama_fast
 from llama_fast.hf import layout
 from llama_fast.hf.attention import NAME
-from llama_fast.hf.causal_lm import LlamaForCausalLM, head_objection, loss_objection
+from llama_fast.hf.causal_lm import ForCausalLM, head_objection, loss_objection
 from llama_fast.hf.layers import (
-    LlamaAttention,
-    LlamaDecoderLayer,
-    LlamaMLP,
+    MLP,
+    Attention,
+    DecoderLayer,
     activation_objection,
     is_a,
+    is_ours,
     linear_objection,
     norm_objection,
     runs,
     structure_objection,
 )
-from llama_fast.hf.layout import stock
 
 
 def report(model: nn.Module) -> str:
@@ -38,19 +38,19 @@ def report(model: nn.Module) -> str:
         where it differs from that: a mask or a cache can stand against the block in one call.
 
     Raises:
-        ValueError: there is no LlamaDecoderLayer in the model.
+        ValueError: there is no decoder layer of LLaMA, Mistral, Qwen2 or Qwen3 in the model.
     """
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, stock.LlamaDecoderLayer)]
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, layout.LAYERS)]
     if not layers:
-        raise ValueError(f"hf.report: {type(model).__name__} has no LlamaDecoderLayer")
+        raise ValueError(f"hf.report: {type(model).__name__} has no {layout.LAYER_NAMES}")
     lines = [f"llama_fast {llama_fast.__version__}, transformers {layout.VERSION}"]
     for text, group in itertools.groupby(((name, _layer(m)) for name, m in layers), key=lambda pair: pair[1]):
         names = [name for name, _ in group]
         lines.append(f"{names[0]}{f' to {names[-1]}' if len(names) > 1 else ''}: {text}")
     for name, m in model.named_modules():
-        if isinstance(m, stock.LlamaForCausalLM):
+        if isinstance(m, layout.CAUSAL_LMS):
             where = name or type(m).__name__
-            against = head_objection(m) if runs(m, LlamaForCausalLM) else "not patched"
+            against = head_objection(m) if runs(m, ForCausalLM) else "not patched"
             what = "llama_fast" if against is None else f"transformers' ({against})"
             lines.append(f"{where}, lm_head: {what}")
             against = loss_objection(m)
@@ -62,7 +62,7 @@ def report(model: nn.Module) -> str:
 
 
 def _layer(layer: Any) -> str:
-    if not runs(layer, LlamaDecoderLayer):
+    if not runs(layer, DecoderLayer):
         return f"transformers' own ({type(layer).__name__}, not patched)"
     against = structure_objection(layer)
     state = layer._llama_fast
@@ -89,7 +89,7 @@ def _parts(layer: Any) -> Iterator[str]:
     for name in ("input_layernorm", "post_attention_layernorm"):
         found = norm_objection(getattr(layer, name))
         (slow if found else fast).append(f"{name} {found}" if found else "rms_norm")
-    if type(attn) is not LlamaAttention:
+    if not is_ours(attn, Attention):
         slow.append(f"self_attn {is_a(attn)}")
     else:
         fast.append("rope")
@@ -102,7 +102,7 @@ def _parts(layer: Any) -> Iterator[str]:
     found = activation_objection(mlp)
     (slow if found else fast).append(f"mlp {found}" if found else "swiglu")
     for part, names in ((attn, ("q_proj", "k_proj", "v_proj", "o_proj")), (mlp, ("gate_proj", "up_proj", "down_proj"))):
-        if type(part) in (LlamaAttention, LlamaMLP):
+        if is_ours(part, Attention) or is_ours(part, MLP):
             for name in names:
                 found = linear_objection(getattr(part, name))
                 (slow if found else fast).append(f"{name} {found}" if found else name)

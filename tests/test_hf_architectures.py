@@ -1,0 +1,260 @@
+"""Mistral, Qwen2 and Qwen3, patched: what is theirs and not LLaMA's; the rest is the same code (test_hf_*.py)."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import statistics
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_pairs import (
+    DTYPE,
+    B,
+    Case,
+    T,
+    assert_close,
+    exact,
+    make,
+    patched,
+    ran_by_layer,
+    rms,
+    run,
+    tokens,
+    transformers,
+)
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+
+import llama_fast as lf
+from llama_fast.hf import layout
+from llama_fast.hf.attention import NAME
+
+KINDS = ("Mistral", "Qwen2", "Qwen3")
+WINDOW = 6
+_LEFT = torch.ones(B, T, dtype=torch.bool)
+_LEFT[0, :5], _LEFT[2, :11] = False, False
+_RIGHT = _LEFT.flip(1)
+_PACKED = torch.cat((torch.arange(7), torch.arange(9), torch.arange(3))).expand(B, T)
+_BIASES, _NORMS = "q_proj has a bias", "self_attn norms its queries and keys"
+_SECOND_SLIDES = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}
+# what their layers have at all times, and what slides beside it
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Mistral": ("block", {"sliding_window": WINDOW}),
+    "Qwen2": (_BIASES, _SECOND_SLIDES),
+    "Qwen3": (_NORMS, _SECOND_SLIDES),
+}
+CALLS = {
+    "plain": Case(),
+    "no cache": Case(call={"use_cache": False}),
+    "left padding": Case(call={"attention_mask": _LEFT.long()}),
+    "right padding": Case(call={"attention_mask": _RIGHT.long()}, rows=_RIGHT),
+    "packed": Case(call={"position_ids": _PACKED, "use_cache": False}),
+}
+
+
+def _make(kind: str, slides: bool = True, **options: Any) -> Any:
+    windows = CONFIGS[kind][1] if slides else {"sliding_window": None}
+    return make(architecture=kind, **{**windows, **options})
+
+
+@pytest.mark.parametrize("slides", [False, True], ids=["whole", "sliding"])
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_and_gradients(kind: str, call: str, slides: bool) -> None:
+    case = CALLS[call]
+    stock = _make(kind, slides).double()
+    ours = patched(stock)
+    found = run(ours, case.rows, **case.call)
+    against = ran_by_layer(ours)
+    if kind == "Mistral":
+        # keys that end before the last, within a window: no two numbers say which those are
+        hard = slides and call == "right padding"
+        assert set(against) == {"a mask that is not causal" if hard else "block"}
+    else:
+        assert set(against) == {CONFIGS[kind][0]}
+    assert_close(found, run(stock, case.rows, **case.call), run(exact(stock), case.rows, **case.call))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_over_seeds_the_errors_are_no_larger_than_stock(kind: str, dtype: torch.dtype) -> None:
+    """As in test_hf_numerics; of the 32 numbers of a bias's gradient a single draw says nothing."""
+    n, logits, gradients = 12, [], []
+    for seed in range(n):
+        stock = _make(kind, seed=seed).to(dtype)
+        ids = tokens(seed=100 + seed)
+        ours, theirs, truth = (run(m, input_ids=ids) for m in (patched(stock), stock, exact(stock)))
+        ratio = {k: math.log(rms(ours[k] - t) / rms(theirs[k] - t)) for k, t in truth.items()}
+        logits.append(ratio.pop("logits"))
+        gradients.append(statistics.mean(ratio.values()))
+    for found in (logits, gradients):
+        assert statistics.mean(found) <= 3 * statistics.stdev(found) / n**0.5
+
+
+@pytest.mark.parametrize("slides", [False, True], ids=["whole", "sliding"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
+def test_generate(kind: str, slides: bool, padded: bool) -> None:
+    """Beyond the window: the cache drops keys, where this version's does that."""
+    model = _make(kind, slides, max_position_embeddings=128).double().eval()
+    ids, mask = tokens(), _LEFT.long() if padded else torch.ones(B, T, dtype=torch.long)
+    call = {"max_new_tokens": 9, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    got, want = (m.generate(ids, attention_mask=mask, eos_token_id=None, **call) for m in (patched(model), model))
+    assert torch.equal(got.sequences, want.sequences)
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_is_continued_by_more_than_one_token(kind: str) -> None:
+    stock = _make(kind).double().eval()
+    ids, ours, cache = tokens(length=24), patched(stock), None
+    with torch.no_grad():
+        whole = stock(ids, use_cache=False).logits
+        for begin, end in ((0, 4), (4, 10), (10, 11), (11, 24)):
+            out = ours(ids[:, begin:end], use_cache=True, **({} if cache is None else {layout.MODEL_CACHE: cache}))
+            cache = out[layout.MODEL_CACHE]
+            torch.testing.assert_close(out.logits, whole[:, begin:end], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_patch_and_unpatch(kind: str) -> None:
+    model = _make(kind)
+    before = {name: type(m) for name, m in model.named_modules()}
+    lf.hf.patch(model, fused_loss=True)
+    changed = [type(m) for name, m in model.named_modules() if type(m) is not before[name]]
+    parts = {"RMSNorm", "MLP", "Attention", "DecoderLayer", "ForCausalLM"}
+    assert {c.__name__ for c in changed} == {kind + part for part in parts}
+    for c in changed:  # as pickle finds them
+        assert getattr(sys.modules[c.__module__], c.__qualname__) is c
+        assert c.__mro__[2].__name__ == c.__name__
+    report = lf.hf.report(model)
+    what = "block, recompute-cheap" if kind == "Mistral" else f"ops, for {CONFIGS[kind][0]}"
+    assert f"model.layers.0 to model.layers.1: {what}" in report
+    assert f"{kind}ForCausalLM, loss of labels: fused, without logits" in report
+    lf.hf.unpatch(model)
+    assert {name: type(m) for name, m in model.named_modules()} == before
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_loss(kind: str) -> None:
+    stock = _make(kind)
+    ours, found = patched(stock, fused_loss=True), []
+    for model in (ours, stock):
+        out = model(tokens(), labels=tokens())
+        out.loss.backward()
+        found.append([out.loss.detach(), *(p.grad for p in model.parameters())])
+    assert ours(tokens(), labels=tokens()).logits is None
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_attention_is_told_of_the_window(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+
+    def attend(module: nn.Module, q: Tensor, *_: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        told.append(kwargs.get("sliding_window", "nothing"))
+        return q.transpose(1, 2).contiguous(), None
+
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "noted", attend)
+    stock = _make(kind)
+    for model in (patched(stock), stock):
+        model.config._attn_implementation = "noted"
+        model(tokens())
+    assert told[:2] == told[2:] == ([WINDOW, WINDOW] if kind == "Mistral" else [None, WINDOW])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_and_copied(kind: str, tmp_path: Path) -> None:
+    ours = patched(_make(kind).eval())
+    want = ours(tokens()).logits
+    for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert torch.equal(other(tokens()).logits, want)
+        assert type(other) is type(ours)
+    ours.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **{DTYPE: torch.float32})
+    assert type(again).__module__.startswith("transformers.")
+    torch.testing.assert_close(again(tokens()).logits, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_registered_layers_are_built(kind: str) -> None:
+    if not hasattr(transformers, "monkey_patching"):
+        pytest.skip("this transformers has no registry of class replacements")
+    with warnings.catch_warnings(record=True) as warned:
+        lf.hf.register()
+    if any("registry of class replacements" in str(w.message) for w in warned):
+        pytest.skip("the registry of this transformers needs packages that are not installed")
+    try:
+        config = _make(kind).config
+        config._attn_implementation = NAME
+        with transformers.monkey_patching.apply_patches():
+            model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
+        model(tokens())
+        assert set(ran_by_layer(model)) == {CONFIGS[kind][0]}
+    finally:
+        transformers.monkey_patching.clear_patch_mapping()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled(kind: str) -> None:
+    """A window's numbers cannot be looked at in a trace: sdpa, by transformers' mask."""
+    model = _make(kind).eval()
+    ours = patched(model)
+    torch.compiler.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    for call in ({"use_cache": False}, {"use_cache": False, "attention_mask": _LEFT.long()}):
+        got, want = compiled(tokens(), **call).logits, model(tokens(), **call).logits
+        torch.testing.assert_close(got[_LEFT], want[_LEFT], rtol=1e-4, atol=1e-4)
+    torch.compiler.reset()
+    seen: list[str] = []
+
+    def note(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    ids = tokens(length=WINDOW)  # which the window holds
+    got = torch.compile(ours, fullgraph=True, backend=aot_autograd(fw_compiler=note))(ids).logits
+    torch.testing.assert_close(got, model(ids).logits, rtol=1e-4, atol=1e-4)
+    assert "llama_fast.attention_fwd.default" in seen
+
+
+def test_what_is_laid_out_in_another_way_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the others stay."""
+    import importlib.util
+
+    from transformers.models.qwen3 import modeling_qwen3
+
+    def fresh() -> Any:
+        spec = importlib.util.spec_from_file_location("fresh_layout", layout.__file__)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    assert fresh().LEFT_OUT == {}
+    with monkeypatch.context() as patch:
+        patch.delattr(modeling_qwen3, "Qwen3MLP")
+        found = fresh()
+        assert list(found.ARCHITECTURES) == ["Llama", "Mistral", "Qwen2"]
+        assert "modeling_qwen3 has no Qwen3MLP" in found.LEFT_OUT["Qwen3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            modeling_qwen3.Qwen3DecoderLayer,
+            "forward",
+            lambda self, hidden_states, attention_mask, position_embeddings, past_key_values_: None,
+        )
+        assert "expected one of" in fresh().LEFT_OUT["Qwen3"]
+    monkeypatch.setitem(layout.LEFT_OUT, "Qwen3", "the reason")
+    with pytest.raises(ValueError, match=r"Linear has no LlamaDecoderLayer .*; Qwen3 is left out: the reason"):
+        lf.hf.patch(nn.Linear(2, 2))
