@@ -48,11 +48,19 @@ _BUFFER = re.compile(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 def config_from_hf(values: Mapping[str, Any]) -> LlamaConfig:
     """The LlamaConfig of a Hugging Face `config.json`, with `rope_scaling` (transformers 4) or `rope_parameters` (5).
 
+    A Mistral without a sliding window is a LLaMA by another name.
+
     Raises:
         ValueError: another model type, a missing size, or an option that this architecture does not have; named.
     """
-    if values.get("model_type") != "llama":
-        raise ValueError(f"model_type = {values.get('model_type')!r}: expected 'llama'")
+    kind = values.get("model_type")
+    if kind not in ("llama", "mistral"):
+        raise ValueError(f"model_type = {kind!r}: expected 'llama' or 'mistral'")
+    # where it is missing a Mistral has one of 4096 keys
+    if kind == "mistral" and (window := values.get("sliding_window", 4096)) is not None:
+        raise ValueError(
+            f"sliding_window = {window!r}: expected null; llama_fast.hf.patch takes a transformers model with a window"
+        )
     for name, expected in _FIXED.items():
         if (value := values.get(name)) is not None and value != expected:
             raise ValueError(f"{name} = {value!r}: expected {expected!r}")
