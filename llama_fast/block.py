@@ -5,10 +5,13 @@
     n2 = rms_norm(h)         gate = n2 Wg^T    up = n2 Wu^T
     y  = h + (silu(gate) up) Wd^T
 
+Qwen2 adds biases to q, k and v; Qwen3 norms q and k, each head for itself, before rotary.
+
 What a policy keeps between forward and backward, a layer; all else is computed again in the backward:
 
-    "recompute-cheap"   x, q, k (after rotary), v, the attention output and its log-sum-exp, h, gate, up, the two row
-                        statistics: what a matrix product or the attention made, (6 + 2F/C) C numbers a token if H = G
+    "recompute-cheap"   x, q, k (after rotary; where they have norms, before those), v, the attention output and its
+                        log-sum-exp, h, gate, up, the two row statistics: what a matrix product or the attention made,
+                        (6 + 2F/C) C numbers a token if H = G
     "save"              also n1, n2 and silu(gate) up, (8 + 3F/C) C numbers a token
     "recompute-linear"  x, the attention output and its log-sum-exp, 2 C numbers a token; the backward does every
                         product again but the last, and not the attention, which costs most where T is long
@@ -54,14 +57,14 @@ from llama_fast.parallel import Collectives, Single
 
 POLICIES = ("save", "recompute-cheap", "recompute-linear", "recompute-all")
 
-_rms_norm_fwd = primitives["rms_norm_fwd"]
+_rms_norm_fwd, _rms_norm_bwd = primitives["rms_norm_fwd"], primitives["rms_norm_bwd"]
 _add_rms_norm_fwd, _add_rms_norm_bwd = primitives["add_rms_norm_fwd"], primitives["add_rms_norm_bwd"]
 _swiglu_fwd, _swiglu_bwd = primitives["swiglu_fwd"], primitives["swiglu_bwd"]
 _rope_fwd, _rope_bwd = primitives["rope_fwd"], primitives["rope_bwd"]
 
 
 class Weights(NamedTuple):
-    """The parameters of a block, in the order of the forward pass."""
+    """The parameters of a block: in the order of the forward pass what each has, then what some have and others not."""
 
     norm1_C: Tensor
     wq_HDxC: Tensor  # [H D, C]
@@ -72,6 +75,15 @@ class Weights(NamedTuple):
     wgate_FC: Tensor
     wup_FC: Tensor
     wdown_CF: Tensor
+    bq_HD: Tensor | None = None  # biases
+    bk_GD: Tensor | None = None
+    bv_GD: Tensor | None = None
+    normq_D: Tensor | None = None  # gains of the norms of each head's query and key, both or neither
+    normk_D: Tensor | None = None
+
+    def given(self) -> list[Tensor]:
+        """Those that there are."""
+        return [w for w in self if w is not None]
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,7 @@ class BlockOptions:
 
     Args:
         head_dim: D.
-        eps: of both norms.
+        eps: of all norms.
         policy: one of POLICIES.
         window: sliding window of the attention, 0 for none.
         interleaved: rotary layout, see `llama_fast.rope`.
@@ -111,7 +123,7 @@ class _Activations:
     """What the forward makes, each None where it is not kept or has been taken."""
 
     NAMES = (
-        *("n1_RC", "rstd1_R", "q_BTHD", "k_BTGD", "v_BTGD", "out_BTHD", "lse_BHT"),
+        *("n1_RC", "rstd1_R", "rawq_BTHD", "rawk_BTGD", "q_BTHD", "k_BTGD", "v_BTGD", "out_BTHD", "lse_BHT"),
         *("h_RC", "n2_RC", "rstd2_R", "gate_RF", "up_RF", "act_RF"),
     )
 
@@ -131,14 +143,61 @@ class _Activations:
         self.held.update({name: t for name, t in tensors.items() if name in kept})
 
 
+_RAW = frozenset({"rawq_BTHD", "rawk_BTGD"})  # before their norms; q and k are made of them again
+_KEYS = frozenset({"k_BTGD", "v_BTGD"})
 # What stays of the activations, by policy
 _KEPT = {
-    "save": frozenset(_Activations.NAMES),
-    "recompute-cheap": frozenset(_Activations.NAMES) - {"n1_RC", "n2_RC", "act_RF"},
+    "save": frozenset(_Activations.NAMES) - _RAW,
+    "recompute-cheap": frozenset(_Activations.NAMES) - _RAW - {"n1_RC", "n2_RC", "act_RF"},
     "recompute-linear": frozenset({"out_BTHD", "lse_BHT"}),
     "recompute-all": frozenset(),
 }
-_KEYS = frozenset({"k_BTGD", "v_BTGD"})
+
+
+def _kept(policy: str, w: Weights) -> frozenset[str]:
+    kept = _KEPT[policy]
+    return kept if w.normq_D is None or "q_BTHD" not in kept else kept - {"q_BTHD", "k_BTGD"} | _RAW
+
+
+def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else bias.to(dtype)
+
+
+def _turned(
+    q: Tensor,
+    k: Tensor,
+    w: Weights,
+    stream: torch.dtype,
+    cos: Tensor,
+    sin: Tensor,
+    options: BlockOptions,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """q [B, T, H, D] and k [B, T, G, D] after their norms, where there are any, and rotary; and the norms' statistics.
+
+    Norms, and rotary behind them, are in the dtype of the residual stream, as all norms.
+    """
+    if w.normq_D is None or w.normk_D is None:
+        q, k = _rope_fwd(q, k, cos, sin, options.interleaved, backend=backend)
+        return q, k, None, None
+    gains = (w.normq_D.to(stream), w.normk_D.to(stream))
+    (q_rows, rstdq), (k_rows, rstdk) = (
+        _rms_norm_fwd(t.to(stream).view(-1, t.shape[-1]), gain, options.eps, backend=backend)
+        for t, gain in zip((q, k), gains, strict=True)
+    )
+    q_turned, k_turned = _rope_fwd(
+        q_rows.view(q.shape), k_rows.view(k.shape), cos, sin, options.interleaved, backend=backend
+    )  # fmt: skip
+    return q_turned.to(q.dtype), k_turned.to(k.dtype), rstdq, rstdk
+
+
+def _head_norm_bwd(
+    dy: Tensor, raw: Tensor, gain: Tensor, rstd: Tensor, stream: torch.dtype, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the raw heads [B, T, H, D] and of their gain [D], from dy, behind the norm."""
+    rows, D = raw.to(stream).view(-1, raw.shape[-1]), raw.shape[-1]
+    dx, dgain = _rms_norm_bwd(dy.to(stream).reshape(-1, D), rows, gain.to(stream), rstd, backend=backend)
+    return dx.view(raw.shape).to(raw.dtype), dgain.to(gain.dtype)
 
 
 def _forward(
@@ -172,13 +231,14 @@ def _forward(
     del n1_RC
     tokens = cos.shape[1]  # of the whole sequence, where x holds a part of it
     q, k, v = (
-        linear.nt(n1_all, w.wq_HDxC.to(dtype)),
-        linear.nt(n1_all, w.wk_GDxC.to(dtype)),
-        linear.nt(n1_all, w.wv_GDxC.to(dtype)),
+        linear.nt(n1_all, w.wq_HDxC.to(dtype), _cast(w.bq_HD, dtype)),
+        linear.nt(n1_all, w.wk_GDxC.to(dtype), _cast(w.bk_GD, dtype)),
+        linear.nt(n1_all, w.wv_GDxC.to(dtype), _cast(w.bv_GD, dtype)),
     )
     del n1_all
     q, k, v = (t.view(B, tokens, t.shape[1] // D, D) for t in (q, k, v))
-    q, k = _rope_fwd(q, k, cos, sin, options.interleaved, backend=backend)
+    a.put(kept, rawq_BTHD=q, rawk_BTGD=k)
+    q, k, *_ = _turned(q, k, w, stream, cos, sin, options, backend)
     a.put(kept, q_BTHD=q, k_BTGD=k, v_BTGD=v)
     out_BTHD, lse_BHT = attended or attend(q, k, v, cu_seqlens, options, backend, spans, cache)
     a.put(kept, out_BTHD=out_BTHD, lse_BHT=lse_BHT)
@@ -268,6 +328,11 @@ def _backward(
 
     dh_all = join.gather(dh_RC.to(dtype))
     out_BTHD, lse_BHT, qkv = a.take("out_BTHD"), a["lse_BHT"], (a.take("q_BTHD"), a.take("k_BTGD"), a.take("v_BTGD"))
+    rawq, rawk, rstdq, rstdk = a.take("rawq_BTHD"), a.take("rawk_BTGD"), None, None
+    if rawq is not None:
+        q, k, rstdq, rstdk = _turned(rawq, rawk, w, stream, cos, sin, options, backend)
+        qkv = q, k, qkv[2]
+        del q, k
     dwo = linear.tn(dh_all, out_BTHD.flatten(2).flatten(0, 1)).to(w.wo_CxHD.dtype) if needs.wo_CxHD else None
     dout_BTHD = linear.nn(dh_all, w.wo_CxHD.to(dtype)).view(out_BTHD.shape)
     del dh_all
@@ -276,7 +341,15 @@ def _backward(
     dk = dk if dk_BTGD is None else dk + dk_BTGD
     dv = dv if dv_BTGD is None else dv + dv_BTGD
     dq, dk = _rope_bwd(dq, dk, cos, sin, options.interleaved, backend=backend)
+    dnormq = dnormk = None
+    if w.normq_D is not None and w.normk_D is not None and rstdq is not None and rstdk is not None:
+        dq, dnormq = _head_norm_bwd(dq, rawq, w.normq_D, rstdq, stream, backend)
+        dk, dnormk = _head_norm_bwd(dk, rawk, w.normk_D, rstdk, stream, backend)
+    del rawq, rawk
     dq, dk, dv = (d.flatten(2).flatten(0, 1) for d in (dq, dk, dv))
+    dbq = linear.sum_rows(dq).to(w.bq_HD.dtype) if w.bq_HD is not None and needs.bq_HD else None
+    dbk = linear.sum_rows(dk).to(w.bk_GD.dtype) if w.bk_GD is not None and needs.bk_GD else None
+    dbv = linear.sum_rows(dv).to(w.bv_GD.dtype) if w.bv_GD is not None and needs.bv_GD else None
     dwq = dwk = dwv = None
     n1_RC = a.take("n1_RC")
     if needs.wq_HDxC or needs.wk_GDxC or needs.wv_GDxC:
@@ -293,7 +366,8 @@ def _backward(
     del dq, dk, dv
     dx_RC, dnorm1 = _add_rms_norm_bwd(dn1_RC, dh_RC, x_RC, w.norm1_C.to(stream), a["rstd1_R"], backend=backend)
     dnorm1, dnorm2 = dnorm1.to(w.norm1_C.dtype), dnorm2.to(w.norm2_C.dtype)
-    return dx_RC.view(B, T, C), Weights(dnorm1, dwq, dwk, dwv, dwo, dnorm2, dwgate, dwup, dwdown)  # type: ignore[arg-type]
+    dw: tuple[Any, ...] = (dnorm1, dwq, dwk, dwv, dwo, dnorm2, dwgate, dwup, dwdown, dbq, dbk, dbv, dnormq, dnormk)
+    return dx_RC.view(B, T, C), Weights(*dw)
 
 
 class _Block(torch.autograd.Function):
@@ -308,11 +382,11 @@ class _Block(torch.autograd.Function):
         options: BlockOptions,
         dtype: torch.dtype,
         with_keys: bool,
-        *weights: Tensor,
+        *weights: Any,
     ) -> Tensor | tuple[Tensor, ...]:
         backend = forced()
         w = Weights(*weights)
-        names = _KEPT[options.policy]
+        names = _kept(options.policy, w)
         kept = names | _KEYS if with_keys else names
         a, act_RF, h_RC = _forward(x_BTC, w, dtype, cos, sin, cu_seqlens, options, backend, spans, kept=kept)
         y_BTC = _result(act_RF, h_RC, w, options, x_BTC.shape)
@@ -334,13 +408,13 @@ class _Block(torch.autograd.Function):
         options, backend, dtype, spans = ctx.options, ctx.backend, ctx.dtype, ctx.spans
         if options.policy in ("recompute-linear", "recompute-all"):
             attended = None if a["out_BTHD"] is None else (a.take("out_BTHD"), a.take("lse_BHT"))
-            kept = _KEPT["recompute-cheap"] | {"act_RF"}
+            kept = _kept("recompute-cheap", w) | {"act_RF"}
             a, *_ = _forward(
                 x_BTC, w, dtype, cos, sin, cu_seqlens, options, backend, spans, kept=kept, attended=attended
             )
             del attended, _
             own = not torch.compiler.is_compiling()
-        needs = Weights(*ctx.needs_input_grad[8:])
+        needs: Any = Weights(*ctx.needs_input_grad[8:])
         dx, dw = _backward(dy_BTC, x_BTC, w, dtype, cos, sin, cu_seqlens, a, needs, options, backend, spans, own, *dkv)
         return dx, None, None, None, None, None, None, None, *dw
 
@@ -369,14 +443,16 @@ def _check(
         check_packed(cu_seqlens, x.shape[1])
     B, T, C = x.shape
     D = options.head_dim
-    for name, p in (*w._asdict().items(), ("cos", cos), ("sin", sin)):
-        if p.device != x.device:
+    for name, p in (*zip(w._fields, w, strict=True), ("cos", cos), ("sin", sin)):
+        if p is not None and p.device != x.device:
             raise ValueError(f"block: {name} is on {p.device}, expected {x.device} as x")
     HD, GD, F = w.wq_HDxC.shape[0], w.wk_GDxC.shape[0], w.wgate_FC.shape[0]
-    expected = Weights(*[(C,), (HD, C), (GD, C), (GD, C), (C, HD), (C,), (F, C), (F, C), (C, F)])  # type: ignore[arg-type]
-    for name, p, shape in zip(w._fields, w, expected, strict=True):
-        if tuple(p.shape) != shape:
+    shapes = ((C,), (HD, C), (GD, C), (GD, C), (C, HD), (C,), (F, C), (F, C), (C, F), (HD,), (GD,), (GD,), (D,), (D,))
+    for name, p, shape in zip(w._fields, w, shapes, strict=True):
+        if p is not None and tuple(p.shape) != shape:
             raise ValueError(f"block: {name} has shape {tuple(p.shape)}, expected {shape}")
+    if (w.normq_D is None) != (w.normk_D is None):
+        raise ValueError("block: one of normq_D and normk_D is None, expected both or neither")
     if D <= 0 or HD % D or GD % D or HD % GD:
         raise ValueError(f"block: head_dim is {D}, expected to divide {HD} and {GD}, and {GD} to divide {HD}")
     for name, t in (("cos", cos), ("sin", sin)):
@@ -404,7 +480,8 @@ def transformer_block(
 
     Args:
         x: [B, T, C], the residual stream.
-        weights: the block's parameters; dtype of `x`, or any float dtype under autocast.
+        weights: the block's parameters; dtype of `x`, or any float dtype under autocast. Biases [H D], [G D] and norms
+            of heads [D] may be None.
         cos, sin: [T, D/2] or [B, T, D/2], of the positions of these T tokens; float32, or another float type, which is
             converted (FSDP2's mixed precision makes bfloat16 of all that a layer is given).
         options: head dim, epsilon, policy, window, rotary layout, collectives.
@@ -442,11 +519,11 @@ def transformer_block(
     stream = x.dtype if options.keep_residual else dtype
     _check(x, weights, cos, sin, cu_seqlens, spans, options)
     if autocast is None:
-        for name, p in weights._asdict().items():
-            if p.dtype != dtype:
+        for name, p in zip(weights._fields, weights, strict=True):
+            if p is not None and p.dtype != dtype:
                 raise ValueError(f"block: {name} has dtype {p.dtype}, expected {dtype} as x")
     if cache is not None:
-        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in weights)):
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in weights.given())):
             raise ValueError("block: cache is given while gradients are recorded, expected torch.no_grad()")
         if return_keys:
             raise ValueError("block: return_keys is True beside a cache, expected one of the two")

@@ -60,14 +60,14 @@ def _run_plain(config: LlamaConfig, dtype: torch.dtype, x: Tensor, dy: Tensor, r
     leaf = x.detach().to(dtype).requires_grad_()
     cos, sin = rope_cos_sin(config, x.shape[1])
     y = layer(leaf, cos.to(dtype), sin.to(dtype))
-    return [y.detach(), *torch.autograd.grad(y, [leaf, *_weights(layer)], dy.to(dtype))]
+    return [y.detach(), *torch.autograd.grad(y, [leaf, *_weights(layer).given()], dy.to(dtype))]
 
 
 def _run_ours(config: LlamaConfig, dtype: torch.dtype, x: Tensor, dy: Tensor, policy: str) -> list[Tensor]:
     layer = _plain_block(config, dtype).layers[0]
     options = BlockOptions(config.head_dim, config.norm_eps, policy)
     y = transformer_block(x, _weights(layer), *rope_cos_sin(config, x.shape[1]), options)
-    return [y.detach(), *torch.autograd.grad(y, [x, *_weights(layer)], dy)]
+    return [y.detach(), *torch.autograd.grad(y, [x, *_weights(layer).given()], dy)]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -86,7 +86,7 @@ def test_gradcheck(policy: str) -> None:
     cos, sin = rope_cos_sin(config, 3)
     options = BlockOptions(config.head_dim, policy=policy)
     assert torch.autograd.gradcheck(
-        lambda x, *w: transformer_block(x, Weights(*w), cos, sin, options), (x, *_weights(layer))
+        lambda x, *w: transformer_block(x, Weights(*w), cos, sin, options), (x, *_weights(layer).given())
     )
 
 
@@ -99,7 +99,7 @@ def test_error_is_within_the_budget(target_name: str, dtype: torch.dtype) -> Non
     for policy in POLICIES:
         with target(target_name):
             found = _run_ours(WIDE, dtype, x, dy, policy)
-        for name, a, b, exact in zip(("y", "dx", *Weights._fields), found, theirs, truth, strict=True):
+        for name, a, b, exact in zip(("y", "dx", *Weights._fields[:9]), found, theirs, truth, strict=True):
             factor = FORWARD_FACTOR if name == "y" else BACKWARD_FACTOR
             *_, problem = judge(a, b, exact, factor, dtype)
             assert not problem, f"{policy} {name}: {problem}"
@@ -110,7 +110,7 @@ def _saved_bytes(policy: str, **options: bool) -> int:
     x, _ = _inputs(WIDE, torch.float32)
     layer = _plain_block(WIDE, torch.float32).layers[0]
     cos, sin = rope_cos_sin(WIDE, T)
-    aside = {p.untyped_storage().data_ptr() for p in (*_weights(layer), cos, sin)}
+    aside = {p.untyped_storage().data_ptr() for p in (*_weights(layer).given(), cos, sin)}
     kept: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ def test_backward_leaves_saved_tensors_alone_and_repeats(policy: str) -> None:
     layer = _plain_block(WIDE, torch.float32).layers[0]
     x, dy = _inputs(WIDE, torch.float32)
     y = transformer_block(x, _weights(layer), *rope_cos_sin(WIDE, T), BlockOptions(WIDE.head_dim, policy=policy))
-    inputs = [x, *_weights(layer)]
+    inputs = [x, *_weights(layer).given()]
     first = torch.autograd.grad(y, inputs, dy, retain_graph=True)
     second = torch.autograd.grad(y, inputs, dy)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -189,7 +189,7 @@ def test_checkpoint_that_is_selective_or_part_of_a_graph(policy: str) -> None:
     """The one keeps products, which must not change then; both give what was saved once."""
     layer = _plain_block(WIDE, torch.float32).layers[0]
     x, dy = _inputs(WIDE, torch.float32)
-    options, inputs = BlockOptions(WIDE.head_dim, policy=policy), [x, *_weights(layer)]
+    options, inputs = BlockOptions(WIDE.head_dim, policy=policy), [x, *_weights(layer).given()]
 
     def run(x: Tensor) -> Tensor:
         return transformer_block(x, _weights(layer), *rope_cos_sin(WIDE, T), options)
@@ -293,7 +293,7 @@ def test_gradients_of_keys_and_values_are_taken_in(policy: str) -> None:
     x, dy = _inputs(CONFIG, torch.float64)
     cos, sin = rope_cos_sin(CONFIG, T)
     w = _weights(layer)
-    leaves = [x, *w]
+    leaves = [x, *w.given()]
     y, k, v = transformer_block(x, w, cos, sin, BlockOptions(CONFIG.head_dim, policy=policy), return_keys=True)
     dk, dv = (torch.randn(k.shape, generator=torch.Generator().manual_seed(n)).double() for n in (1, 2))
     n1 = reference.rms_norm(x, w.norm1_C, CONFIG.norm_eps)
@@ -347,7 +347,7 @@ def test_autocast_computes_in_bfloat16_and_gives_float32_gradients() -> None:
     assert y.dtype == torch.bfloat16
     y.backward(dy.bfloat16())
     exact = _run_plain(WIDE, torch.float64, x, dy.bfloat16(), torch.float32)
-    for got, want in zip([x.grad, *(p.grad for p in _weights(layer))], exact[1:], strict=True):
+    for got, want in zip([x.grad, *(p.grad for p in _weights(layer).given())], exact[1:], strict=True):
         assert got.dtype == torch.float32
         assert (got - want).norm() / want.norm() < 0.02
 
@@ -363,7 +363,7 @@ def test_autocast_can_keep_the_residual_stream(policy: str) -> None:
         options = BlockOptions(WIDE.head_dim, WIDE.norm_eps, policy, keep_residual=keep)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             y = transformer_block(x, _weights(layer), *rope_cos_sin(WIDE, T), options)
-        found = [y.detach(), *torch.autograd.grad(y, [x, *_weights(layer)], dy.to(y.dtype))]
+        found = [y.detach(), *torch.autograd.grad(y, [x, *_weights(layer).given()], dy.to(y.dtype))]
         assert found[0].dtype == (torch.float32 if keep else torch.bfloat16)
         assert all(g.dtype == torch.float32 for g in found[1:])
         errors[keep] = [float((a - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True)]
@@ -408,9 +408,9 @@ def test_padded_rows_are_what_each_is_alone(policy: str, window: int) -> None:
         inside[b, begin:end] = True
         alone.append(transformer_block(x[b : b + 1, begin:end], w, cos[begin:end], sin[begin:end], options))
         torch.testing.assert_close(y[b : b + 1, begin:end], alone[b], rtol=1e-9, atol=1e-9)
-    found = torch.autograd.grad(y, [x, *w], dy * inside)
+    found = torch.autograd.grad(y, [x, *w.given()], dy * inside)
     parts = [dy[b : b + 1, begin:end] for b, (begin, end) in enumerate(spans)]
-    for got, want in zip(found, torch.autograd.grad(alone, [x, *w], parts), strict=True):
+    for got, want in zip(found, torch.autograd.grad(alone, [x, *w.given()], parts), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
@@ -422,7 +422,7 @@ def test_gradcheck_of_padded_rows() -> None:
     cos, sin = rope_cos_sin(config, 4)
     options, spans = BlockOptions(config.head_dim), ((1, 4), (1, 3), (2, 2))
     assert torch.autograd.gradcheck(
-        lambda x, *w: transformer_block(x, Weights(*w), cos, sin, options, spans=spans), (x, *_weights(layer))
+        lambda x, *w: transformer_block(x, Weights(*w), cos, sin, options, spans=spans), (x, *_weights(layer).given())
     )
 
 

@@ -109,7 +109,7 @@ def test_float16_is_as_near_to_float64_as_the_ops(monkeypatch: pytest.MonkeyPatc
     """Which the ops multiply in float32, in another order."""
     w, x, angles = weights(torch.float16), hidden(1, 4, torch.float16), tables(1, 4)
     y, ops, taken = both(lambda: transformer_block(x, w, *angles, BlockOptions(D)), monkeypatch)
-    exact = transformer_block(x.double(), Weights(*[t.double() for t in w]), *angles, BlockOptions(D))
+    exact = transformer_block(x.double(), Weights(*[t.double() for t in w.given()]), *angles, BlockOptions(D))
     ours, theirs = ((t.double() - exact).norm() / exact.norm() for t in (y, ops))
     assert taken
     assert ours <= 1.25 * theirs
@@ -144,7 +144,7 @@ def test_what_a_row_attends_to(seen: str, monkeypatch: pytest.MonkeyPatch) -> No
 def test_any_strides(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows with gaps are read where they lie; a weight or an x whose terms do not lie side by side, by the ops."""
     x, w, angles = hidden(1, 3, torch.float32), weights(torch.float32), tables(1, 3)
-    gaps = Weights(*[torch.stack((t, t), dim=-2).flatten(0, -2)[::2] if t.ndim == 2 else t for t in w])
+    gaps = Weights(*[torch.stack((t, t), dim=-2).flatten(0, -2)[::2] if t.ndim == 2 else t for t in w.given()])
     across = w._replace(wdown_CF=w.wdown_CF.t().contiguous().t())
     for case, given, native_calls in (("gaps", gaps, True), ("across", across, False), ("", w, True)):
         for some in (x, x.expand(1, 3, C).transpose(0, 1).contiguous().transpose(0, 1), x.mT.contiguous().mT):

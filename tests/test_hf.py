@@ -267,7 +267,7 @@ def test_report_says_what_runs_and_why() -> None:
     model.model.layers[1].forward = model.model.layers[0].forward
     lf.hf.patch(model)
     model.model.layers[2].mlp.act_fn = nn.GELU()
-    model.model.layers[3].self_attn.k_proj = nn.Linear(64, 32, bias=True)
+    model.model.layers[3].self_attn.o_proj = nn.Linear(64, 64, bias=True)
     lines = lf.hf.report(model).splitlines()
     assert lines[0].startswith("llama_fast ")
     assert lines[0].endswith(f"transformers {transformers.__version__}")
@@ -278,9 +278,9 @@ def test_report_says_what_runs_and_why() -> None:
         "v_proj, o_proj, gate_proj, up_proj, down_proj; transformers: mlp has the activation GELU"
     )
     assert lines[4].startswith(
-        "model.layers.3: ops, for k_proj has a bias: llama_fast: rms_norm, rope, attention, swiglu"
+        "model.layers.3: ops, for o_proj has a bias: llama_fast: rms_norm, rope, attention, swiglu"
     )
-    assert lines[4].endswith("transformers: k_proj has a bias")
+    assert lines[4].endswith("transformers: nothing")
     assert lines[5] == "LlamaForCausalLM, lm_head: llama_fast"
     assert lines[6] == "LlamaForCausalLM, loss of labels: transformers', on the logits (fused_loss is False)"
     with pytest.raises(ValueError, match="Linear has no LlamaDecoderLayer"):

@@ -161,12 +161,14 @@ def _tensors(outputs: Any) -> list[Tensor]:
 
 
 def test_the_head_is_multiplied_on_the_paths_of_linear(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row of a decode by gemv; by the module where that has a hook, a bias or another dtype."""
+    """A row of a decode by gemv; by the module where that has a hook."""
     ours = patched(make()).eval()
     V, seen = ours.config.vocab_size, []
     product = linear._product
     monkeypatch.setattr(
-        linear, "_product", lambda form, a, b, *rest: seen.append(b.shape[1]) or product(form, a, b, *rest)
+        linear,
+        "_product",
+        lambda form, a, b, *rest, **named: seen.append(b.shape[1]) or product(form, a, b, *rest, **named),
     )
     with torch.no_grad():
         want = ours(tokens(), logits_to_keep=1).logits
@@ -180,6 +182,8 @@ def test_the_head_is_multiplied_on_the_paths_of_linear(monkeypatch: pytest.Monke
         hook.remove()
         ours.lm_head.bias = torch.nn.Parameter(torch.ones(V))
         torch.testing.assert_close(ours(tokens(), logits_to_keep=1).logits, want + 1)
-        assert seen.count(V) == 1
+        assert "lm_head: llama_fast" in lf.hf.report(ours)
+    ours._llama_fast_loss = True
+    assert "on the logits (lm_head has a bias)" in lf.hf.report(ours)
     lf.hf.unpatch(ours)
     assert "lm_head: transformers' (not patched)" in lf.hf.report(ours)

@@ -62,7 +62,7 @@ CASES = {
     "nothing but padding": Case(call={"attention_mask": _EMPTY.long()}, runs="a mask that is not causal"),
     "own mask": Case(call={"attention_mask": _LEFT[:, None, None] & torch.ones(T, T).tril().bool()}, runs="mask",
                      rows=_LEFT),
-    "biases": Case({"attention_bias": True, "mlp_bias": True}, runs="q_proj has a bias"),
+    "biases": Case({"attention_bias": True, "mlp_bias": True}, runs="o_proj has a bias"),
     "gelu": Case({"hidden_act": "gelu"}, runs="mlp has the activation GELUActivation"),
 }  # fmt: skip
 

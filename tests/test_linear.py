@@ -101,6 +101,40 @@ def test_accumulate(path: str | None, dtype: torch.dtype, monkeypatch: pytest.Mo
             product(a, b, accumulate=True)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("path", [None, *linear.PATHS])
+def test_bias(path: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_SLICE_BYTES", 4096)
+    for M, N, K in SIZES:
+        x, w = operands("nt", M, N, K, dtype)
+        bias = torch.randn(N, generator=torch.Generator().manual_seed(K)).to(dtype)
+        truth, plain = (F.linear(*(t.to(kind) for t in (x, w, bias))) for kind in (torch.float64, dtype))
+        out = torch.full((M, N), torch.nan, dtype=dtype)
+        with linear.force(path):
+            assert problem(linear.nt(x, w, bias), truth, plain, K) == ""
+            assert linear.nt(x, w, bias, out=out) is out
+        assert problem(out, truth, plain, K) == ""
+        assert torch.equal(bias, torch.randn(N, generator=torch.Generator().manual_seed(K)).to(dtype))
+
+
+@pytest.mark.parametrize("leaves", ["xwb", "xw", "b", ""])
+def test_linear_with_a_bias_is_differentiable(leaves: str) -> None:
+    drawn = torch.Generator().manual_seed(0)
+    x, w, b = (torch.randn(size, generator=drawn) for size in ((2, 160, 96), (256, 96), (256,)))
+    dy = torch.randn(2, 160, 256, generator=drawn)
+    for name, t in zip("xwb", (x, w, b), strict=True):
+        t.requires_grad_(name in leaves)
+    found, want = linear.linear(x, w, b), F.linear(x.double(), w.double(), b.double())
+    torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-5)
+    if leaves:
+        inputs = [t for t in (x, w, b) if t.requires_grad]
+        for got, exact in zip(
+            torch.autograd.grad(found, inputs, dy), torch.autograd.grad(want, inputs, dy.double()), strict=True
+        ):
+            torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-4)
+    assert found.requires_grad == bool(leaves)
+
+
 @pytest.mark.parametrize("shape", [(7,), (2, 3, 7), (0, 7), (1, 1, 7)])
 def test_leading_dimensions(shape: tuple[int, ...]) -> None:
     x, w = torch.randn(shape), torch.randn(5, 7)

@@ -30,7 +30,9 @@ def loss_objection(model: Any) -> str | None:
         return 'fused_loss is "training" and the model is in evaluation mode'
     if model.loss_function is not ForCausalLMLoss:
         return f"the model has the loss function {getattr(model.loss_function, '__name__', model.loss_function)}"
-    return head_objection(model)
+    if against := head_objection(model):
+        return against
+    return "lm_head has a bias" if model.lm_head.bias is not None else None
 
 
 def head_objection(model: Any) -> str | None:

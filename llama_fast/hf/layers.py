@@ -92,13 +92,12 @@ def is_a(module: Any) -> str:
 
 
 def linear_objection(module: Any) -> str | None:
-    """Why a projection is called as a module, or None where its weight is used directly."""
+    """Why a projection is called as a module, or None where its weight, and bias if it has one, are used directly."""
     if type(module) is not nn.Linear:
         return is_a(module)
-    if module.bias is not None:
-        return "has a bias"
-    if not _plain_tensors(module.weight):
-        return f"has a {type(module.weight).__name__} for a weight"
+    for name, p in (("weight", module.weight), ("bias", module.bias)):
+        if p is not None and not _plain_tensors(p):
+            return f"has a {type(p).__name__} for a {name}"
     found = watched(module)
     return found and f"has {found}"
 
@@ -106,7 +105,7 @@ def linear_objection(module: Any) -> str | None:
 def project(module: Any, x: Tensor) -> Tensor:
     """A projection of x, without a call of the module where nothing stands against that."""
     if linear_objection(module) is None and x.dtype == module.weight.dtype:
-        return linear(x, module.weight)
+        return linear(x, module.weight, module.bias)
     return module(x)
 
 
@@ -139,36 +138,35 @@ def activation_objection(mlp: Any) -> str | None:
     return found and f"has {found} on its activation"
 
 
+def head_norms(attn: Any) -> tuple[str, ...]:
+    """The norms of queries and keys that an attention layer has, by name."""
+    return ("q_norm", "k_norm") if attn._norms_heads else ()
+
+
 def structure_objection(layer: Any) -> str | None:
     """What in a layer, whatever the call, keeps it from running as one block; None if nothing."""
     attn, mlp = layer.self_attn, layer.mlp
     if not is_ours(attn, Attention):
         return f"self_attn {is_a(attn)}"
-    if attn._norms_heads:
-        return "self_attn norms its queries and keys"
-    for name, found in (
-        ("mlp", activation_objection(mlp)),
-        ("input_layernorm", norm_objection(layer.input_layernorm)),
-        ("post_attention_layernorm", norm_objection(layer.post_attention_layernorm)),
-    ):
-        if found:
+    if found := activation_objection(mlp):
+        return f"mlp {found}"
+    norms = {name: getattr(layer, name) for name in ("input_layernorm", "post_attention_layernorm")}
+    norms |= {name: getattr(attn, name) for name in head_norms(attn)}
+    for name, norm in norms.items():
+        if found := norm_objection(norm):
             return f"{name} {found}"
-    for name, module in (
-        ("self_attn", attn),
-        ("mlp", mlp),
-        ("input_layernorm", layer.input_layernorm),
-        ("post_attention_layernorm", layer.post_attention_layernorm),
-    ):
+    for name, module in {"self_attn": attn, "mlp": mlp, **norms}.items():
         if found := watched(module):
             return f"{name} has {found}"
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        if found := linear_objection(getattr(attn, name)):
-            return f"{name} {found}"
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        if found := linear_objection(getattr(mlp, name)):
-            return f"{name} {found}"
-    if layer.input_layernorm.variance_epsilon != layer.post_attention_layernorm.variance_epsilon:
-        return "the two norms differ in epsilon"
+    for part, names in ((attn, ("q_proj", "k_proj", "v_proj", "o_proj")), (mlp, ("gate_proj", "up_proj", "down_proj"))):
+        for name in names:
+            projection = getattr(part, name)
+            if found := linear_objection(projection):
+                return f"{name} {found}"
+            if projection.bias is not None and name not in ("q_proj", "k_proj", "v_proj"):
+                return f"{name} has a bias"
+    if len({norm.variance_epsilon for norm in norms.values()}) > 1:
+        return "the norms differ in epsilon"
     if not getattr(attn, "is_causal", True):
         return "self_attn is not causal"
     if attn.scaling != attn.head_dim**-0.5:
@@ -194,7 +192,7 @@ def call_objection(layer: Any, x: Tensor, arguments: dict[str, Any]) -> str | No
         return "the attention weights are asked for"
     if x.ndim != 3 or not _plain_tensors(x):
         return f"hidden states that are a {type(x).__name__} of shape {tuple(x.shape)}"
-    if any(p.device != x.device or p.dtype != x.dtype for p in block_weights(layer)):
+    if any(p.device != x.device or p.dtype != x.dtype for p in block_weights(layer).given()):
         return f"weights that are not all on {x.device} and {x.dtype}"
     autocast = autocast_dtype(x)
     if autocast is not None and x.dtype != torch.float64:
@@ -220,7 +218,7 @@ def call_objection(layer: Any, x: Tensor, arguments: dict[str, Any]) -> str | No
 
 def records(x: Tensor, layer: Any) -> bool:
     """Whether gradients are recorded through a layer."""
-    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block_weights(layer)))
+    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block_weights(layer).given()))
 
 
 def block_weights(layer: Any) -> Weights:
@@ -236,6 +234,10 @@ def block_weights(layer: Any) -> Weights:
         m.gate_proj.weight,
         m.up_proj.weight,
         m.down_proj.weight,
+        a.q_proj.bias,
+        a.k_proj.bias,
+        a.v_proj.bias,
+        *(getattr(a, name).weight for name in head_norms(a)),
     )
 
 

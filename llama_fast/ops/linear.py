@@ -100,6 +100,7 @@ RULES = (  # the first that applies and can run; else "torch"
     Rule("upcast", (torch.float16,), FORMS, "torch multiplies float16 element by element", flops=1 << 18),
 )
 PATHS = ("torch", "brgemm", "transposed", "copied", "upcast", "gemv")
+_ADDING = ("brgemm", "copied", "upcast")  # to what is in `out`
 
 _forced: ContextVar[str | None] = ContextVar("llama_fast_linear", default=None)
 
@@ -199,36 +200,60 @@ def _plain(a: Tensor, b: Tensor) -> bool:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return nt(x, weight)
+        return nt(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        needs_dx, needs_dweight = ctx.needs_input_grad
-        return nn(dy, weight) if needs_dx else None, tn(dy, x) if needs_dweight else None
+        needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad
+        return (
+            nn(dy, weight) if needs_dx else None,
+            tn(dy, x) if needs_dweight else None,
+            sum_rows(dy) if needs_dbias else None,
+        )
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """F.linear(x, weight), differentiable once, on the paths of `RULES`; x [..., C], weight [V, C] -> [..., V]."""
-    if _watched(x, weight) or not _recorded(x, weight) or x.dtype == torch.float64:
-        return nt(x, weight)
-    return _Linear.apply(x, weight)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear(x, weight, bias), differentiable once, on the paths of `RULES`.
+
+    x [..., C], weight [V, C], bias [V] or None -> [..., V].
+    """
+    recorded = _recorded(x, weight) or (bias is not None and _recorded(bias, bias))
+    if _watched(x, weight) or (bias is not None and _watched(x, bias)) or (recorded and x.dtype == torch.float64):
+        return F.linear(x, weight, bias)
+    if recorded:
+        return _Linear.apply(x, weight, bias)
+    return nt(x, weight, bias)
 
 
-def nt(x: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """y = x W^T.
+def sum_rows(dy: Tensor) -> Tensor:
+    """[..., V] -> [V], the gradient of a bias: the sum over all rows, in float32 at least."""
+    return flat(dy).sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(dy.dtype)
+
+
+def nt(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """y = x W^T + bias.
 
     Args:
-        x: [..., C]. weight: [V, C], any strides.
+        x: [..., C]. weight: [V, C], any strides. bias: [V] or None; the sum is rounded once where the path can add.
         out: [..., V], contiguous in all but the first dimension: y is written there and returned.
     """
-    if out is None and _plain(x, weight):
-        return F.linear(x, weight)
-    y = _product("nt", flat(x), weight.t(), None if out is None else flat(out))
-    return y.view(*x.shape[:-1], weight.shape[0]) if out is None else out
+    if out is None and (_plain(x, weight) or (bias is not None and _plain(x, bias))):
+        return F.linear(x, weight, bias)
+    a, V, into = flat(x), weight.shape[0], None if out is None else flat(out)
+    path = "torch" if bias is None else _find("nt", x.dtype, len(a), V, a.shape[1])[0]
+    if bias is not None and path == "torch" and out is None:
+        return F.linear(x, weight, bias)
+    adds = path in _ADDING
+    if bias is not None and adds:
+        into = (x.new_empty(len(a), V) if into is None else into).copy_(bias)
+    y = _product("nt", a, weight.t(), into, accumulate=adds)
+    if bias is not None and not adds:
+        y += bias
+    return y.view(*x.shape[:-1], V) if out is None else out
 
 
 def nn(dy: Tensor, weight: Tensor, *, out: Tensor | None = None, accumulate: bool = False) -> Tensor:

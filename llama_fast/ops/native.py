@@ -71,7 +71,7 @@ attention_bwd = _launcher(table.ATTENTION, "bwd")
 # ---- the parts of a block of few rows, and a whole step of a decode --------------------------------------------------
 def block_before(
     x_BTC: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
     cos: Tensor,
     sin: Tensor,
     eps: float,
@@ -90,7 +90,7 @@ def block_before(
     return True
 
 
-def block_after(out_BTHD: Tensor, x_BTC: Tensor, weights: Sequence[Tensor], eps: float, head_dim: int) -> Tensor:
+def block_after(out_BTHD: Tensor, x_BTC: Tensor, weights: Sequence[Tensor | None], eps: float, head_dim: int) -> Tensor:
     """The result [B, T, C] of a block whose `block_before` took x and whose attention gave `out`."""
     y = x_BTC.new_empty(x_BTC.shape)
     layer = (*weights, None, None, eps, False, 0)
