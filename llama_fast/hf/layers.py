@@ -180,7 +180,7 @@ def structure_objection(layer: Any) -> str | None:
     return None
 
 
-def call_objection(layer: Any, x: Tensor, arguments: dict[str, Any]) -> str | None:
+def call_objection(layer: Any, w: Weights, x: Tensor, arguments: dict[str, Any]) -> str | None:
     """What in a call keeps a layer from running as one block; None if nothing."""
     attn = layer.self_attn
     attention_mask, cache = arguments.get("attention_mask"), arguments.get(layout.CACHE)
@@ -192,13 +192,13 @@ def call_objection(layer: Any, x: Tensor, arguments: dict[str, Any]) -> str | No
         return "the attention weights are asked for"
     if x.ndim != 3 or not _plain_tensors(x):
         return f"hidden states that are a {type(x).__name__} of shape {tuple(x.shape)}"
-    if any(p.device != x.device or p.dtype != x.dtype for p in block_weights(layer).given()):
+    if any(p.device != x.device or p.dtype != x.dtype for p in w.given()):
         return f"weights that are not all on {x.device} and {x.dtype}"
     autocast = autocast_dtype(x)
     if autocast is not None and x.dtype != torch.float64:
         if x.dtype not in (torch.float32, autocast):
             return f"autocast beside hidden states of {x.dtype}"
-        if x.dtype == torch.float32 and not records(x, layer):
+        if x.dtype == torch.float32 and not records(x, w):
             return "autocast without gradients: it keeps the weights that it has cast, the block would cast them again"
     tables = arguments.get("position_embeddings")
     if tables is None:
@@ -209,16 +209,16 @@ def call_objection(layer: Any, x: Tensor, arguments: dict[str, Any]) -> str | No
         return "packed sequences beside a cache"
     if cache is not None and torch.is_grad_enabled():
         plain = type(cache) is DynamicCache and not getattr(cache, "offloading", False)
-        if not plain and records(x, layer):
+        if not plain and records(x, w):
             return f"a {type(cache).__name__} while gradients are recorded"
         if cache.get_seq_length(attn.layer_idx) != 0:  # keys that need gradients, it may be, if nothing else does
             return "a cache that holds keys while gradients are recorded"
     return None
 
 
-def records(x: Tensor, layer: Any) -> bool:
+def records(x: Tensor, w: Weights) -> bool:
     """Whether gradients are recorded through a layer."""
-    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block_weights(layer).given()))
+    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in w.given()))
 
 
 def block_weights(layer: Any) -> Weights:
@@ -310,7 +310,7 @@ class _Recorded(type):
         return super().__instancecheck__(instance) or isinstance(instance, cls.__dict__.get("_stock", ()))
 
 
-# The parts: what their classes have is reached by super(), which is the stock class that `derive` puts behind them.
+# The parts: `derive` puts the stock class behind each, whose forward is then `stock_forward`.
 class RMSNorm:
     """A norm on lf.rms_norm, where the gain has the dtype of the input."""
 
@@ -399,17 +399,20 @@ class DecoderLayer:
         """x [B, T, C] -> [B, T, C]."""
         kwargs = named(self._parameters_of_forward, args, kwargs)
         x = kwargs.pop("hidden_states")
-        against = structure_objection(self) or call_objection(self, x, kwargs)
+        against, w = structure_objection(self), None
+        if against is None:
+            w = block_weights(self)
+            against = call_objection(self, w, x, kwargs)
         if not torch.compiler.is_compiling():
             self._llama_fast.last = against or "block"
-        y = self._block(x, kwargs) if against is None else self._parts(x, kwargs)
+        y = self._parts(x, kwargs) if w is None or against else self._block(w, x, kwargs)
         return y if not layout.GIVES_TUPLE or isinstance(y, tuple) else (y,)
 
-    def _block(self: Any, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+    def _block(self: Any, w: Weights, x: Tensor, arguments: dict[str, Any]) -> Tensor:
         attn = self.self_attn
         options = self._llama_fast.options
         cos, sin = (t[..., : t.shape[-1] // 2].float() for t in arguments["position_embeddings"])
-        cache, w, mask = arguments.get(layout.CACHE), block_weights(self), seen(arguments.get("attention_mask"))
+        cache, mask = arguments.get(layout.CACHE), seen(arguments.get("attention_mask"))
         if mask.window is not None:
             options = dataclasses.replace(options, window=mask.window)
         if mask.cu_seqlens is not None:
@@ -421,7 +424,7 @@ class DecoderLayer:
         if cache is None:
             return transformer_block(x, w, cos, sin, options, spans=spans)
         held = _LayerCache(cache, attn.layer_idx, arguments)
-        if not records(x, self):
+        if not records(x, w):
             return transformer_block(x, w, cos, sin, options, spans=spans, cache=held)
         y, k, v = transformer_block(x, w, cos, sin, options, spans=spans, return_keys=True)
         held.append(k, v)
