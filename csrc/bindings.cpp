@@ -9,8 +9,8 @@ namespace py = pybind11;
 
 namespace {
 
-// A layer as Python gives it: the eleven tensors of DecodeLayer (None for caches that are not used), eps, interleaved,
-// window.
+// A layer as Python gives it: the sixteen tensors of DecodeLayer (None for what it does not have and for caches that
+// are not used), eps, interleaved, window.
 llama_fast::cpu::DecodeLayer decode_layer(const py::tuple& from) {
   const auto tensor = [&](size_t i) { return from[i].cast<llama_fast::Tensor>(); };
   return {tensor(0),
@@ -24,9 +24,14 @@ llama_fast::cpu::DecodeLayer decode_layer(const py::tuple& from) {
           tensor(8),
           tensor(9),
           tensor(10),
-          from[11].cast<double>(),
-          from[12].cast<bool>(),
-          from[13].cast<int64_t>()};
+          tensor(11),
+          tensor(12),
+          tensor(13),
+          tensor(14),
+          tensor(15),
+          from[16].cast<double>(),
+          from[17].cast<bool>(),
+          from[18].cast<int64_t>()};
 }
 
 // torch.set_num_threads holds in another thread than its caller's once that thread has asked torch for the number.

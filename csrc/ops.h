@@ -12,7 +12,7 @@
 namespace llama_fast {
 
 // Raised, with INTERFACE of llama_fast/ops/library.py, by every change of a name or a signature that Python calls.
-constexpr int kInterface = 5;
+constexpr int kInterface = 6;
 
 enum class DType : int8_t { f32, bf16, f16, i32, i64 };
 
@@ -105,11 +105,12 @@ void argmax(const Tensor& x, const Tensor& best);
 // A step of a decode: one token of each of R rows, 1 to 8, through a whole model, in one loop over threads.
 //
 // embed, head: [V, C], norm1, norm2, norm: [C], wq: [H D, C], wk, wv: [G D, C], wo: [C, H D], wgate, wup: [F, C],
-// wdown: [C, F], k_cache, v_cache: [R, S, G, D] T (float32, bfloat16 or float16); cos, sin: [P, D/2] f32. Raises
+// wdown: [C, F], k_cache, v_cache: [R, S, G, D] T (float32, bfloat16 or float16); cos, sin: [P, D/2] f32. What a layer
+// may have and not: biases bq: [H D], bk, bv: [G D], and gains normq, normk: [D] of the norms of each head. Raises
 // std::invalid_argument where they do not fit each other, where H / G is above kFewRows, and for more than four rows of
 // bfloat16 that leave the first cache, which the vendor's products multiply faster.
 struct DecodeLayer {
-  Tensor norm1, wq, wk, wv, wo, norm2, wgate, wup, wdown, k_cache, v_cache;
+  Tensor norm1, wq, wk, wv, wo, norm2, wgate, wup, wdown, bq, bk, bv, normq, normk, k_cache, v_cache;
   double eps;
   bool interleaved;
   int64_t window;

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
+from llama_fast.block import Weights
 from llama_fast.nn import BUILT, Linear, RMSNorm, TransformerBlock
 from llama_fast.ops import linear, native
 from llama_fast.ops.dispatch import forced, plain
@@ -38,7 +39,7 @@ _WEIGHTS = (
     "mlp.gate_proj",
     "mlp.up_proj",
     "mlp.down_proj",
-)  # the modules of block.Weights
+)  # the modules of what each block.Weights has
 
 
 def step(model: Llama, tokens: Tensor, cache: KVCache) -> Tensor | None:
@@ -109,7 +110,7 @@ class Plan:
         self._native = native.decode_plan(
             embed,
             *self._tables,
-            [(*w, k, v, *o) for (w, o), k, v in zip(layers, keys, values, strict=True)],
+            [(*Weights(*w), k, v, *o) for (w, o), k, v in zip(layers, keys, values, strict=True)],
             tensors[0],
             norm.eps,
             tensors[1],

@@ -22,7 +22,6 @@ from llama_fast.parallel import Single
 if TYPE_CHECKING:
     from llama_fast.block import BlockOptions, Weights
 
-_ALL = 9  # weights that each block has: no biases, no norms of heads
 _MOST = 4  # rows whose products read the weights once: `linear.RULES` has gemv for as many
 
 
@@ -39,8 +38,7 @@ def before(
         and x_BTC.is_cpu
         and x_BTC.dtype == w.wq_HDxC.dtype
         and not torch.compiler.is_compiling()
-        and all(extra is None for extra in w[_ALL:])
-        and plain(x_BTC, cos, sin, *w[:_ALL])
+        and plain(x_BTC, cos, sin, *w.given())
         and forced() in (None, "cpu")
         and linear.forced() is None
         and type(options.collectives) is Single
@@ -49,11 +47,11 @@ def before(
         return None
     D = options.head_dim
     q, k, v = (x_BTC.new_empty(B, T, weight.shape[0] // D, D) for weight in (w.wq_HDxC, w.wk_GDxC, w.wv_GDxC))
-    if not native.block_before(x_BTC, w[:_ALL], cos, sin, options.eps, options.interleaved, (q, k, v)):
+    if not native.block_before(x_BTC, w, cos, sin, options.eps, options.interleaved, (q, k, v)):
         return None
     return q, k, v
 
 
 def after(out_BTHD: Tensor, x_BTC: Tensor, w: Weights, options: BlockOptions) -> Tensor:
     """The block's result [B, T, C], where `before` took x and its attention gave `out`."""
-    return native.block_after(out_BTHD, x_BTC, w[:_ALL], options.eps, options.head_dim)
+    return native.block_after(out_BTHD, x_BTC, w, options.eps, options.head_dim)

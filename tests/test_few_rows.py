@@ -21,11 +21,16 @@ pytestmark = pytest.mark.skipif(not native.isas(), reason="the native library is
 C, H, G, D, F, ROOM = 520, 8, 4, 72, 1000, 40  # each product of a row is large enough for gemv
 
 
-def weights(dtype: torch.dtype, head_dim: int = D) -> Weights:
+def weights(dtype: torch.dtype, head_dim: int = D, variant: str = "") -> Weights:
+    """variant: "biases", "norms" (of heads), both words, or neither."""
     generator = torch.Generator().manual_seed(1)
     shapes = [(C,), *((n * head_dim, C) for n in (H, G, G)), (C, H * head_dim), (C,), (F, C), (F, C), (C, F)]
+    shapes += [(n * head_dim,) for n in (H, G, G)] + [(head_dim,)] * 2
     drawn = [torch.randn(shape, generator=generator) for shape in shapes]
-    return Weights(*[(1 + 0.1 * w if w.ndim == 1 else w / w.shape[1] ** 0.5).to(dtype) for w in drawn])
+    w = Weights(*[(1 + 0.1 * w if w.ndim == 1 else w / w.shape[1] ** 0.5).to(dtype) for w in drawn])
+    if "biases" not in variant:
+        w = w._replace(bq_HD=None, bk_GD=None, bv_GD=None)
+    return w if "norms" in variant else w._replace(normq_D=None, normk_D=None)
 
 
 def tables(B: int, T: int, head_dim: int = D) -> tuple[Tensor, Tensor]:
@@ -69,8 +74,9 @@ def both(run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("isa", native.isas())
-def test_the_bits_of_the_ops(isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    w = weights(dtype)
+@pytest.mark.parametrize("variant", ["", "biases", "norms", "biases, norms"])
+def test_the_bits_of_the_ops(variant: str, isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = weights(dtype, variant=variant)
     for B, T, used, cached, per_row, more in (
         (1, 1, 17, True, False, {}),
         (1, 1, 0, True, False, {"window": 3}),

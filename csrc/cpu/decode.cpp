@@ -10,6 +10,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 
 #include "../dispatch.h"
@@ -108,7 +109,7 @@ struct Own {
   Own(Arena& arena, DType dtype, const Sizes& n)
       : normed(arena.make(dtype, {n.R, n.C})),
         h(arena.make(dtype, {n.R, n.C})),
-        rstd(arena.make(DType::f32, {n.R})),
+        rstd(arena.make(DType::f32, {std::max(n.R, n.HD / n.GD)})),
         turned(arena.make(dtype, {1, n.HD / n.GD * n.D})),
         lse(arena.make(DType::f32, {1, n.HD / n.GD, 1})),
         scratch(arena.make(DType::f32, {attention_few_scratch(n.D)})) {}
@@ -144,21 +145,22 @@ class Thread {
     std::swap(x_, y_);
   }
 
-  // q and k of x, before rotary, and v.
+  // q and k of x, before their norms and rotary, and v.
   void project(const DecodeLayer& w, const Tensor& x, const Tensor& v) {
-    const Tensor in[] = {w.wq, w.wk, w.wv}, qkv[] = {s_.q, s_.k, v};
+    const Tensor in[] = {w.wq, w.wk, w.wv}, bias[] = {w.bq, w.bk, w.bv}, qkv[] = {s_.q, s_.k, v};
     loops_.run(
         n_.HD + 2 * n_.GD, kGrain, [&] { rms_norm_fwd(x, w.norm1, w.eps, own_.normed, own_.rstd); },
         [&](int64_t begin, int64_t end) {
           for (int i = 0; i < 3; begin -= in[i].size[0], end -= in[i].size[0], ++i) {
             const int64_t from = std::max<int64_t>(begin, 0), to = std::min(end, in[i].size[0]);
             if (from < to) multiply(own_.normed, in[i], qkv[i], from, to);
+            if (from < to && bias[i].data != nullptr) add_to_rows(bias[i], qkv[i], from, to);
           }
         });
   }
 
   // q and k after rotary; cos, sin: [1 or B, T, D/2] for R = B T rows.
-  void turn(const Tensor& cos, const Tensor& sin, bool interleaved, const Tensor& q, const Tensor& k) {
+  void turn(const DecodeLayer& w, const Tensor& cos, const Tensor& sin, const Tensor& q, const Tensor& k) {
     const int64_t D = n_.D, groups = n_.GD / D, rep = n_.HD / n_.GD, T = cos.size[1];
     loops_.run(
         n_.R * groups, 1, [] {},
@@ -169,8 +171,10 @@ class Thread {
               const int64_t row = cos.size[0] == 1 ? 0 : r / T;
               return narrow(narrow(table, 0, row, row + 1), 1, r % T, r % T + 1);
             };
+            norm_heads(w, r, g);
             rope_fwd(heads_of(s_.q, r, g * rep, (g + 1) * rep, D), heads_of(s_.k, r, g, g + 1, D), angles(cos),
-                     angles(sin), interleaved, heads_of(q, r, g * rep, (g + 1) * rep, D), heads_of(k, r, g, g + 1, D));
+                     angles(sin), w.interleaved, heads_of(q, r, g * rep, (g + 1) * rep, D),
+                     heads_of(k, r, g, g + 1, D));
           }
         });
   }
@@ -210,6 +214,26 @@ class Thread {
     gemv(x, narrow(weight, 0, begin, end), narrow(y, 1, begin, end));
   }
 
+  // Outputs [begin, end) of every row of y, plus the bias.
+  void add_to_rows(const Tensor& bias, const Tensor& y, int64_t begin, int64_t end) const {
+    with_dtype(y.dtype, [&](auto tag) {
+      using T = decltype(tag);
+      for (int64_t r = 0; r < n_.R; ++r) add(bias.ptr<T>() + begin, y.ptr<T>() + r * y.stride[0] + begin, end - begin);
+    });
+  }
+
+  // The norms, if there are any, of key head g of row r and its query heads, in place.
+  void norm_heads(const DecodeLayer& w, int64_t r, int64_t g) const {
+    if (w.normq.data == nullptr) return;
+    const int64_t D = n_.D, rep = n_.HD / n_.GD;
+    for (const auto& [heads, gain, first, count] :
+         {std::tuple{s_.q, w.normq, g * rep, rep}, std::tuple{s_.k, w.normk, g, int64_t{1}}}) {
+      Tensor rows = narrow(narrow(heads, 0, r, r + 1), 1, first * D, (first + count) * D);
+      rows.size[0] = count, rows.size[1] = D, rows.stride[0] = D;
+      rms_norm_fwd(rows, gain, w.eps, rows, own_.rstd);
+    }
+  }
+
   // Key/value head g of row r, and its query heads.
   void attend(const DecodeLayer& w, const Tensor& cos, const Tensor& sin, int64_t used, int64_t r, int64_t g,
               int64_t start) const {
@@ -218,6 +242,7 @@ class Thread {
       return narrow(narrow(narrow(cache, 0, r, r + 1), 1, begin, end), 2, g, g + 1);
     };
     const Tensor turned = heads_of(own_.turned, 0, 0, rep, D), out = heads_of(s_.out, r, g * rep, (g + 1) * rep, D);
+    norm_heads(w, r, g);
     rope_fwd(heads_of(s_.q, r, g * rep, (g + 1) * rep, D), heads_of(s_.k, r, g, g + 1, D), cos, sin, w.interleaved,
              turned, cached(w.k_cache, used));
     const auto bytes = static_cast<size_t>(D * item_of(out.dtype));
@@ -276,6 +301,11 @@ Sizes sizes_of(const DecodeLayer& w, DType dtype, int64_t R, int64_t D) {
   expect("wgate", w.wgate, dtype, {F, C});
   expect("wup", w.wup, dtype, {F, C});
   expect("wdown", w.wdown, dtype, {C, F});
+  if (w.bq.data != nullptr) expect("bq", w.bq, dtype, {HD});
+  for (const Tensor* bias : {&w.bk, &w.bv})
+    if (bias->data != nullptr) expect("bk or bv", *bias, dtype, {GD});
+  if (w.normq.data != nullptr || w.normk.data != nullptr)
+    for (const Tensor* gain : {&w.normq, &w.normk}) expect("normq or normk", *gain, dtype, {D});
   return {R, C, HD, GD, F, 0, D};
 }
 
@@ -295,7 +325,7 @@ void block_before(const Tensor& x, const DecodeLayer& w, const Tensor& cos, cons
   std::vector<char> memory;
   in_room(sizes, x.dtype, 2, memory, [&](Thread& thread) {
     thread.project(w, x, v);
-    thread.turn(cos, sin, w.interleaved, q, k);
+    thread.turn(w, cos, sin, q, k);
   });
 }
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch  # before the libraries, whose OpenMP symbols resolve to the runtime that torch loads
 
-INTERFACE = 5  # `kInterface` of csrc/ops.h
+INTERFACE = 6  # `kInterface` of csrc/ops.h
 PACKAGE = Path(__file__).resolve().parents[1]
 _CALLED = {
     "_native": ("the native library", "install g++ and reinstall llama_fast"),

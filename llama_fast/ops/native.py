@@ -79,7 +79,7 @@ def block_before(
     qkv: tuple[Tensor, Tensor, Tensor],
 ) -> bool:
     """Writes q [B, T, H, D], k and v [B, T, G, D] of a block, `block_before` of csrc/ops.h; False where it takes no
-    such tensors. weights: the nine in the order of `block.Weights`; cos, sin: [1 or B, T, D/2] float32."""
+    such tensors. weights: those of `block.Weights` in its order; cos, sin: [1 or B, T, D/2] float32."""
     if _native is None:
         return False
     layer = (*weights, None, None, eps, interleaved, 0)
@@ -109,8 +109,8 @@ def decode_plan(
 ) -> Any:
     """The native plan of these CPU tensors (`DecodePlan` of csrc/ops.h), or None where it does not take them.
 
-    layers: of each, the nine weights in the order of `block.Weights`, the caches of k and v [B, S, G, D], eps,
-    interleaved, window. The plan holds addresses, and nothing alive.
+    layers: of each, those of `block.Weights` in its order, the caches of k and v [B, S, G, D], eps, interleaved,
+    window. The plan holds addresses, and nothing alive.
     """
     if _native is None:
         return None
