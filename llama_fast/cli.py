@@ -251,7 +251,7 @@ def report(
 
 @app.command()
 def plan(
-    preset: Annotated[str, typer.Option(help="Model, see LlamaConfig.preset.")],
+    preset: Annotated[str, typer.Option(help="Model, llama-7b for one; an unknown name shows them all.")],
     device: Annotated[str, typer.Option(help="a100, h100, h200 or b200.")] = "h100",
     world: Annotated[int, typer.Option(help="Devices.")] = 1,
     tensor: Annotated[
@@ -353,7 +353,7 @@ def train(
         list[str] | None,
         typer.Option(help="Text files and folders, PATH or PATH:WEIGHT. Default: Python's standard library."),
     ] = None,
-    config: Annotated[str, typer.Option(help="Preset of the model's sizes.")] = "demo",
+    config: Annotated[str, typer.Option(help="Preset of the model's sizes; an unknown name shows them all.")] = "demo",
     steps: Annotated[int, typer.Option(help="Steps of the whole run.")] = 200,
     batch_size: Annotated[int, typer.Option(help="Sequences a forward pass.")] = 8,
     seq_len: Annotated[int, typer.Option(help="Tokens a sequence.")] = 256,

@@ -5,7 +5,6 @@ Legend: B batch, T tokens, C dim, F ffn_dim, H n_heads, G n_kv_heads, D head_dim
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -163,12 +162,11 @@ class LlamaConfig:
         """The preset of exactly this name; `PRESETS` lists them all.
 
         Raises:
-            ValueError: no such name; the message gives the close ones, or all.
+            ValueError: no such name; the message gives them all.
         """
         if name in PRESETS:
             return PRESETS[name]
-        close = difflib.get_close_matches(name, PRESETS, n=4, cutoff=0.5) or sorted(PRESETS)
-        raise ValueError(f"preset {name!r}: no such name; expected one of {', '.join(close)}")
+        raise ValueError(f"preset {name!r}: no such name; expected one of {', '.join(PRESETS)}")
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `from_dict` gives the same config back."""
