@@ -272,9 +272,11 @@ def _others(benchmarks: Iterable[Benchmark], scenarios: Iterable[model.Scenario]
 
 
 def _slow(benchmarks: Iterable[Benchmark]) -> list[str]:
-    """The providers that a quick run leaves out."""
-    ops = dict.fromkeys(b.case.op for b in benchmarks)
-    return list(dict.fromkeys(p.name for op in ops for p in of(op, "cpu") if p.slow))
+    """The providers that a quick run leaves out; of one that it runs for another op, with the ops that go without."""
+    found = [(op, p) for op in dict.fromkeys(b.case.op for b in benchmarks) for p in of(op, "cpu")]
+    timed = {p.name for _, p in found if not p.slow}
+    without = {p.name: [op for op, other in found if other.slow and other.name == p.name] for _, p in found if p.slow}
+    return [f"{name} ({', '.join(ops)})" if name in timed else name for name, ops in without.items()]
 
 
 def _wanted(name: str, cases: Sequence[str]) -> bool:

@@ -79,6 +79,14 @@ def test_cases_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "block bfloat16 llama-65b" in capsys.readouterr().out.splitlines()
 
 
+def test_a_quick_run_says_of_which_ops_a_provider_is_left_out() -> None:
+    quick = suite.collect(["rms_norm", "swiglu", "rope"], quick=True)
+    left_out = suite._slow(quick)
+    assert "torch.compile" in left_out
+    assert "transformers (rms_norm)" in left_out, "rope's is timed in a quick run too"
+    assert not any(name.startswith("transformers") for name in suite._slow(suite.collect(["rope"], quick=True)))
+
+
 @pytest.mark.usefixtures("small")
 def test_a_run_says_what_its_figures_belong_to() -> None:
     console = Console(record=True, width=400)
