@@ -333,7 +333,7 @@ def facts(benchmark: Benchmark, direction: str) -> dict[str, Any]:
     moved = op.traffic(sizes(case), benchmark.dtype.itemsize)
     flops = op.flops(sizes(case), case.options) if op.flops else (0, 0)
     parts = {"forward": (0,), "backward": (1,)}.get(direction, (0, 1))
-    by_name = f"python -m benchmarks {case.op} --case '{benchmark.name}'"
+    by_name = f"llama-fast bench --op {case.op} --case '{benchmark.name}'"
     return {
         "op": case.op,
         "label": benchmark.label,

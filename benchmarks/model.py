@@ -127,7 +127,7 @@ class Scenario:
             "bytes": moved,
             "flops": flops,
             "tokens": self.tokens,
-            "command": f"python -m benchmarks {self.op} --case '{self.name}'{place}",
+            "command": f"llama-fast bench --op {self.op} --case '{self.name}'{place}",
         }
 
 

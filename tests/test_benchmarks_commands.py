@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
 from rich.console import Console
 
 import llama_fast
 from benchmarks import compare, floors, harness, model, results, suite
 from benchmarks.results import Limit, Line
+from llama_fast.cli import app
 from llama_fast.config import LlamaConfig
+from llama_fast.ops.table import OPS
 from llama_fast.verify import Case
 
 LIMITS = (
@@ -77,6 +81,20 @@ def test_cases_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "rope bfloat16 B2 T2048 H32 G32 D128" in capsys.readouterr().out
     assert suite.main(["--list", "block", "--device", "cuda"]) == 0
     assert "block bfloat16 llama-65b" in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_lines_command_is_the_installed_programs(device: str) -> None:
+    """`python -m benchmarks` is there in a clone alone, and result files are read by whoever has the wheel."""
+    commands = {s.name: s.facts()["command"] for s in model.scenarios(device)}
+    if device == "cpu":
+        commands |= {b.name: harness.facts(b, "forward")["command"] for b in suite.collect(list(OPS), quick=True)}
+    for name, command in commands.items():
+        program, subcommand, *arguments = shlex.split(command)
+        assert (program, subcommand) == ("llama-fast", "bench")
+        given = typer.main.get_command(app).commands["bench"].make_context("bench", arguments).params
+        assert (given["case"], given["device"]) == ([name], device)
+        assert name in suite.case_names(suite.chosen(given["op"], device), device)
 
 
 def test_a_quick_run_says_of_which_ops_a_provider_is_left_out() -> None:

@@ -61,7 +61,7 @@ def _line(op: str, case: dict[str, Any], provider: str, direction: str, ms: floa
         kept_bytes=None if direction == "forward" else int(4e6 * ms),
         error=None,
         tokens=None,
-        command=f"python -m benchmarks {op} --case '{op} bfloat16'",
+        command=f"llama-fast bench --op {op} --case '{op} bfloat16'",
     )
     return results.against(dataclasses.replace(line, **changes), LIMITS)
 
