@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from llama_fast import __version__
 
@@ -88,7 +88,7 @@ def info(brief: Annotated[bool, typer.Option("--brief", help="One line.")] = Fal
         print(info.brief())
         return
     console = _console(wide=False)
-    facts = Table(box=None, show_header=False)
+    facts = Table(Column(), Column(overflow="fold"), box=None, show_header=False)  # a folder is never cut off
     for name, value in info.machine():
         facts.add_row(name, value)
     console.print(facts)

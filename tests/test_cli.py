@@ -316,6 +316,14 @@ def test_plan_without_sequence_splits_no_rows(llama_fast_program: Any) -> None:
     assert "tensor 8+sequence" in llama_fast_program("plan", "--preset", "llama-7b", "--world", "8").out
 
 
+def test_a_narrow_terminal_gets_the_whole_folder(llama_fast_program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    folder = "/a_home_of_a_user/with_a_long_name/python3.11/site-packages/llama_fast"
+    monkeypatch.setattr(llama_fast, "__file__", f"{folder}/__init__.py")
+    assert folder in "".join(llama_fast_program("info").out.split())
+
+
 def test_a_narrow_terminal_gets_whole_cells(llama_fast_program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     piped = llama_fast_program("plan", "--preset", "llama-7b").out
