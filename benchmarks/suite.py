@@ -151,10 +151,10 @@ def print_environment(facts: Environment, console: Console) -> None:
         f"{facts.device}, clock {clocks}; {facts.threads} threads (pinned: {facts.pinned}), "
         f"{facts.isa or 'no native library'}; {facts.allocator}",
         highlight=False,
+        soft_wrap=True,
     )
-    console.print(
-        f"{tree}{', with changes' if facts.dirty else ''}; Python {facts.python}, {packages}", highlight=False
-    )
+    changes = ", with changes" if facts.dirty else ""
+    console.print(f"{tree}{changes}; Python {facts.python}, {packages}", highlight=False, soft_wrap=True)
 
 
 def run(

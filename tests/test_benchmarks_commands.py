@@ -105,6 +105,15 @@ def test_a_quick_run_says_of_which_ops_a_provider_is_left_out() -> None:
     assert not any(name.startswith("transformers") for name in suite._slow(suite.collect(["rope"], quick=True)))
 
 
+def test_the_environment_stands_in_two_lines_of_any_length() -> None:
+    """A terminal breaks them where it likes; a file keeps them whole."""
+    console = Console(record=True, width=suite.WIDEST)
+    suite.print_environment(harness.environment("kept " * 60), console)
+    machine, versions = console.export_text().splitlines()
+    assert machine.rstrip().endswith("kept kept")
+    assert f"torch {torch.__version__}" in versions
+
+
 @pytest.mark.usefixtures("small")
 def test_a_run_says_what_its_figures_belong_to() -> None:
     console = Console(record=True, width=400)
