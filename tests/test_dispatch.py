@@ -236,3 +236,18 @@ def test_an_exported_program_is_loaded_where_the_ops_are_imported(tmp_path: Path
     command = [sys.executable, "-c", code, file, tmp_path / "logits.pt"]  # another build may be here
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_explain_refuses_too_few_tensors_and_too_many(name: str) -> None:
+    case = next(c for c in CASES if c.op == name)
+    tensors = list(case.inputs(torch.float32).values())
+    assert "cpu: runs" in lf.explain(name, *tensors)
+    last = list(OPS[name].public)[len(tensors) - 1]
+    with pytest.raises(ValueError, match=f"{name}: {last} is a NoneType, expected a torch.Tensor"):
+        lf.explain(name, *tensors[:-1])
+    takes = f"tensors: {name} takes {', '.join(OPS[name].public)}"
+    with pytest.raises(ValueError, match=f"{takes}, found none"):
+        lf.explain(name)
+    with pytest.raises(ValueError, match=f"{takes}, found 5"):
+        lf.explain(name, *(tensors * 3)[:5])

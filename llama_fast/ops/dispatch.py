@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -164,9 +165,9 @@ def explain(name: str, *tensors: Tensor, **options: Any) -> str:
     if name not in OPS:
         raise ValueError(f"name: {name!r} is not one of {', '.join(OPS)}, linear")
     op = OPS[name]
-    if not tensors:
-        raise ValueError(f"tensors: {name} takes {', '.join(op.public)}")
-    dims = op.check(**dict(zip(op.public, tensors, strict=False))) | options
+    if not 0 < len(tensors) <= len(op.public):
+        raise ValueError(f"tensors: {name} takes {', '.join(op.public)}, found {len(tensors) or 'none'}")
+    dims = op.check(**dict(zip_longest(op.public, tensors))) | options
     dtype, device = tensors[0].dtype, tensors[0].device
     only, lines = forced(), []
     chosen = {"forward": False, "backward": False}
