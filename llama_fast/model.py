@@ -185,7 +185,7 @@ class Llama(nn.Module):
         """The model of a checkpoint, in evaluation mode; peak memory is the model and one tensor.
 
         Args:
-            path: a folder of Hugging Face (safetensors), of Meta or of `llama-fast train`, or a .gguf file.
+            path: a folder of Hugging Face (safetensors) or of Meta, a step_N of `llama-fast train`, or a .gguf file.
             device: of the parameters; the default is torch's.
             dtype: of the parameters; the default is the checkpoint's, float32 for quantised weights.
             policy: what each block keeps for the backward.
