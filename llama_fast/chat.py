@@ -29,17 +29,21 @@ class ChatTemplate:
     """A jinja2 template that turns messages into the text of a prompt, with what Hugging Face's templates expect.
 
     Args:
-        source: the template.
+        source: the template; None, as `chat_template` gives it for a checkpoint without one, is refused.
         bos_token, eos_token: what it may refer to by these names.
 
     Raises:
         ImportError: jinja2 is not installed, or older than 3.1.6.
-        ValueError: it is no template.
+        ValueError: it is no template, or None.
 
     Source: https://huggingface.co/docs/transformers/chat_templating_writing
     """
 
-    def __init__(self, source: str, bos_token: str = "", eos_token: str = "") -> None:
+    def __init__(self, source: str | None, bos_token: str = "", eos_token: str = "") -> None:
+        if source is None:
+            raise ValueError(
+                "chat template: None: expected the source of one; a checkpoint without can continue texts only"
+            )
         try:
             import jinja2
             from jinja2.ext import Extension, loopcontrols
@@ -97,11 +101,11 @@ class Chat:
     Args:
         model: answers.
         tokenizer: its own.
-        template: source of its chat template.
+        template: source of its chat template, see `ChatTemplate`.
         system: a first message that says how to answer; None for what the template says.
     """
 
-    def __init__(self, model: Llama, tokenizer: AnyTokenizer, template: str, system: str | None = None) -> None:
+    def __init__(self, model: Llama, tokenizer: AnyTokenizer, template: str | None, system: str | None = None) -> None:
         names = ("" if i is None else tokenizer.token(i) for i in (tokenizer.bos_id, tokenizer.eos_id))
         self._template = ChatTemplate(template, *names)
         self._model, self._tokenizer = model, tokenizer

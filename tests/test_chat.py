@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from llama_fast.bpe import BPETokenizer
 from llama_fast.chat import Answer, Chat, ChatTemplate
 from llama_fast.config import LlamaConfig
 from llama_fast.model import Llama
+from llama_fast.pretrained import chat_template
 
 pytest.importorskip("jinja2", reason="the extra chat is not installed")
 library = pytest.importorskip("tokenizers", reason="the extra chat is not installed")
@@ -87,6 +89,13 @@ def test_templates_are_sandboxed_and_their_errors_are_named() -> None:
     for failing in ("{{ 'a' + 1 }}", "{{ 1 // 0 }}", "{{ messages[0]['content']['x'].y }}", "{{ {}.popitem() }}"):
         with pytest.raises(ValueError, match="chat template: "):
             ChatTemplate(failing).render(MESSAGES)
+
+
+def test_a_checkpoint_without_a_template_is_told(model: Llama, tok: BPETokenizer, tmp_path: Path) -> None:
+    none = chat_template(tmp_path)
+    assert none is None
+    with pytest.raises(ValueError, match="chat template: None: expected the source of one; a checkpoint without"):
+        Chat(model, tok, none)
 
 
 def test_an_old_sandbox_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
