@@ -229,12 +229,14 @@ def _median(x: Line) -> float:
 
 
 def _log(set_scale: Callable[[str], Any], axis: Any) -> None:
-    """A logarithmic axis with plain numbers, at 1, 2 and 5 of each power of ten where there is room."""
-    from matplotlib.ticker import LogLocator, NullFormatter
+    """A logarithmic axis with plain numbers: at 1, 2 and 5 of each power of ten where there is room; two or more."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     set_scale("log")
     low, high = axis.get_view_interval()
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
+    if sum(low <= x <= high for x in axis.get_majorticklocs()) < 2:
+        axis.set_major_locator(MaxNLocator(5))
     axis.set_major_formatter(lambda x, _: f"{x:g}")
     axis.set_minor_formatter(NullFormatter())
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from benchmarks import model, plots, providers, report, results
@@ -261,6 +262,19 @@ def test_the_page_is_utf_8_whatever_the_locale(tmp_path: Path) -> None:
 def test_the_same_lines_give_the_same_plots() -> None:
     lines = gpu().lines
     assert plots.all_plots(lines, "a", "A Processor") == plots.all_plots(lines, "a", "A Processor")
+
+
+@pytest.mark.parametrize(
+    "ms", [(94.7, 112), (6.25, 16.9), (31.1, 40.4), (2.1, 4.9), (0.5, 3), (1e-3, 0.9), (0.01, 900), (3, 3)]
+)
+def test_a_logarithmic_axis_has_two_numbers_or_more(ms: tuple[float, float]) -> None:
+    figure = Figure()
+    axis = figure.add_subplot()
+    axis.plot(ms, (0, 1), "o")
+    plots._log(axis.set_xscale, axis.xaxis)
+    low, high = axis.get_xlim()
+    shown = [x for x in axis.get_xticks() if low <= x <= high]
+    assert 2 <= len(shown) <= 9, shown
 
 
 def test_a_range_has_one_unit() -> None:
