@@ -53,10 +53,13 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        from llama_fast.ops.dispatch import NotSupported  # here: it imports torch, for which --help does not wait
+        import torch  # here: --help does not wait for it
 
-        expected = (ValueError, OSError, ImportError, NotSupported, FloatingPointError)
-        if os.environ.get("LLAMA_FAST_LOG") == "debug" or not isinstance(error, expected):
+        from llama_fast.ops.dispatch import NotSupported
+
+        expected = (ValueError, OSError, ImportError, NotSupported, FloatingPointError, torch.OutOfMemoryError)
+        on_host = "can't allocate memory" in str(error)  # for a CPU torch has no class of its own
+        if os.environ.get("LLAMA_FAST_LOG") == "debug" or not (isinstance(error, expected) or on_host):
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         print(f"llama-fast: {'; '.join(lines) or type(error).__name__}", file=sys.stderr)

@@ -334,6 +334,31 @@ def test_a_narrow_terminal_gets_whole_cells(llama_fast_program: Any, monkeypatch
         assert "\u2026" not in found
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_memory_that_is_not_there_is_one_line(
+    llama_fast_program: Any, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    def too_much() -> None:
+        if device == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        torch.empty(1 << 60)
+
+    monkeypatch.setattr("llama_fast.info.brief", too_much)
+    found = llama_fast_program("info", "--brief")
+    assert found.status == 2
+    assert re.fullmatch(r"llama-fast: .*allocate .*\n", found.err)
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong() -> None:
+        raise RuntimeError("a shape that cannot be")
+
+    monkeypatch.setattr("llama_fast.info.brief", wrong)
+    monkeypatch.setattr(sys, "argv", ["llama-fast", "info", "--brief"])
+    with pytest.raises(RuntimeError, match="a shape"):
+        cli.main()
+
+
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAMA_FAST_LOG", "debug")
     monkeypatch.setattr(sys, "argv", ["llama-fast", "verify", "--op", "norm"])
