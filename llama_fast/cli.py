@@ -293,7 +293,7 @@ def plan(
     speed = list(_plan_speed(config, chosen, world, T, mfu, tokens))
     console, gb = _console(), 1 / 2**30
     console.print(
-        f"{preset}: {config.n_params / 1e9:.2f} G parameters; {world} x {device} of {chosen.memory * gb:.0f} GiB; "
+        f"{preset}: {_count(config.n_params)} parameters; {world} x {device} of {chosen.memory * gb:.0f} GiB; "
         f"{batch_size} x {T} tokens a forward pass; states {states}: {', '.join(map(str, planner.STATES[states]))} "
         "bytes a parameter for weights, gradients, optimizer",
         highlight=False,
@@ -321,6 +321,10 @@ def plan(
         console.print(line, highlight=False, soft_wrap=True)
 
 
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} G" if parameters >= 1e9 else f"{parameters / 1e6:.2f} M"
+
+
 def _plan_speed(config: Any, device: Any, world: int, T: int, share: float, tokens: float) -> Iterator[str]:
     """Flops a token, tokens a second and days; the paper's figure in the same terms."""
     from llama_fast import plan as planner
@@ -333,7 +337,7 @@ def _plan_speed(config: Any, device: Any, world: int, T: int, share: float, toke
     twice = {p: planner.recomputed_flops_per_token(config, T, p) for p in planner.POLICIES}
     more = [f"{policy} does {n:.3g}" for policy, n in twice.items() if n]
     yield (
-        f"flops a token: {flops:.4g} = 6 N + 12 L H D T = 6 x {config.n_matmul_params / 1e9:.2f} G in matrices + "
+        f"flops a token: {flops:.4g} = 6 N + 12 L H D T = 6 x {_count(config.n_matmul_params)} in matrices + "
         f"{attention:.3g} of attention; {' and '.join(more)} more"
     )
     yield (

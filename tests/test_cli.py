@@ -316,6 +316,16 @@ def test_plan_without_sequence_splits_no_rows(llama_fast_program: Any) -> None:
     assert "tensor 8+sequence" in llama_fast_program("plan", "--preset", "llama-7b", "--world", "8").out
 
 
+def test_plan_counts_the_parameters_of_a_small_model_in_millions(llama_fast_program: Any) -> None:
+    small = LlamaConfig.preset("tiny")
+    found = llama_fast_program("plan", "--preset", "tiny").out
+    assert f"tiny: {small.n_params / 1e6:.2f} M parameters" in found
+    assert f"6 x {small.n_matmul_params / 1e6:.2f} M in matrices" in found
+    found = llama_fast_program("plan", "--preset", "llama-65b").out
+    assert "llama-65b: 65.29 G parameters" in found
+    assert "6 x 65.02 G in matrices" in found
+
+
 def test_a_narrow_terminal_gets_the_whole_folder(llama_fast_program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
