@@ -251,3 +251,12 @@ def test_explain_refuses_too_few_tensors_and_too_many(name: str) -> None:
         lf.explain(name)
     with pytest.raises(ValueError, match=f"{takes}, found 5"):
         lf.explain(name, *(tensors * 3)[:5])
+
+
+def test_a_forced_backend_that_cannot_says_who_forced_it() -> None:
+    x = torch.randn(2, 8)
+    with (
+        lf.backend("xformers"),
+        pytest.raises(lf.NotSupported, match=r"rms_norm: xformers is asked for \(lf.backend or LLAMA_FAST_BACKEND\)"),
+    ):
+        lf.rms_norm(x, x[0])

@@ -145,7 +145,10 @@ def _choose(
         objections.append(f"  {b.name}: {text}")
     if not objections:
         objections.append(f"  {only}: no such backend, {op.name} has {', '.join(b.name for b in op.backends)}")
-    raise NotSupported(f"{op.name}: no backend takes this call\n" + "\n".join(objections))
+    why = "no backend takes this call"
+    if only is not None:
+        why = f"{only} is asked for (lf.backend or LLAMA_FAST_BACKEND) and does not take this call"
+    raise NotSupported(f"{op.name}: {why}\n" + "\n".join(objections))
 
 
 def explain(name: str, *tensors: Tensor, **options: Any) -> str:
