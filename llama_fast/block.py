@@ -460,6 +460,8 @@ def _check(
             raise ValueError(f"block: {name} has shape {tuple(t.shape)}, expected [1 or B, T, D/2] = {(T, D // 2)}")
         if t.dtype != torch.float32:
             raise ValueError(f"block: {name} has dtype {t.dtype}, expected a float type")
+    if sin.shape != cos.shape:
+        raise ValueError(f"block: sin has shape {tuple(sin.shape)}, expected {tuple(cos.shape)} as cos")
     if spans is not None:
         check_spans(spans, B, cu_seqlens)
 

@@ -465,6 +465,13 @@ def test_bad_input_names_argument_value_and_expectation() -> None:
         transformer_block(x, w._replace(wq_HDxC=w.wq_HDxC[:, 1:]), cos, sin, options)
     with pytest.raises(ValueError, match=r"cos has shape \(1, 18, 8\)"):
         transformer_block(x, w, cos[1:], sin[1:], options)
+    rows = [t.expand(B, T, -1) for t in (cos, sin)]
+    for some, other, message in (
+        (rows[0], rows[1][:1], r"sin has shape \(1, 19, 8\), expected \(2, 19, 8\) as cos"),
+        (rows[0][:1], rows[1], r"sin has shape \(2, 19, 8\), expected \(1, 19, 8\) as cos"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            transformer_block(x, w, some, other, options)
     with pytest.raises(ValueError, match=r"head_dim is 24"):
         transformer_block(x, w, cos, sin, BlockOptions(24))
     for spans in (((0, 3),), ((0, 3), (5, 4)), ((-1, 3), (0, 3))):
