@@ -490,7 +490,8 @@ def transformer_block(
         cu_seqlens: [N+1] int32, sequences packed in one row (B = 1); attention stays within each.
         spans: B pairs (begin, end), padding: row b sees only its keys from begin up to end. A query before its span
             sees none, one beyond it all of the span; beside a window each span ends at the last key.
-        cache: keys and values so far; this call appends its own and attends to all. No gradient.
+        cache: keys and values so far; this call appends its own and attends to all, or to those of `spans`. No
+            gradient, no `cu_seqlens`.
         return_keys: give k and v too.
 
     Returns:
@@ -503,8 +504,8 @@ def transformer_block(
     Repeats:  bitwise, for equal shapes, dtype and backend.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, or a cache is given where gradients are recorded or with
-            `return_keys`.
+        ValueError: shapes, dtypes or devices disagree, those that a cache gives among them, or a cache is given where
+            gradients are recorded or with `return_keys` or `cu_seqlens`.
         NotSupported: no backend takes an op of the block.
 
     Source: Touvron et al. 2023, arXiv:2302.13971.
@@ -529,7 +530,11 @@ def transformer_block(
             raise ValueError("block: cache is given while gradients are recorded, expected torch.no_grad()")
         if return_keys:
             raise ValueError("block: return_keys is True beside a cache, expected one of the two")
+        if cu_seqlens is not None:
+            raise ValueError("block: cu_seqlens is given beside a cache, expected one of the two")
         if isinstance(cache, Cache):
+            if spans is not None and cache.starts is not None:
+                raise ValueError("block: spans are given beside cache.starts, expected one of the two")
             check_cache(cache, x, weights.wk_GDxC.shape[0] // options.head_dim, options.head_dim, dtype)
     with no_autocast(autocast, x):
         x = x.to(stream)

@@ -74,6 +74,24 @@ def check_cache(cache: Cache, x: Tensor, G: int, D: int, dtype: torch.dtype) -> 
         raise ValueError(f"block: cache.starts is {cache.starts}, expected {B} numbers of 0 or more")
 
 
+def append(cache: AnyCache, k_BTGD: Tensor, v_BTGD: Tensor) -> tuple[Tensor, Tensor]:
+    """What `cache.append` gives. Raises ValueError where it is not of the kind of k and v, as which it is read."""
+    (B, T, G, D), given = k_BTGD.shape, cache.append(k_BTGD, v_BTGD)
+    if not isinstance(given, tuple | list) or len(given) != 2 or not all(isinstance(t, Tensor) for t in given):
+        raise ValueError(f"block: cache.append gave a {type(given).__name__}, expected two tensors, k and v")
+    k, v = given
+    for name, t in (("k", k), ("v", v)):
+        if t.shape[:1] + t.shape[2:] != (B, G, D) or t.shape[1] < T or t.shape != k.shape:
+            raise ValueError(
+                f"block: cache.append gave {name} of shape {tuple(t.shape)}, expected [B, S, G, D] with B = {B}, "
+                f"G = {G}, D = {D} and one S of {T} or more for k and v"
+            )
+        if t.dtype != k_BTGD.dtype or t.device != k_BTGD.device:
+            found, expected = (f"{x.dtype} on {x.device}" for x in (t, k_BTGD))
+            raise ValueError(f"block: cache.append gave {name} in {found}, expected {expected}")
+    return k, v
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -86,7 +104,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """out [B, T, H, D] and lse [B, H, T]; with a cache, which takes in k and v, to all that it holds."""
     if cache is not None:
-        k, v = cache.append(k, v)
+        k, v = append(cache, k, v)
     if isinstance(cache, Cache) and cache.starts is not None:
         S = k.shape[1]  # read here: a generator that held on to k would be more than torch.compile follows
         spans = tuple((start, S) for start in cache.starts)

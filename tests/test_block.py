@@ -327,6 +327,49 @@ def test_a_cache_that_does_not_fit_is_named() -> None:
             transformer_block(x, _weights(layer), cos, sin, options, cache=cache)
 
 
+def test_what_stands_beside_a_cache_is_no_packed_sequence_and_no_second_span() -> None:
+    """Of one row, which a block of few rows takes, and of more."""
+    layer = _plain_block(WIDE, torch.float32).layers[0].requires_grad_(False)
+    options, room = BlockOptions(WIDE.head_dim), torch.randn(1, 40, WIDE.n_kv_heads, WIDE.head_dim)
+    for length in (1, 9):
+        x, (cos, sin) = torch.randn(1, length, WIDE.dim), rope_cos_sin(WIDE, length)
+        call = functools.partial(transformer_block, x, _weights(layer), cos, sin, options)
+        before = room.clone()
+        with pytest.raises(ValueError, match="cu_seqlens is given beside a cache, expected one of the two"):
+            call(cu_seqlens=torch.tensor([0, length], dtype=torch.int32), cache=Cache(room, room, 3))
+        with pytest.raises(ValueError, match=r"spans are given beside cache.starts, expected one of the two"):
+            call(spans=((0, 5),), cache=Cache(room, room, 3, (1,)))
+        assert torch.equal(room, before)
+
+
+@pytest.mark.parametrize("length", [1, 9])
+def test_what_a_cache_gives_is_checked(length: int) -> None:
+    """The kernels read it by the shape and dtype of the queries."""
+
+    class Giving:
+        def __init__(self, change: Callable[[Tensor, Tensor], Any]) -> None:
+            self.append = change
+
+    layer = _plain_block(WIDE, torch.float32).layers[0].requires_grad_(False)
+    x, (cos, sin) = torch.randn(1, length, WIDE.dim), rope_cos_sin(WIDE, length)
+    for change, message in (
+        (lambda k, v: (k.bfloat16(), v.bfloat16()), "gave k in torch.bfloat16 on cpu, expected torch.float32 on cpu"),
+        (lambda k, v: (k, v.to("meta")), "gave v in torch.float32 on meta, expected torch.float32 on cpu"),
+        (lambda k, v: (torch.cat((k, k), 1), v), rf"gave v of shape \(1, {length}, 2, 16\), expected \[B, S, G, D\]"),
+        (lambda k, v: (k[:, 1:], v[:, 1:]), rf"gave k of shape .*, expected .* one S of {length} or more"),
+        (
+            lambda k, v: (k[:, :, :1], v[:, :, :1]),
+            rf"gave k of shape \(1, {length}, 1, 16\), expected .* G = 2, D = 16",
+        ),
+        (lambda k, v: (k[..., :8], v[..., :8]), "gave k of shape"),
+        (lambda k, v: (k[:0], v[:0]), "gave k of shape .*, expected .* with B = 1"),
+        (lambda k, v: (k[0], v[0]), "gave k of shape"),
+        (lambda k, v: None, "gave a NoneType, expected two tensors, k and v"),
+    ):
+        with pytest.raises(ValueError, match=f"block: cache.append {message}"):
+            transformer_block(x, _weights(layer), cos, sin, BlockOptions(WIDE.head_dim), cache=Giving(change))
+
+
 def test_rotary_tables_of_another_float_type_are_converted() -> None:
     layer = _plain_block(WIDE, torch.float32).layers[0]
     x, (cos, sin) = _inputs(WIDE, torch.float32)[0], rope_cos_sin(WIDE, T)
