@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llama_fast.block import BlockOptions, Cache, Weights, transformer_block
+from llama_fast.block_attention import AnyCache, append, check_cache
 from llama_fast.ops.attention import attention
 from llama_fast.ops.dispatch import NotSupported, autocast_dtype
 from llama_fast.ops.linear import linear
@@ -137,20 +138,26 @@ class Attention(nn.Module):
         cos: Tensor,
         sin: Tensor,
         cu_seqlens: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: AnyCache | None = None,
     ) -> Tensor:
         """x [B, T, C], cos and sin [T, D/2] or [B, T, D/2] float32 -> [B, T, C]; see `transformer_block`."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rope(q, k, cos, sin)
+        starts = None
+        if isinstance(cache, Cache):
+            check_cache(cache, x, k.shape[2], self.head_dim, k.dtype)
+            starts = cache.starts
         if cache is not None:
-            k, v = cache.append(k, v)
+            if cu_seqlens is not None:
+                raise ValueError("Attention: cu_seqlens is given beside a cache, expected one of the two")
+            k, v = append(cache, k, v)
         if cu_seqlens is not None:
             if x.shape[0] != 1:
                 raise ValueError(f"Attention: x has B = {x.shape[0]}, expected 1 with cu_seqlens")
             packed = (t.squeeze(0) for t in (q, k, v))
             out = attention(*packed, window=self.window, cu_seqlens=cu_seqlens).unsqueeze(0)
-        elif cache is not None and cache.starts is not None:
-            rows = ((q[b : b + 1], k[b : b + 1, i:], v[b : b + 1, i:]) for b, i in enumerate(cache.starts))
+        elif starts is not None:
+            rows = ((q[b : b + 1], k[b : b + 1, i:], v[b : b + 1, i:]) for b, i in enumerate(starts))
             out = torch.cat([attention(*row, window=self.window) for row in rows])
         else:
             out = attention(q, k, v, window=self.window)
@@ -223,7 +230,7 @@ class TransformerBlock(nn.Module):
         cos: Tensor,
         sin: Tensor,
         cu_seqlens: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: AnyCache | None = None,
     ) -> Tensor:
         """x [B, T, C], cos and sin [T, D/2] or [B, T, D/2] float32 -> [B, T, C]; see `transformer_block`."""
         change = self.change()

@@ -133,6 +133,44 @@ def test_a_changed_block_takes_packed_sequences_and_a_cache(what: str) -> None:
         block(x, cos, sin, cache=lf.block.Cache(*room, 0))
 
 
+@pytest.mark.parametrize("what", ["nothing", "adapter"])
+def test_a_cache_that_does_not_fit_is_named(what: str) -> None:
+    """A row beyond the last of a cache, too: torch assigns one row to none of its own."""
+    block, (cos, sin) = _changed(what).requires_grad_(False), rope_cos_sin(TINY, 1)
+    x = torch.randn(2, 1, TINY.dim, dtype=torch.float64)
+    room = torch.randn(2, 4, TINY.n_kv_heads, TINY.head_dim, dtype=torch.float64)
+    before = room.clone()
+    for cache, message in (
+        (lf.block.Cache(room, room, 4), r"cache.k_BSGD has shape \(2, 4, 2, 16\), expected \(2, 5, 2, 16\)"),
+        (lf.block.Cache(room, room[:1], 0), r"cache.v_BSGD has shape \(1, 4, 2, 16\)"),
+        (lf.block.Cache(room.float(), room, 0), "cache.k_BSGD has dtype torch.float32, expected torch.float64"),
+        (lf.block.Cache(room, room, -1), "cache.used is -1, expected 0 or more"),
+        (lf.block.Cache(room, room, 1, (1,)), r"cache.starts is \(1,\), expected 2 numbers"),
+    ):
+        for module in (block, block.self_attn):
+            with pytest.raises(ValueError, match=message):
+                module(x, cos, sin, cache=cache)
+    for module in (block, block.self_attn):
+        with pytest.raises(ValueError, match="cu_seqlens is given beside a cache, expected one of the two"):
+            module(x[:1], cos, sin, torch.tensor([0, 1]).int(), lf.block.Cache(room[:1], room[:1], 0))
+    assert torch.equal(room, before)
+
+
+@pytest.mark.parametrize("what", ["nothing", "adapter"])
+def test_a_cache_of_another_kind(what: str) -> None:
+    class Growing:
+        rows: tuple[Tensor, ...] = ()
+
+        def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            self.rows = tuple(map(torch.cat, zip(self.rows, (k, v), strict=True), (1, 1))) if self.rows else (k, v)
+            return self.rows  # type: ignore[return-value]
+
+    block, (cos, sin), cache = _changed(what).requires_grad_(False), rope_cos_sin(TINY, 7), Growing()
+    x = torch.randn(2, 7, TINY.dim, dtype=torch.float64)
+    parts = [block(x[:, a:b], cos[a:b], sin[a:b], cache=cache) for a, b in ((0, 4), (4, 5), (5, 7))]
+    torch.testing.assert_close(torch.cat(parts, 1), block(x, cos, sin), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("what", ["adapter", "eps", "window", "hook"])
 def test_a_changed_block_compiles_without_graph_break(what: str) -> None:
     block = _changed(what)
