@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
 #include <string>
 #include <unordered_map>
 
@@ -56,7 +57,7 @@ struct type_caster<llama_fast::Tensor> {
     const auto data_ptr = reinterpret_steal<object>(PyObject_CallMethodNoArgs(src.ptr(), names[3]));
     if (!shape || !stride || !dtype || !data_ptr || !PyTuple_Check(shape.ptr()) || !PyTuple_Check(stride.ptr())) {
       PyErr_Clear();
-      return false;
+      throw std::invalid_argument("the native ops take dense tensors, which have a shape, strides and memory");
     }
     value.ndim = static_cast<int>(PyTuple_GET_SIZE(shape.ptr()));
     if (value.ndim > llama_fast::kMaxDims) throw std::invalid_argument("the native ops take at most 4 dimensions");

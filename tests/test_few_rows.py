@@ -162,7 +162,10 @@ def test_any_strides(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "what",
-    ["float64", "five rows", "head dim", "reference", "a path", "autocast", "a mode", "compiled", "gradients", "keys"],
+    [
+        *("float64", "five rows", "head dim", "reference", "a path", "autocast", "a mode", "compiled", "gradients"),
+        *("keys", "a sparse weight"),
+    ],
 )
 def test_what_the_ops_must_compute(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     head_dim = 12 if what == "head dim" else D
@@ -170,6 +173,8 @@ def test_what_the_ops_must_compute(what: str, monkeypatch: pytest.MonkeyPatch) -
     w, x = weights(dtype, head_dim), hidden(1, 5 if what == "five rows" else 2, dtype)
     if what == "gradients":
         x.requires_grad_()
+    if what == "a sparse weight":
+        w = w._replace(wup_FC=w.wup_FC.to_sparse())
     contexts: dict[str, Callable[[], Any]] = {
         "reference": lambda: lf.backend("reference"),
         "a path": lambda: linear.force("torch"),
