@@ -91,6 +91,7 @@ class Plan:
         self._places += [(vars(model), "config", model.config), (vars(model), "hidden", None)]
         embedding = self._child(model, "embed_tokens")
         self._called(embedding, nn.Embedding)
+        self._places.append((vars(embedding), "max_norm", None))  # rows that are too long would be shortened
         embed = self._weight(embedding)
         self._blocks = self._child(model, "layers")._modules
         self._layers = list(self._blocks.values())
