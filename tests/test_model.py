@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from llama_fast.block import POLICIES
 from llama_fast.config import LinearRopeScaling, LlamaConfig
 from llama_fast.model import Llama
+from llama_fast.ops.dispatch import NotSupported
 from llama_fast.plain import PlainLlama
 
 TINY = LlamaConfig.preset("tiny")
@@ -191,6 +193,22 @@ def test_bad_tokens_are_named() -> None:
         model([[1, 2]])
     with pytest.raises(ValueError, match=r"targets is a list: expected a torch.Tensor"):
         model.loss(torch.zeros(1, 2, dtype=torch.int64), [[1, 2]])
+
+
+@pytest.mark.parametrize("what", ["logits", "loss", "generate"])
+def test_vmap_is_refused_by_name(what: str) -> None:
+    """And not by torch, as a check that reads the tokens; that of plain PyTorch lets it pass."""
+    tokens = torch.randint(TINY.vocab_size, (3, 1, 5))
+    calls: dict[str, Any] = {
+        "logits": lambda model, row: model(row),
+        "loss": lambda model, row: model.loss(row, row),
+        "generate": lambda model, row: model.generate(row, max_new_tokens=2),
+    }
+    model, plain = Llama(TINY), PlainLlama(TINY)
+    with pytest.raises(NotSupported, match="do not take part in torch"):
+        torch.vmap(lambda row: calls[what](model, row))(tokens)
+    if what == "logits":
+        torch.testing.assert_close(torch.vmap(plain)(tokens), torch.stack([plain(row) for row in tokens]))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -47,8 +47,9 @@ def plain(*args: Any) -> bool:
 
 
 def readable(x: Tensor) -> bool:
-    """Whether a check may look at the values of `x`: at no cost (on a CPU), and outside of tracing."""
-    return not torch.compiler.is_compiling() and x.device.type == "cpu" and plain(x)
+    """Whether a check may look at the values of `x`: at no cost (on a CPU), outside of tracing and of torch.func."""
+    hidden = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return not hidden and x.device.type == "cpu" and plain(x)
 
 
 def autocast_dtype(x: Any) -> torch.dtype | None:
