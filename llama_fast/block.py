@@ -117,6 +117,8 @@ class BlockOptions:
             raise ValueError(f"block: head_dim is {self.head_dim}, expected an even number >= 2")
         number("eps", self.eps, "a number >= 0", 0.0)
         number("window", self.window, f"0 or a number of keys up to {table.WIDEST}", 0, table.WIDEST, whole=True)
+        for name in ("interleaved", "keep_residual"):
+            table.check_flag("block", name, getattr(self, name))
 
 
 class _Activations:
@@ -444,7 +446,11 @@ def _check(
     B, T, C = x.shape
     D = options.head_dim
     for name, p in (*zip(w._fields, w, strict=True), ("cos", cos), ("sin", sin)):
-        if p is not None and p.device != x.device:
+        if p is None and name in w._field_defaults:
+            continue
+        if not isinstance(p, Tensor):
+            raise ValueError(f"block: {name} is a {type(p).__name__}, expected a torch.Tensor")
+        if p.device != x.device:
             raise ValueError(f"block: {name} is on {p.device}, expected {x.device} as x")
     HD, GD, F = w.wq_HDxC.shape[0], w.wk_GDxC.shape[0], w.wgate_FC.shape[0]
     shapes = ((C,), (HD, C), (GD, C), (GD, C), (C, HD), (C,), (F, C), (F, C), (C, F), (HD,), (GD,), (GD,), (D,), (D,))

@@ -78,10 +78,15 @@ class SwiGLU(nn.Module):
         dim: C.
         ffn_dim: F.
         device, dtype: of the parameters.
+
+    Raises:
+        ValueError: a size is no positive integer.
     """
 
     def __init__(self, dim: int, ffn_dim: int, **like: Any) -> None:
         super().__init__()
+        for name, value in (("dim", dim), ("ffn_dim", ffn_dim)):
+            check_number("SwiGLU", name, value, "a positive integer", 1, whole=True)
         self.gate_proj = Linear(dim, ffn_dim, **like)
         self.up_proj = Linear(dim, ffn_dim, **like)
         self.down_proj = Linear(ffn_dim, dim, **like)

@@ -524,6 +524,8 @@ def test_bad_input_names_argument_value_and_expectation() -> None:
         transformer_block(x, w, cos, sin, BlockOptions(WIDE.head_dim, window=4), spans=((0, 3), (0, T)))
     with pytest.raises(ValueError, match=r"cos is a NoneType, expected a torch.Tensor"):
         transformer_block(x, w, None, sin, options)
+    with pytest.raises(ValueError, match=r"norm2_C is a NoneType, expected a torch.Tensor"):
+        transformer_block(x, w._replace(norm2_C=None), cos, sin, options)
     with pytest.raises(ValueError, match=r"x has B = 2, expected 1 with cu_seqlens"):
         transformer_block(x, w, cos, sin, options, cu_seqlens=torch.tensor([0, T], dtype=torch.int32))
     with pytest.raises(ValueError, match=r"cu_seqlens has shape \(2,\) and dtype torch.int64, expected \[N \+ 1\]"):
@@ -540,6 +542,8 @@ def test_bad_input_names_argument_value_and_expectation() -> None:
         ({"eps": float("nan")}, "eps is nan"),
         ({"window": -3}, r"window is -3, expected 0 or a number of keys up to 1073741824"),
         ({"window": 2.5}, "window is 2.5"),
+        ({"interleaved": "yes"}, "interleaved is 'yes', expected True or False"),
+        ({"keep_residual": None}, "keep_residual is None, expected True or False"),
     ):
         with pytest.raises(ValueError, match=message):
             BlockOptions(**{"head_dim": 16, **wrong})

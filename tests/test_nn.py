@@ -275,3 +275,12 @@ def test_what_is_changed_in_a_model_takes_effect(change: Callable[[lf.Llama], No
 def test_attention_names_a_size_that_cannot_be(sizes: tuple[Any, ...], expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         lf.nn.Attention(*sizes)
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, None])
+def test_swiglu_and_a_block_name_a_width_that_cannot_be(size: Any) -> None:
+    expected = f"ffn_dim is {size}, expected a positive integer"
+    with pytest.raises(ValueError, match=expected):
+        lf.nn.SwiGLU(64, size)
+    with pytest.raises(ValueError, match=expected):
+        lf.nn.TransformerBlock(64, 4, size)
