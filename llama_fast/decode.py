@@ -88,7 +88,8 @@ class Plan:
         if type(model) is not Llama or type(cache) is not KVCache:
             raise _Changed
         self._classes.append((model, Llama))
-        self._places += [(vars(model), "config", model.config), (vars(model), "hidden", None)]
+        self._places.append((vars(model), "config", model.config))
+        self._places += [(vars(model), name, None) for name in ("hidden", "rope_tables")]
         embedding = self._child(model, "embed_tokens")
         self._called(embedding, nn.Embedding)
         self._places.append((vars(embedding), "max_norm", None))  # rows that are too long would be shortened
