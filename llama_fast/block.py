@@ -532,7 +532,7 @@ def transformer_block(
             if p is not None and p.dtype != dtype:
                 raise ValueError(f"block: {name} has dtype {p.dtype}, expected {dtype} as x")
     if cache is not None:
-        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in weights.given())):
+        if recorded(x, *weights):  # in forward mode too, where the kernels would drop the tangents
             raise ValueError("block: cache is given while gradients are recorded, expected torch.no_grad()")
         if return_keys:
             raise ValueError("block: return_keys is True beside a cache, expected one of the two")

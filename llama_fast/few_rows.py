@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from llama_fast.ops import linear, native
 from llama_fast.ops.dispatch import forced, plain
@@ -42,7 +41,6 @@ def before(
         and forced() in (None, "cpu")
         and linear.forced() is None
         and type(options.collectives) is Single
-        and forward_ad._current_level < 0
     ):
         return None
     D = options.head_dim

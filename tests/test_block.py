@@ -10,6 +10,7 @@ import pytest
 import torch
 from numerics import TARGETS, target
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from llama_fast import block_attention, plain
@@ -340,6 +341,18 @@ def test_what_stands_beside_a_cache_is_no_packed_sequence_and_no_second_span() -
         with pytest.raises(ValueError, match=r"spans are given beside cache.starts, expected one of the two"):
             call(spans=((0, 5),), cache=Cache(room, room, 3, (1,)))
         assert torch.equal(room, before)
+
+
+@pytest.mark.parametrize("length", [1, 9])
+def test_tangents_do_not_go_into_a_cache(length: int) -> None:
+    layer = _plain_block(WIDE, torch.float32).layers[0].requires_grad_(False)
+    room, x = torch.zeros(1, length, WIDE.n_kv_heads, WIDE.head_dim), torch.randn(1, length, WIDE.dim)
+    with forward_ad.dual_level(), torch.no_grad():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(ValueError, match="cache is given while gradients are recorded"):
+            transformer_block(
+                dual, _weights(layer), *rope_cos_sin(WIDE, length), BlockOptions(16), cache=Cache(room, room, 0)
+            )
 
 
 @pytest.mark.parametrize("length", [1, 9])
