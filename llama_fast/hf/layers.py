@@ -50,9 +50,10 @@ def watched(module: Any) -> str | None:
     own = module.__dict__
     if "forward" in own and not is_forward_of(own["forward"], module, type(module)) and not _only_placed(module):
         return "a forward of its own"
-    if any(getattr(hook, "__module__", None) != _RECORDER for hook in module._forward_hooks.values()):
+    hooks = own["_forward_hooks"]
+    if hooks and any(getattr(hook, "__module__", None) != _RECORDER for hook in hooks.values()):
         return "a hook"
-    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return "a hook"
     return "a hook, as all modules have" if any(_GLOBAL_HOOKS) else None
 
@@ -83,7 +84,7 @@ def _only_placed(module: Any) -> bool:
 
 
 def _plain_tensors(*tensors: Tensor) -> bool:
-    return all(type(t) in (nn.Parameter, Tensor) for t in tensors)
+    return all([type(t) in (nn.Parameter, Tensor) for t in tensors])
 
 
 def is_a(module: Any) -> str:
@@ -95,9 +96,11 @@ def linear_objection(module: Any) -> str | None:
     """Why a projection is called as a module, or None where its weight, and bias if it has one, are used directly."""
     if type(module) is not nn.Linear:
         return is_a(module)
-    for name, p in (("weight", module.weight), ("bias", module.bias)):
-        if p is not None and not _plain_tensors(p):
-            return f"has a {type(p).__name__} for a {name}"
+    weight, bias = module.weight, module.bias
+    if not _plain_tensors(weight):
+        return f"has a {type(weight).__name__} for a weight"
+    if bias is not None and not _plain_tensors(bias):
+        return f"has a {type(bias).__name__} for a bias"
     found = watched(module)
     return found and f"has {found}"
 
