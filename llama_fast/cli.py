@@ -394,6 +394,7 @@ def train(
 
     llama_fast.keep_host_memory()
     sizes = run.config_for(config, seq_len, vocab_size)
+    run.check_room(config, sizes)
     settings = Settings(
         Recipe(steps, lr=lr, warmup_steps=min(2000, steps // 10) if warmup is None else warmup),
         batch_size,

@@ -255,6 +255,7 @@ def test_plain_starts_from_the_same_loss(llama_fast_program: Any, text: Path, tm
         (["bench", "--op", "rms_norm", "--json", "/no/such/folder/x.json"], "/no/such/folder/x.json"),
         (["bench", "--op", "rms_norm", "--case", "C1"], "no benchmark has a case of them whose name contains 'C1'"),
         (["train", "--out", "OUT", "--config", "llama-8b"], "preset 'llama-8b': no such name"),
+        (["train", "--out", "OUT", "--config", "llama-65b"], "config llama-65b: weights, gradients and the optimizer"),
         (["train", "--out", "OUT", "--data", "/no/such/file"], "'/no/such/file' does not exist"),
         (["train", "--out", "OUT", "--seq-len", "4096"], "seq_len = 4096: expected at most max_seq_len = 512"),
         (["train", "--out", "OUT", "--steps", "0"], "steps = 0"),

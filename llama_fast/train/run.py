@@ -7,6 +7,7 @@ checkpoints `step_N/`: all that `llama-fast generate` needs.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from llama_fast import checkpoint
 from llama_fast.config import LlamaConfig
 from llama_fast.files import write_atomically
+from llama_fast.plan import STATES
 from llama_fast.tokenizer import Tokenizer
 from llama_fast.train.data import Source, TokenDataset, build_token_file, default_sources, parse_data_args
 
@@ -131,6 +133,21 @@ def config_for(name: str, seq_len: int, vocab_size: int | None) -> LlamaConfig:
     if seq_len > config.max_seq_len:
         raise ValueError(f"seq_len = {seq_len}: expected at most max_seq_len = {config.max_seq_len} of {name}")
     return config if vocab_size is None else dataclasses.replace(config, vocab_size=vocab_size)
+
+
+def check_room(name: str, config: LlamaConfig) -> None:
+    """Whether this machine's memory could hold the states of a run of the preset `name`; else the system would end it.
+
+    Raises:
+        ValueError: it could not.
+    """
+    a_parameter = sum(STATES["float32"])
+    needed, room = a_parameter * config.n_params, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > room:
+        raise ValueError(
+            f"config {name}: weights, gradients and the optimizer take {needed / 2**30:.0f} GiB, {a_parameter} bytes a "
+            f"parameter: expected no more than this machine's memory, {room / 2**30:.0f} GiB"
+        )
 
 
 def find_checkpoint(path: Path) -> Path:
