@@ -458,7 +458,8 @@ def derive(theirs: Any, part: Any, module: str, **attributes: Any) -> Any:
     members = {"__module__": module, "__qualname__": theirs.__name__, "__doc__": part.__doc__, "forward": forward}
     members |= {"_part": part, "_stock": theirs, "stock_forward": theirs.forward}
     members |= {"_parameters_of_forward": layout.parameters(theirs.forward), **attributes}
-    ours = _Recorded(theirs.__name__, (part, theirs), members)
+    meta: Any = _Recorded if part in (Attention, DecoderLayer) else type
+    ours = meta(theirs.__name__, (part, theirs), members)
     setattr(sys.modules[module], theirs.__name__, ours)
     return ours
 
