@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 from hf_pairs import (
+    BEFORE_5,
     DTYPE,
+    VOCABULARY,
     B,
     Case,
     T,
@@ -225,6 +227,23 @@ def test_compiled(kind: str) -> None:
     got = torch.compile(ours, fullgraph=True, backend=aot_autograd(fw_compiler=note))(ids).logits
     torch.testing.assert_close(got, model(ids).logits, rtol=1e-4, atol=1e-4)
     assert "llama_fast.attention_fwd.default" in seen
+
+
+@pytest.mark.parametrize("where", ["fake", "meta", "another default device"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_window_where_numbers_cannot_be_looked_at(kind: str, where: str) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    if where == "meta" and BEFORE_5:
+        pytest.skip("transformers' own rotary tables are not for tensors on it")
+    device = "meta" if where == "meta" else "cpu"
+    cached = where != "another default device"  # where transformers 5.x makes a sliding cache; else it reads positions
+    ours, ids = patched(_make(kind)).to(device), tokens().to(device)
+    with FakeTensorMode(allow_non_fake_inputs=True) if where == "fake" else torch.device("meta"):
+        for mask in (None, torch.ones_like(ids)):
+            logits = ours(ids, attention_mask=mask, use_cache=cached).logits
+            assert logits.shape == (B, T, VOCABULARY)
+            assert logits.device.type == device
 
 
 def test_what_is_laid_out_in_another_way_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

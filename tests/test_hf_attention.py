@@ -155,7 +155,7 @@ def test_any_other_mask_is_transformers_own() -> None:
 
 
 @pytest.mark.parametrize("hidden", ["fake", "in a CUDA graph"])
-@pytest.mark.parametrize("kind", ["padding", "packed", "packed within a window"])
+@pytest.mark.parametrize("kind", ["padding", "a window", "padding beside a window", "packed", "packed within a window"])
 def test_numbers_that_cannot_be_seen_are_not_looked_at(kind: str, hidden: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import masking_utils as m
@@ -168,9 +168,13 @@ def test_numbers_that_cannot_be_seen_are_not_looked_at(kind: str, hidden: str, m
             monkeypatch.setattr(Tensor, name, None)
     with mode:
         rows = torch.ones(B, T, dtype=torch.long)
-        order = m.causal_mask_function if kind == "packed" else m.sliding_window_causal_mask_function(4)
-        packed = m.and_masks(order, m.packed_sequence_mask_function(rows))
-        call = {"attention_mask": rows.bool()} if kind == "padding" else {"mask_function": packed}
+        call: dict[str, Any] = {"mask_function": m.causal_mask_function}
+        if "window" in kind:
+            call = {"mask_function": m.sliding_window_causal_mask_function(4), "local_size": 4}
+        if "packed" in kind:
+            call["mask_function"] = m.and_masks(call["mask_function"], m.packed_sequence_mask_function(rows))
+        if "padding" in kind:
+            call["attention_mask"] = rows.bool()
         assert _mask(T, T, **call).shape[-2:] == (T, T)
 
 

@@ -38,11 +38,11 @@ _UNKNOWN = ("softcap", "s_aux", "sinks", "indices", "block_indices")
 
 
 def _hidden(x: Tensor | None = None) -> bool:
-    """Whether the numbers of tensors, of `x` above all, cannot be read: in a trace, a CUDA graph, a fake tensor."""
+    """Whether the numbers of tensors, of `x` above all, cannot be read: in a trace or a CUDA graph, or it has none."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or isinstance(x, FakeTensor)
+        or (x is not None and (isinstance(x, FakeTensor) or x.is_meta))
         or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
     )
 
@@ -112,12 +112,13 @@ def mask(
         elif allow_is_causal_skip and (window is None or not _hidden()):
             offset = kwargs.get("q_offset", 0) if positions is None else positions[0]
             if _last_at_last(offset, length, kv_offset, kv_length):
-                if attention_mask is None:
-                    return None if window is None else torch.tensor([0, kv_length, window])[None, None, None]
-                padded = attention_mask.shape[-1] == kv_offset + kv_length and not _hidden(attention_mask)
-                spans = _spans(attention_mask[:, kv_offset:], length, window) if padded else None
-                if spans is not None:
-                    return _short(spans, kv_length, window)
+                spans: list[list[int]] | None = [[0, kv_length]]
+                if attention_mask is not None:
+                    padded = attention_mask.shape[-1] == kv_offset + kv_length and not _hidden(attention_mask)
+                    spans = _spans(attention_mask[:, kv_offset:], length, window) if padded else None
+                short = None if spans is None else _short(spans, kv_length, window)
+                if spans is not None and (short is None or not _hidden(short)):
+                    return short
     return sdpa_mask(
         batch_size=batch_size,
         kv_length=kv_length,
@@ -147,9 +148,11 @@ def _packed(sequences: Tensor, window: int | None) -> Tensor:
 def _short(spans: list[list[int]], S: int, window: int | None) -> Tensor | None:
     """The short mask of rows that see the keys of their spans alone."""
     whole = all(span == [0, S] for span in spans)
-    if window is None:
-        return None if whole else torch.tensor(spans)[:, None, None]
-    return torch.tensor([[*span, window] for span in (spans[:1] if whole else spans)])[:, None, None]
+    if window is not None:
+        spans = [[*span, window] for span in (spans[:1] if whole else spans)]
+    elif whole:
+        return None
+    return torch.tensor(spans, device="cpu")[:, None, None]
 
 
 def _spans(seen: Tensor, T: int, window: int | None) -> list[list[int]] | None:
