@@ -246,6 +246,18 @@ def test_a_window_where_numbers_cannot_be_looked_at(kind: str, where: str) -> No
             assert logits.device.type == device
 
 
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_layer_compiled(kind: str, call: str) -> None:
+    """Their masks are made outside, of numbers that a trace cannot look at."""
+    stock, case = _make(kind).double(), CALLS[call]
+    ours = patched(stock)
+    torch.compiler.reset()
+    for layer in ours.model.layers:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    assert_close(*(run(model, case.rows, **case.call) for model in (ours, stock, exact(stock))))
+
+
 def test_what_is_laid_out_in_another_way_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the others stay."""
     import importlib.util

@@ -176,16 +176,19 @@ def four_dimensional(mask: Tensor | None, B: int, T: int, S: int, device: torch.
     causal = torch.ones(T, S, dtype=torch.bool, device=device).tril_(S - T)[None, None]
     if mask is None:
         return causal
-    what = seen(mask.to(device))
-    if what.window is not None:
-        causal = causal.triu(S - T - what.window + 1)
-    if what.spans is not None:
-        key, (begin, end) = torch.arange(S, device=device), mask.to(device)[..., :2].unsqueeze(-2).unbind(-1)
-        return causal & (begin <= key) & (key < end)
-    if what.cu_seqlens is None:
-        return causal
-    sequence = torch.bucketize(torch.arange(B * T, device=device), what.cu_seqlens[1:], right=True).view(B, 1, T)
-    return causal & (sequence.unsqueeze(3) == sequence.unsqueeze(2))
+    mask, key = mask.to(device), torch.arange(S, device=device)
+    window: list[Tensor]  # the number, if there is one, which a trace cannot look at
+    if mask.dtype == torch.int64:
+        begin, end, *window = mask.unsqueeze(-2).unbind(-1)
+        sees = (begin <= key) & (key < end)
+    else:
+        begins, *window = mask[0, 0].unbind(0)
+        sequence = torch.bucketize(torch.arange(B * T, device=device), begins[1:], right=True).view(B, 1, T)
+        sees = sequence.unsqueeze(3) == sequence.unsqueeze(2)
+        window = [number[0] for number in window]
+    for number in window:
+        sees = sees & (key > key[S - T :, None] - number)
+    return causal & sees
 
 
 def is_causal_alone(mask: Tensor | None) -> bool:
@@ -199,6 +202,11 @@ def is_short(mask: Tensor) -> bool:
     if mask.dtype == torch.int64:
         return shape[1:] in ((1, 1, 2), (1, 1, 3))
     return mask.dtype == torch.int32 and shape[:-1] in ((1, 1, 1), (1, 1, 2))
+
+
+def _has_numbers(mask: Tensor) -> bool:
+    """Whether `seen` looks at the numbers of a short mask: at all but where packed sequences begin."""
+    return mask.dtype == torch.int64 or mask.shape[2] > 1
 
 
 class Seen(NamedTuple):
@@ -248,6 +256,8 @@ def objection(mask: Tensor | None, dropout: float, kwargs: dict[str, Any]) -> st
         return f"attention dropout of {dropout:g}"
     if mask is not None and not is_short(mask):
         return "a mask that is not causal"
+    if mask is not None and _has_numbers(mask) and torch.compiler.is_compiling():
+        return "a mask whose numbers a compiled layer cannot look at"
     return next((f"{name} is given" for name in (*_SDPA_ONLY, *_UNKNOWN) if kwargs.get(name) is not None), None)
 
 
