@@ -143,6 +143,15 @@ def test_patch_and_unpatch(kind: str) -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_the_report_names_a_norm_of_heads_that_is_not_ours() -> None:
+    model = _make("Qwen3")
+    model.model.layers[1].self_attn.k_norm = nn.RMSNorm(model.config.head_dim)
+    _, first, second, *_ = lf.hf.report(lf.hf.patch(model)).splitlines()
+    assert first == "model.layers.0: block, recompute-cheap"
+    assert second.startswith("model.layers.1: ops, for k_norm is a torch RMSNorm: llama_fast: rms_norm, rope, ")
+    assert second.endswith("transformers: k_norm is a torch RMSNorm")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_fused_loss(kind: str) -> None:
     stock = _make(kind)

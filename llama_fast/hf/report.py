@@ -17,6 +17,7 @@ from llama_fast.hf.layers import (
     Attention,
     DecoderLayer,
     activation_objection,
+    head_norms,
     is_a,
     is_ours,
     linear_objection,
@@ -86,8 +87,11 @@ def _parts(layer: Any) -> Iterator[str]:
     attn, mlp = layer.self_attn, layer.mlp
     fast: list[str] = []
     slow: list[str] = []
-    for name in ("input_layernorm", "post_attention_layernorm"):
-        found = norm_objection(getattr(layer, name))
+    norms = {name: getattr(layer, name) for name in ("input_layernorm", "post_attention_layernorm")}
+    if is_ours(attn, Attention):
+        norms |= {name: getattr(attn, name) for name in head_norms(attn)}
+    for name, norm in norms.items():
+        found = norm_objection(norm)
         (slow if found else fast).append(f"{name} {found}" if found else "rms_norm")
     if not is_ours(attn, Attention):
         slow.append(f"self_attn {is_a(attn)}")
