@@ -163,7 +163,12 @@ CHAIN_BUGS = {
     "no barrier before the release": ("__syncthreads();  // this one has", "", "of total, which"),
     "an atomic without release": ("ptx::red_release_gpu_add(turn, 1)", "atomicAdd(turn, 1)", "of total, which"),
     "two blocks in one row": ("doubled[b * kColumns + c] =", "doubled[c] =", "st.global writes .* of doubled, which"),
-    "a counter that is read plainly": ("ptx::ld_acquire_gpu(turn) != b", "turn[0] != b", "ld.global reads .* of turn"),
+    "a counter that is read plainly": (
+        "ptx::ld_acquire_gpu(turn) != b",
+        "turn[0] != b",
+        # told by whichever of the two comes second
+        r"(ld\.global reads .* of turn|of turn, which .* reads \(ld\.global\))",
+    ),
     "a promise of constant memory that is broken": (
         "const float mine = doubled[b * kColumns + kColumns - 1 - c];",
         "const float mine = bit_cast<float>(ptx::ld_global_nc_v4(doubled + b * kColumns).x);",
