@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from numerics import instruction_set
 from torch import Tensor, nn
 
 import llama_fast as lf
@@ -21,7 +22,6 @@ from llama_fast.config import LlamaConfig
 from llama_fast.generate import KVCache
 from llama_fast.model import Llama
 from llama_fast.ops import linear, native
-from tests.numerics import instruction_set
 
 pytestmark = pytest.mark.skipif(not native.isas(), reason="the native library is not built")
 
