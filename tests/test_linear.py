@@ -344,11 +344,16 @@ def test_sparse_operands_are_plain_torchs(convert: Callable[[Tensor], Tensor], p
 @tiled(torch.bfloat16)
 def test_the_frozen_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "_amx", False)
-    monkeypatch.setattr(linear, "_amd_family", 25)
-    for form in linear.FORMS:
-        assert linear.choose(form, torch.float32, 2048, 2048, 2048) == "torch"
-    monkeypatch.setattr(linear, "_amd_family", 26)
     f32, bf16, f16, f64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+    monkeypatch.setattr(linear, "_amd_family", 0)  # another maker's
+    for form in linear.FORMS:
+        for dtype in (f32, bf16):
+            assert linear.choose(form, dtype, 2048, 2048, 2048) == "torch"
+    for family, path in ((25, "torch"), (26, "brgemm")):
+        monkeypatch.setattr(linear, "_amd_family", family)
+        for dtype in (f32, bf16):
+            assert linear.choose("tn", dtype, 2048, 2048, 2048) == "brgemm"
+        assert linear.choose("tn", f32, 2048, 2048, 64) == path
     for form in linear.FORMS:
         assert linear.choose(form, f32, 2048, 2048, 2048) == "brgemm"
         assert linear.choose(form, bf16, 2048, 2048, 2048) == "brgemm"
@@ -369,7 +374,7 @@ def test_the_frozen_choice(monkeypatch: pytest.MonkeyPatch) -> None:
         assert linear.choose(form, bf16, M, N, K) == "torch"
     assert linear.choose("tn", f32, 2048, 2048, 1) == "torch"
     assert linear.explain("nn", bf16, 512, 2048, 32000).startswith("nn bfloat16 [512, 2048] over 32000: brgemm (")
-    monkeypatch.setattr(linear, "_amd_family", 25)
+    monkeypatch.setattr(linear, "_amd_family", 0)
     assert linear.choose("nn", bf16, 512, 2048, 32000) == "transposed"
 
 

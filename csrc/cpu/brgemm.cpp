@@ -100,7 +100,7 @@ constexpr int64_t kRows = 256;    // of a tile
 constexpr int64_t kColumns = 64;  // of a tile: four registers of 16 lanes
 constexpr int64_t kRowStep = 8;   // the last rows are padded to a multiple: each number of rows is a kernel of its own
 constexpr int64_t kMostRows = 8 * kRows;  // for which a panel of b is packed once
-constexpr int64_t kPacked = 8 << 20;      // bytes of a's that are packed at a time: they stay in the last cache
+constexpr int64_t kPacked = 17 << 20;     // bytes of a's that are packed at a time: they stay in the last cache
 constexpr int64_t kWaiting = 8 << 20;     // bytes of the tiles that wait for their next terms
 constexpr int64_t kAhead = 16;     // units, of which an operand's memory is asked for: its next rows, two to eight
                                    // cache lines each and far from each other, are what the processor does not foresee
@@ -293,20 +293,26 @@ void brgemm(const Operand<T>& a, const Operand<T>& b, int64_t M, int64_t N, int6
   constexpr bool kPairs = F::kTerms > 1;
   const auto kernel = F::kernel();
   const auto release = kernels().release;
-  const int64_t units = round_up(blocks_of(K, F::kTerms), F::kStep), deep = std::min(units, piece(units, kMost, kPart));
+  // Terms go by pieces of `deep` units, a multiple of kPart, and these by parts. A row of a piece of a's is packed as
+  // one: behind a part's end stands what the next part reads, and that is what the processor fetches ahead. Rows lie an
+  // odd number of cache lines apart, so that they share no set of a cache.
+  const int64_t units = round_up(blocks_of(K, F::kTerms), F::kStep);
+  const int64_t deep = units <= kPart ? units : piece(units, kMost, kPart);
+  const int64_t a_stride = units <= kPart ? units : deep + kCacheLine<float>;
+  const int64_t a_row = blocks_of(units, deep) * a_stride;
   const int64_t chunks = blocks_of(N, kColumns), threads = max_threads();
   // Whole blocks of a are read where they lie, if there are any, terms lie side by side, none is missing, and the rows
   // are no further apart than the kernel takes: it counts the bytes of a block in 31 bits.
   const bool direct = !std::is_same_v<T, f16> && M >= kRows && a.term_stride == 1 && K == units * F::kTerms &&
                       a.line_stride <= INT32_MAX / (kRows * static_cast<int64_t>(sizeof(T))) &&
                       may_read<T>(a.line_stride);
-  const int64_t most = direct ? kMostRows : std::clamp(kPacked / 4 / units / kRows * kRows, kRows, kMostRows);
+  const int64_t most = direct ? kMostRows : std::clamp(kPacked / 4 / a_row / kRows * kRows, kRows, kMostRows);
   const int64_t row_piece = std::min(round_up(M, kRowStep), piece(M, most, kRows));
   // Where the terms come in pieces, all columns of a group take one before any takes the next, so that a's is read from
   // the last cache; their tiles wait. Else a tile is done at once.
   const bool waits = deep < units;
   const int64_t group = waits ? std::clamp(kWaiting / (row_piece * kColumns * 4), int64_t{1}, chunks) : chunks;
-  const Scratch<uint32_t> a_packed((!direct ? row_piece : M % kRows == 0 ? 0 : std::min(row_piece, kRows)) * units);
+  const Scratch<uint32_t> a_packed((!direct ? row_piece : M % kRows == 0 ? 0 : std::min(row_piece, kRows)) * a_row);
   const Scratch<uint32_t> panels(threads * deep * kColumns);
   const Scratch<float> tiles((waits ? group * blocks_of(row_piece, kRows) : threads) * kRows * kColumns);
   const bool streamed = !accumulate && should_stream(M * N * static_cast<int64_t>(sizeof(Out)));
@@ -314,12 +320,14 @@ void brgemm(const Operand<T>& a, const Operand<T>& b, int64_t M, int64_t N, int6
   for (int64_t m0 = 0; m0 < M; m0 += row_piece) {
     const int64_t rows = std::min(row_piece, M - m0), row_blocks = blocks_of(rows, kRows);
     const auto height_of = [&](int64_t i) { return std::min(kRows, round_up(rows - i * kRows, kRowStep)); };
-    // what is packed of a: from this block on; each part of the terms one after the other, in it row by row
+    // what is packed of a: from this block on; each piece of the terms one after the other, in it row by row
     const int64_t first_packed = direct ? rows / kRows : 0, parts = blocks_of(units, kPart);
-    const auto packed = [&](int64_t i) { return a_packed.data() + (i - first_packed) * kRows * units; };
+    const auto packed = [&](int64_t i, int64_t k) {
+      return a_packed.data() + (i - first_packed) * kRows * a_row + height_of(i) * (k / deep) * a_stride + k % deep;
+    };
     parallel_tasks((row_blocks - first_packed) * parts, [&](int64_t task, int64_t) {
       const int64_t i = first_packed + task / parts, k = task % parts * kPart, width = std::min(kPart, units - k);
-      pack(a, m0 + i * kRows, height_of(i), M, k, width, K, packed(i) + height_of(i) * k, width, 1);
+      pack(a, m0 + i * kRows, height_of(i), M, k, width, K, packed(i, k), a_stride, 1);
     });
     for (int64_t c0 = 0; c0 < chunks; c0 += group) {
       for (int64_t u0 = 0; u0 < units; u0 += deep) {
@@ -335,11 +343,11 @@ void brgemm(const Operand<T>& a, const Operand<T>& b, int64_t M, int64_t N, int6
           try {
             for (int64_t k = u0; k < u1; k += kPart) {
               const int64_t terms = std::min(kPart, u1 - k) * F::kTerms;
-              const void* from = i < first_packed ? static_cast<const void*>(a.at(m0 + i * kRows, k * F::kTerms))
-                                                  : packed(i) + height * k;
-              kernel(height, kColumns, terms, i < first_packed ? a.line_stride : terms, kColumns, kColumns, k > 0,
-                     static_cast<const Element*>(from), reinterpret_cast<const Element*>(panel + (k - u0) * kColumns),
-                     tile, kPairs);
+              const void* from =
+                  i < first_packed ? static_cast<const void*>(a.at(m0 + i * kRows, k * F::kTerms)) : packed(i, k);
+              kernel(height, kColumns, terms, i < first_packed ? a.line_stride : a_stride * F::kTerms, kColumns,
+                     kColumns, k > 0, static_cast<const Element*>(from),
+                     reinterpret_cast<const Element*>(panel + (k - u0) * kColumns), tile, kPairs);
             }
           } catch (...) {
             failed = true;
