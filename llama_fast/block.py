@@ -5,7 +5,8 @@
     n2 = rms_norm(h)         gate = n2 Wg^T    up = n2 Wu^T
     y  = h + (silu(gate) up) Wd^T
 
-Qwen2 adds biases to q, k and v; Qwen3 norms q and k, each head for itself, before rotary.
+Qwen2 adds biases to q, k and v; Qwen3 norms q and k, each head for itself, before rotary. Each product may have an
+addition of low rank (`llama_fast.low_rank`).
 
 What a policy keeps between forward and backward, a layer; all else is computed again in the backward:
 
@@ -32,6 +33,7 @@ D head dim.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -40,6 +42,7 @@ from torch import Tensor
 
 from llama_fast import few_rows
 from llama_fast.block_attention import AnyCache, Cache, Spans, attend, attend_bwd, check_cache, check_spans
+from llama_fast.low_rank import LowRank, Products, check_added, tensors
 from llama_fast.ops import linear, table
 from llama_fast.ops.attention import check_packed
 from llama_fast.ops.dispatch import (
@@ -161,10 +164,6 @@ def _kept(policy: str, w: Weights) -> frozenset[str]:
     return kept if w.normq_D is None or "q_BTHD" not in kept else kept - {"q_BTHD", "k_BTGD"} | _RAW
 
 
-def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if bias is None else bias.to(dtype)
-
-
 def _turned(
     q: Tensor,
     k: Tensor,
@@ -204,8 +203,7 @@ def _head_norm_bwd(
 
 def _forward(
     x_BTC: Tensor,
-    w: Weights,
-    dtype: torch.dtype,
+    products: Products,
     cos: Tensor,
     sin: Tensor,
     cu_seqlens: Tensor | None,
@@ -218,9 +216,9 @@ def _forward(
 ) -> tuple[_Activations, Tensor, Tensor]:
     """The forward up to the last product: the activations that are `kept`, and act and h, which `_result` takes.
 
-    All else is freed as soon as it has been used, a weight's copy in the `dtype` of the computation too. attended: the
-    attention's results, where they are known.
+    All else is freed as soon as it has been used. attended: the attention's results, where they are known.
     """
+    w, dtype = products.w, products.dtype
     B, T, C = x_BTC.shape
     D, join = options.head_dim, options.collectives
     stream = x_BTC.dtype
@@ -233,9 +231,9 @@ def _forward(
     del n1_RC
     tokens = cos.shape[1]  # of the whole sequence, where x holds a part of it
     q, k, v = (
-        linear.nt(n1_all, w.wq_HDxC.to(dtype), _cast(w.bq_HD, dtype)),
-        linear.nt(n1_all, w.wk_GDxC.to(dtype), _cast(w.bk_GD, dtype)),
-        linear.nt(n1_all, w.wv_GDxC.to(dtype), _cast(w.bv_GD, dtype)),
+        products.nt("wq_HDxC", n1_all, w.bq_HD),
+        products.nt("wk_GDxC", n1_all, w.bk_GD),
+        products.nt("wv_GDxC", n1_all, w.bv_GD),
     )
     del n1_all
     q, k, v = (t.view(B, tokens, t.shape[1] // D, D) for t in (q, k, v))
@@ -245,7 +243,7 @@ def _forward(
     out_BTHD, lse_BHT = attended or attend(q, k, v, cu_seqlens, options, backend, spans, cache)
     a.put(kept, out_BTHD=out_BTHD, lse_BHT=lse_BHT)
     del q, k, v
-    attended_RC = join.reduce(linear.nt(out_BTHD.flatten(2).flatten(0, 1), w.wo_CxHD.to(dtype))).to(stream)
+    attended_RC = join.reduce(products.nt("wo_CxHD", out_BTHD.flatten(2).flatten(0, 1))).to(stream)
     del out_BTHD
     n2_RC, h_RC, rstd2_R = _add_rms_norm_fwd(attended_RC, x_RC, w.norm2_C.to(stream), options.eps, backend=backend)
     del attended_RC
@@ -253,7 +251,7 @@ def _forward(
     a.put(kept, h_RC=h_RC, n2_RC=n2_RC, rstd2_R=rstd2_R)
     n2_all = join.gather(n2_RC)
     del n2_RC
-    gate_RF, up_RF = linear.nt(n2_all, w.wgate_FC.to(dtype)), linear.nt(n2_all, w.wup_FC.to(dtype))
+    gate_RF, up_RF = products.nt("wgate_FC", n2_all), products.nt("wup_FC", n2_all)
     del n2_all
     a.put(kept, gate_RF=gate_RF, up_RF=up_RF)
     into = () if "gate_RF" in kept else (gate_RF,)
@@ -262,9 +260,9 @@ def _forward(
     return a, act_RF, h_RC
 
 
-def _result(act_RF: Tensor, h_RC: Tensor, w: Weights, options: BlockOptions, shape: torch.Size) -> Tensor:
+def _result(act_RF: Tensor, h_RC: Tensor, products: Products, options: BlockOptions, shape: torch.Size) -> Tensor:
     """The last product and sum of the forward: y, [B, T, C] = `shape`."""
-    y_RC = options.collectives.reduce(linear.nt(act_RF, w.wdown_CF.to(act_RF.dtype))).to(h_RC.dtype)
+    y_RC = options.collectives.reduce(products.nt("wdown_CF", act_RF)).to(h_RC.dtype)
     # in place, unless a dispatch mode has seen the product: selective checkpointing may keep it
     alone = torch.compiler.is_compiling() or plain(y_RC)
     y_RC = y_RC.add_(h_RC) if alone else y_RC + h_RC
@@ -275,13 +273,11 @@ def _result(act_RF: Tensor, h_RC: Tensor, w: Weights, options: BlockOptions, sha
 def _backward(
     dy_BTC: Tensor,
     x_BTC: Tensor,
-    w: Weights,
-    dtype: torch.dtype,
+    products: Products,
     cos: Tensor,
     sin: Tensor,
     cu_seqlens: Tensor | None,
     a: _Activations,
-    needs: Weights,
     options: BlockOptions,
     backend: str | None,
     spans: Spans | None,
@@ -289,11 +285,12 @@ def _backward(
     dk_BTGD: Tensor | None = None,
     dv_BTGD: Tensor | None = None,
 ) -> tuple[Tensor, Weights]:
-    """Gradients of x and of the weights; `needs` holds a bool for each weight, `None` stands where it is False.
+    """Gradients of x and of the weights, `None` where none is needed; those of what is of low rank are in `products`.
 
     Takes each activation out of `a` for its last use. dk, dv: gradients of the keys after rotary and of the values from
     outside the block. own: nobody else reads gate and up any more, so that their gradients may take their place.
     """
+    w, needs, dtype = products.w, products.needs, products.dtype
     B, T, C = x_BTC.shape
     join, eps = options.collectives, options.eps
     stream = x_BTC.dtype
@@ -301,27 +298,26 @@ def _backward(
 
     dy_all = join.gather(dy_RC.to(dtype))
     gate_RF, up_RF, act_RF = a.take("gate_RF"), a.take("up_RF"), a.take("act_RF")
-    if act_RF is None and needs.wdown_CF:
+    if act_RF is None and products.reads("wdown_CF"):
         (act_RF,) = _swiglu_fwd(gate_RF, up_RF, backend=backend)
-    dwdown = linear.tn(dy_all, act_RF).to(w.wdown_CF.dtype) if needs.wdown_CF else None
+    dwdown = products.tn("wdown_CF", dy_all, act_RF)
     del act_RF
-    dact_RF = linear.nn(dy_all, w.wdown_CF.to(dtype))
+    dact_RF = products.nn("wdown_CF", dy_all)
     del dy_all
     into = (gate_RF, up_RF) if own else ()
     dgate_RF, dup_RF = _swiglu_bwd(dact_RF, gate_RF, up_RF, backend=backend, into=into)
     del dact_RF, gate_RF, up_RF, into
     dwgate = dwup = None
     n2_RC = a.take("n2_RC")
-    if needs.wgate_FC or needs.wup_FC:
+    if products.reads("wgate_FC", "wup_FC"):
         n2_RC = n2_RC if n2_RC is not None else _rms_norm_fwd(a["h_RC"], w.norm2_C.to(stream), eps, backend=backend)[0]
         n2_all = join.gather(n2_RC.to(dtype))
-        dwgate = linear.tn(dgate_RF, n2_all).to(w.wgate_FC.dtype) if needs.wgate_FC else None
-        dwup = linear.tn(dup_RF, n2_all).to(w.wup_FC.dtype) if needs.wup_FC else None
+        dwgate, dwup = products.tn("wgate_FC", dgate_RF, n2_all), products.tn("wup_FC", dup_RF, n2_all)
         del n2_all
     del n2_RC
-    dn2_RC = linear.nn(dgate_RF, w.wgate_FC.to(dtype))
+    dn2_RC = products.nn("wgate_FC", dgate_RF)
     del dgate_RF
-    dn2_RC = join.reduce(linear.nn(dup_RF, w.wup_FC.to(dtype), out=dn2_RC, accumulate=True)).to(stream)
+    dn2_RC = join.reduce(products.nn("wup_FC", dup_RF, dn2_RC)).to(stream)
     del dup_RF
     dh_RC, dnorm2 = _add_rms_norm_bwd(
         dn2_RC, dy_RC, a.take("h_RC"), w.norm2_C.to(stream), a["rstd2_R"], backend=backend
@@ -335,8 +331,8 @@ def _backward(
         q, k, rstdq, rstdk = _turned(rawq, rawk, w, stream, cos, sin, options, backend)
         qkv = q, k, qkv[2]
         del q, k
-    dwo = linear.tn(dh_all, out_BTHD.flatten(2).flatten(0, 1)).to(w.wo_CxHD.dtype) if needs.wo_CxHD else None
-    dout_BTHD = linear.nn(dh_all, w.wo_CxHD.to(dtype)).view(out_BTHD.shape)
+    dwo = products.tn("wo_CxHD", dh_all, out_BTHD.flatten(2).flatten(0, 1))
+    dout_BTHD = products.nn("wo_CxHD", dh_all).view(out_BTHD.shape)
     del dh_all
     dq, dk, dv = attend_bwd(dout_BTHD, *qkv, out_BTHD, lse_BHT, cu_seqlens, options, backend, spans)
     del dout_BTHD, qkv, out_BTHD, lse_BHT
@@ -354,17 +350,18 @@ def _backward(
     dbv = linear.sum_rows(dv).to(w.bv_GD.dtype) if w.bv_GD is not None and needs.bv_GD else None
     dwq = dwk = dwv = None
     n1_RC = a.take("n1_RC")
-    if needs.wq_HDxC or needs.wk_GDxC or needs.wv_GDxC:
+    if products.reads("wq_HDxC", "wk_GDxC", "wv_GDxC"):
         n1_RC = n1_RC if n1_RC is not None else _rms_norm_fwd(x_RC, w.norm1_C.to(stream), eps, backend=backend)[0]
         n1_all = join.gather(n1_RC.to(dtype))
-        dwq = linear.tn(dq, n1_all).to(w.wq_HDxC.dtype) if needs.wq_HDxC else None
-        dwk = linear.tn(dk, n1_all).to(w.wk_GDxC.dtype) if needs.wk_GDxC else None
-        dwv = linear.tn(dv, n1_all).to(w.wv_GDxC.dtype) if needs.wv_GDxC else None
+        dwq, dwk, dwv = (
+            products.tn("wq_HDxC", dq, n1_all),
+            products.tn("wk_GDxC", dk, n1_all),
+            products.tn("wv_GDxC", dv, n1_all),
+        )
         del n1_all
     del n1_RC
-    dn1_RC = linear.nn(dq, w.wq_HDxC.to(dtype))
-    linear.nn(dk, w.wk_GDxC.to(dtype), out=dn1_RC, accumulate=True)
-    dn1_RC = join.reduce(linear.nn(dv, w.wv_GDxC.to(dtype), out=dn1_RC, accumulate=True)).to(stream)
+    dn1_RC = products.nn("wk_GDxC", dk, products.nn("wq_HDxC", dq))
+    dn1_RC = join.reduce(products.nn("wv_GDxC", dv, dn1_RC)).to(stream)
     del dq, dk, dv
     dx_RC, dnorm1 = _add_rms_norm_bwd(dn1_RC, dh_RC, x_RC, w.norm1_C.to(stream), a["rstd1_R"], backend=backend)
     dnorm1, dnorm2 = dnorm1.to(w.norm1_C.dtype), dnorm2.to(w.norm2_C.dtype)
@@ -384,17 +381,19 @@ class _Block(torch.autograd.Function):
         options: BlockOptions,
         dtype: torch.dtype,
         with_keys: bool,
-        *weights: Any,
+        scales: dict[str, float],
+        *parameters: Any,
     ) -> Tensor | tuple[Tensor, ...]:
         backend = forced()
-        w = Weights(*weights)
+        products = _products(parameters, scales, dtype)
+        w = products.w
         names = _kept(options.policy, w)
         kept = names | _KEYS if with_keys else names
-        a, act_RF, h_RC = _forward(x_BTC, w, dtype, cos, sin, cu_seqlens, options, backend, spans, kept=kept)
-        y_BTC = _result(act_RF, h_RC, w, options, x_BTC.shape)
+        a, act_RF, h_RC = _forward(x_BTC, products, cos, sin, cu_seqlens, options, backend, spans, kept=kept)
+        y_BTC = _result(act_RF, h_RC, products, options, x_BTC.shape)
         saved = [t if name in names else None for name, t in a.held.items()]
-        ctx.save_for_backward(x_BTC, cos, sin, cu_seqlens, *weights, *saved)
-        ctx.options, ctx.backend, ctx.dtype, ctx.spans = options, backend, dtype, spans
+        ctx.save_for_backward(x_BTC, cos, sin, cu_seqlens, *parameters, *saved)
+        ctx.options, ctx.backend, ctx.dtype, ctx.spans, ctx.scales = options, backend, dtype, spans, scales
         ctx.set_materialize_grads(False)
         return (y_BTC, a["k_BTGD"], a["v_BTGD"]) if with_keys else y_BTC
 
@@ -404,21 +403,36 @@ class _Block(torch.autograd.Function):
         x_BTC, cos, sin, cu_seqlens, *rest = ctx.saved_tensors
         own = release(ctx)
         dy_BTC = torch.zeros_like(x_BTC) if dy_BTC is None else dy_BTC
-        n = len(Weights._fields)
-        w, a = Weights(*rest[:n]), _Activations(*rest[n:])
+        n = len(Weights._fields) + 2 * len(ctx.scales)
+        products, a = _products(rest[:n], ctx.scales, ctx.dtype, ctx.needs_input_grad[9:]), _Activations(*rest[n:])
         del rest
-        options, backend, dtype, spans = ctx.options, ctx.backend, ctx.dtype, ctx.spans
+        options, backend, spans = ctx.options, ctx.backend, ctx.spans
         if options.policy in ("recompute-linear", "recompute-all"):
             attended = None if a["out_BTHD"] is None else (a.take("out_BTHD"), a.take("lse_BHT"))
-            kept = _kept("recompute-cheap", w) | {"act_RF"}
+            kept = _kept("recompute-cheap", products.w) | {"act_RF"}
             a, *_ = _forward(
-                x_BTC, w, dtype, cos, sin, cu_seqlens, options, backend, spans, kept=kept, attended=attended
+                x_BTC, products, cos, sin, cu_seqlens, options, backend, spans, kept=kept, attended=attended
             )
             del attended, _
             own = not torch.compiler.is_compiling()
-        needs: Any = Weights(*ctx.needs_input_grad[8:])
-        dx, dw = _backward(dy_BTC, x_BTC, w, dtype, cos, sin, cu_seqlens, a, needs, options, backend, spans, own, *dkv)
-        return dx, None, None, None, None, None, None, None, *dw
+        dx, dw = _backward(dy_BTC, x_BTC, products, cos, sin, cu_seqlens, a, options, backend, spans, own, *dkv)
+        added = [d for name in ctx.scales for d in products.gradients.get(name, (None, None))]
+        return dx, None, None, None, None, None, None, None, None, *dw, *added
+
+
+def _products(
+    parameters: Sequence[Any], scales: Mapping[str, float], dtype: torch.dtype, needs: Any = None
+) -> Products:
+    """Of a block's weights, then A and B of what is added to the products that `scales` names."""
+    n = len(Weights._fields)
+
+    def ab(values: Sequence[Any]) -> dict[str, tuple[Any, Any]]:
+        return {name: (values[n + 2 * i], values[n + 2 * i + 1]) for i, name in enumerate(scales)}
+
+    added = {name: LowRank(a, b, scales[name]) for name, (a, b) in ab(parameters).items()}
+    if needs is None:
+        return Products(Weights(*parameters[:n]), added, dtype)
+    return Products(Weights(*parameters[:n]), added, dtype, Weights(*needs[:n]), ab(needs))
 
 
 def _check(
@@ -483,6 +497,7 @@ def transformer_block(
     spans: Spans | None = None,
     cache: AnyCache | None = None,
     return_keys: bool = False,
+    low_rank: Mapping[str, LowRank] | None = None,
 ) -> Any:
     """One LLaMA block, with the backward pass of this file.
 
@@ -499,12 +514,14 @@ def transformer_block(
         cache: keys and values so far; this call appends its own and attends to all, or to those of `spans`. No
             gradient, no `cu_seqlens`.
         return_keys: give k and v too.
+        low_rank: additions to the products (LoRA), by the weight's name in `Weights`; those of the norms have none. Not
+            for a block that is split over devices.
 
     Returns:
         y: [B, T, C], dtype of `x` (under autocast without `keep_residual` autocast's).
         k, v: [B, T, G, D] each, the keys after rotary and the values; only with `return_keys`.
 
-    Gradient: of x and of each weight that requires one; those of k and v are taken in.
+    Gradient: of x, of each weight and of what is added that require one; those of k and v are taken in.
     Memory:   by policy, see the top of the file.
     Error:    at most that of the same block by autograd in the same dtype, both against float64 (tests/test_block.py).
     Repeats:  bitwise, for equal shapes, dtype and backend.
@@ -527,12 +544,18 @@ def transformer_block(
     dtype = x.dtype if autocast is None or x.dtype == torch.float64 else autocast  # which leaves float64 as it is
     stream = x.dtype if options.keep_residual else dtype
     _check(x, weights, cos, sin, cu_seqlens, spans, options)
+    added = dict(low_rank or {})
+    if added:
+        check_added(added, weights, x)
+        if type(options.collectives) is not Single:
+            raise ValueError("block: low_rank is given to a block that is split over devices, expected None")
+    parameters = (*weights, *tensors(added))
     if autocast is None:
         for name, p in zip(weights._fields, weights, strict=True):
             if p is not None and p.dtype != dtype:
                 raise ValueError(f"block: {name} has dtype {p.dtype}, expected {dtype} as x")
     if cache is not None:
-        if recorded(x, *weights):  # in forward mode too, where the kernels would drop the tangents
+        if recorded(x, *parameters):  # in forward mode too, where the kernels would drop the tangents
             raise ValueError("block: cache is given while gradients are recorded, expected torch.no_grad()")
         if return_keys:
             raise ValueError("block: return_keys is True beside a cache, expected one of the two")
@@ -542,15 +565,17 @@ def transformer_block(
             if spans is not None and cache.starts is not None:
                 raise ValueError("block: spans are given beside cache.starts, expected one of the two")
             check_cache(cache, x, weights.wk_GDxC.shape[0] // options.head_dim, options.head_dim, dtype)
+    scales = {name: float(a.scale) for name, a in added.items()}
     with no_autocast(autocast, x):
         x = x.to(stream)
-        if cache is None and (recorded(x, *weights) or torch.compiler.is_compiling()):
-            return _Block.apply(x, cos, sin, cu_seqlens, spans, options, dtype, return_keys, *weights)
-        few = x.dtype == dtype and not return_keys
+        if cache is None and (recorded(x, *parameters) or torch.compiler.is_compiling()):
+            return _Block.apply(x, cos, sin, cu_seqlens, spans, options, dtype, return_keys, scales, *parameters)
+        few = x.dtype == dtype and not return_keys and not added
         if few and (qkv := few_rows.before(x, weights, cos, sin, options)) is not None:
             out_BTHD, _ = attend(*qkv, cu_seqlens, options, forced(), spans, cache)
             return few_rows.after(out_BTHD, x, weights, options)
         kept = _KEYS if return_keys else frozenset()
-        a, act_RF, h_RC = _forward(x, weights, dtype, cos, sin, cu_seqlens, options, forced(), spans, cache, kept)
-        y = _result(act_RF, h_RC, weights, options, x.shape)
+        products = Products(weights, added, dtype)
+        a, act_RF, h_RC = _forward(x, products, cos, sin, cu_seqlens, options, forced(), spans, cache, kept)
+        y = _result(act_RF, h_RC, products, options, x.shape)
         return (y, a["k_BTGD"], a["v_BTGD"]) if return_keys else y

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 from typing import Any
 
@@ -390,56 +389,6 @@ def test_autocast_casts_the_input_of_several_projections_once() -> None:
 
 
 # ---- PEFT ------------------------------------------------------------------------------------------------------------
-_TARGETS = {
-    "q_proj": (["q_proj"], "ops, for q_proj is a peft Linear"),
-    "all": ("all-linear", "ops, for q_proj is a peft Linear"),
-    "down_proj": (["down_proj"], "ops, for down_proj is a peft Linear"),
-}
-
-
-def _adapted(model: Any, targets: Any, first: bool) -> Any:
-    """With LoRA adapters that are not zero; patched `first` or after."""
-    import peft
-
-    if first:
-        lf.hf.patch(model)
-    torch.manual_seed(5)
-    model = peft.get_peft_model(
-        model, peft.LoraConfig(r=4, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
-    )
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.copy_(0.1 * torch.randn(p.shape))
-    return model
-
-
-@needs_peft
-@pytest.mark.parametrize("first", [True, False], ids=["patch then adapt", "adapt then patch"])
-@pytest.mark.parametrize("which", _TARGETS)
-def test_lora(which: str, first: bool) -> None:
-    targets, why = _TARGETS[which]
-    stock = make().double()
-    ours = _adapted(copy.deepcopy(stock), targets, first)
-    theirs = _adapted(stock, targets, False)
-    if not first:
-        lf.hf.patch(ours)
-    assert why in lf.hf.report(ours)
-    found = []
-    for model in (ours, theirs):
-        out = model(tokens(), labels=tokens())
-        out.logits.square().mean().backward()
-        found.append([out.logits, *(p.grad for p in model.parameters() if p.requires_grad)])
-    assert len(found[0]) == len(found[1]) > 2
-    for got, want in zip(*found, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
-    names = [n for n, p in ours.named_parameters()]
-    assert names == [n for n, p in theirs.named_parameters()]
-    merged = ours.merge_and_unload()
-    torch.testing.assert_close(merged(tokens()).logits, found[0][0], rtol=1e-5, atol=1e-5)
-    assert ran(merged) == "block"
-
-
 @needs_peft
 @pytest.mark.parametrize("which", ["norms", "attention"])
 def test_adapters_in_the_place_of_a_norm_or_the_attention(which: str) -> None:

@@ -85,7 +85,7 @@ def test_a_planted_bug_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("path", [None, *linear.PATHS])
 def test_accumulate(path: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "_SLICE_BYTES", 4096)
-    for form in ("nn", "tn"):
+    for form in linear.FORMS:
         product = getattr(linear, form)
         for M, N, K in SIZES:
             a, b = operands(form, M, N, K, dtype)
@@ -99,6 +99,8 @@ def test_accumulate(path: str | None, dtype: torch.dtype, monkeypatch: pytest.Mo
                 assert problem(out.to(dtype), truth, plain, K) == ""
         with pytest.raises(ValueError, match="out is None, expected a tensor to accumulate into"):
             product(a, b, accumulate=True)
+    with pytest.raises(ValueError, match=r"bias has shape \(3,\), expected None with accumulate"):
+        linear.nt(torch.ones(2, 4), torch.ones(3, 4), torch.ones(3), out=torch.ones(2, 3), accumulate=True)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)

@@ -14,7 +14,8 @@ from transformers.utils import can_return_tuple
 
 from llama_fast.hf import layout
 from llama_fast.hf.attention import kernel_objection
-from llama_fast.hf.layers import derive, linear_objection, named, project, runs
+from llama_fast.hf.layers import derive, named, runs
+from llama_fast.hf.projections import linear_objection, project
 from llama_fast.ops.dispatch import autocast_dtype
 from llama_fast.ops.linear_cross_entropy import linear_cross_entropy
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -27,42 +26,32 @@ from llama_fast.block import BlockOptions, Weights, transformer_block
 from llama_fast.hf import layout
 from llama_fast.hf.attention import NAME, attention_forward, kernel_objection, objection, seen
 from llama_fast.hf.layout import stock
+from llama_fast.hf.projections import (
+    addition,
+    base,
+    cast_once,
+    is_a,
+    plain_tensors,
+    project,
+    projection_objection,
+    watched,
+)
+from llama_fast.low_rank import LowRank, tensors
 from llama_fast.ops.dispatch import autocast_dtype
-from llama_fast.ops.linear import linear
 from llama_fast.ops.rms_norm import add_rms_norm, rms_norm
 from llama_fast.ops.rope import rope
 from llama_fast.ops.swiglu import swiglu
 
 _apply_rotary = stock.apply_rotary_pos_emb
+# Projection -> its weight in the block
+_WEIGHTS = {
+    **{"q_proj": "wq_HDxC", "k_proj": "wk_GDxC", "v_proj": "wv_GDxC", "o_proj": "wo_CxHD"},
+    **{"gate_proj": "wgate_FC", "up_proj": "wup_FC", "down_proj": "wdown_CF"},
+}
 _SILU = (nn.SiLU, type(ACT2FN["silu"]))
-_RECORDER = "transformers.utils.output_capturing"  # its hooks only note what a module gave
-_GLOBAL_HOOKS = (
-    nn_module._global_forward_hooks,
-    nn_module._global_forward_pre_hooks,
-    nn_module._global_backward_hooks,
-    nn_module._global_backward_pre_hooks,
-)
 
 
 # ---- what stands against an op or the block --------------------------------------------------------------------------
-def watched(module: Any) -> str | None:
-    """What watches the calls of a module, so that they must be made: hooks, or a forward of its own; else None."""
-    own = module.__dict__
-    if "forward" in own and not is_forward_of(own["forward"], module, type(module)) and not _only_placed(module):
-        return "a forward of its own"
-    hooks = own["_forward_hooks"]
-    if hooks and any(getattr(hook, "__module__", None) != _RECORDER for hook in hooks.values()):
-        return "a hook"
-    if own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-        return "a hook"
-    return "a hook, as all modules have" if any(_GLOBAL_HOOKS) else None
-
-
-def is_forward_of(function: Any, module: Any, kind: Any) -> bool:
-    """Whether a function is `kind.forward`, bound to the module."""
-    return getattr(function, "__func__", None) is kind.forward and function.__self__ is module
-
-
 def is_ours(module: Any, part: Any) -> bool:
     """Whether a module's class is one that `derive` made with this part, and none that derives from it."""
     return vars(type(module)).get("_part") is part
@@ -75,56 +64,11 @@ def runs(module: Any, part: Any) -> bool:
     return is_ours(module, part) or (of_fsdp and any(vars(base).get("_part") is part for base in found.__bases__))
 
 
-def _only_placed(module: Any) -> bool:
-    """Whether accelerate stands around a module's forward for nothing but to bring its input to its device."""
-    own = module.__dict__
-    hook, inner = own.get("_hf_hook"), own.get("_old_forward")
-    placing = (type(hook).__module__, type(hook).__name__) == ("accelerate.hooks", "AlignDevicesHook")
-    return placing and not hook.offload and is_forward_of(inner, module, type(module))
-
-
-def _plain_tensors(*tensors: Tensor) -> bool:
-    return all([type(t) in (nn.Parameter, Tensor) for t in tensors])
-
-
-def is_a(module: Any) -> str:
-    """What a module is, for a sentence."""
-    return f"is a {type(module).__module__.split('.')[0]} {type(module).__name__}"
-
-
-def linear_objection(module: Any) -> str | None:
-    """Why a projection is called as a module, or None where its weight, and bias if it has one, are used directly."""
-    if type(module) is not nn.Linear:
-        return is_a(module)
-    weight, bias = module.weight, module.bias
-    if not _plain_tensors(weight):
-        return f"has a {type(weight).__name__} for a weight"
-    if bias is not None and not _plain_tensors(bias):
-        return f"has a {type(bias).__name__} for a bias"
-    found = watched(module)
-    return found and f"has {found}"
-
-
-def project(module: Any, x: Tensor) -> Tensor:
-    """A projection of x, without a call of the module where nothing stands against that."""
-    if linear_objection(module) is None and x.dtype == module.weight.dtype:
-        return linear(x, module.weight, module.bias)
-    return module(x)
-
-
-def _cast_once(x: Tensor, *projections: Any) -> Tensor:
-    """The input of several projections in autocast's dtype, of which each would else make and keep a copy."""
-    dtype = autocast_dtype(x)
-    if dtype is not None and x.dtype == torch.float32 and not any(map(linear_objection, projections)):
-        return x.to(dtype)
-    return x
-
-
 def norm_objection(norm: Any, x: Tensor | None = None) -> str | None:
     """Why a norm does not run on lf.rms_norm, or None; without `x`, what its structure says."""
     if not is_ours(norm, RMSNorm):
         return is_a(norm)
-    if not _plain_tensors(norm.weight):
+    if not plain_tensors(norm.weight):
         return f"has a {type(norm.weight).__name__} for a weight"
     if x is not None and x.dtype != norm.weight.dtype:
         return f"has a {norm.weight.dtype} weight beside {x.dtype}"
@@ -139,6 +83,12 @@ def activation_objection(mlp: Any) -> str | None:
         return f"has the activation {type(mlp.act_fn).__name__}"
     found = watched(mlp.act_fn)
     return found and f"has {found} on its activation"
+
+
+def projections(layer: Any) -> list[tuple[str, Any]]:
+    """The projections of a layer by name, in the order of `_WEIGHTS`."""
+    a, m = layer.self_attn, layer.mlp
+    return [(name, getattr(a if i < 4 else m, name)) for i, name in enumerate(_WEIGHTS)]
 
 
 def head_norms(attn: Any) -> tuple[str, ...]:
@@ -161,13 +111,11 @@ def structure_objection(layer: Any) -> str | None:
     for name, module in {"self_attn": attn, "mlp": mlp, **norms}.items():
         if found := watched(module):
             return f"{name} has {found}"
-    for part, names in ((attn, ("q_proj", "k_proj", "v_proj", "o_proj")), (mlp, ("gate_proj", "up_proj", "down_proj"))):
-        for name in names:
-            projection = getattr(part, name)
-            if found := linear_objection(projection):
-                return f"{name} {found}"
-            if projection.bias is not None and name not in ("q_proj", "k_proj", "v_proj"):
-                return f"{name} has a bias"
+    for name, projection in projections(layer):
+        if found := projection_objection(projection):
+            return f"{name} {found}"
+        if base(projection).bias is not None and name not in ("q_proj", "k_proj", "v_proj"):
+            return f"{name} has a bias"
     if len({norm.variance_epsilon for norm in norms.values()}) > 1:
         return "the norms differ in epsilon"
     if not getattr(attn, "is_causal", True):
@@ -183,7 +131,9 @@ def structure_objection(layer: Any) -> str | None:
     return None
 
 
-def call_objection(layer: Any, w: Weights, x: Tensor, arguments: dict[str, Any]) -> str | None:
+def call_objection(
+    layer: Any, w: Weights, added: dict[str, LowRank], x: Tensor, arguments: dict[str, Any]
+) -> str | None:
     """What in a call keeps a layer from running as one block; None if nothing."""
     attn = layer.self_attn
     attention_mask, cache = arguments.get("attention_mask"), arguments.get(layout.CACHE)
@@ -193,15 +143,17 @@ def call_objection(layer: Any, w: Weights, x: Tensor, arguments: dict[str, Any])
         return "is_causal is False"
     if arguments.get("output_attentions", getattr(attn.config, "output_attentions", False)):
         return "the attention weights are asked for"
-    if x.ndim != 3 or not _plain_tensors(x):
+    if x.ndim != 3 or not plain_tensors(x):
         return f"hidden states that are a {type(x).__name__} of shape {tuple(x.shape)}"
     if any(p.device != x.device or p.dtype != x.dtype for p in w.given()):
         return f"weights that are not all on {x.device} and {x.dtype}"
+    if any(p.device != x.device for p in tensors(added)):
+        return f"adapters that are not all on {x.device}"
     autocast = autocast_dtype(x)
     if autocast is not None and x.dtype != torch.float64:
         if x.dtype not in (torch.float32, autocast):
             return f"autocast beside hidden states of {x.dtype}"
-        if x.dtype == torch.float32 and not records(x, w):
+        if x.dtype == torch.float32 and not records(x, w, added):
             return "autocast without gradients: it keeps the weights that it has cast, the block would cast them again"
     tables = arguments.get("position_embeddings")
     if tables is None:
@@ -212,36 +164,39 @@ def call_objection(layer: Any, w: Weights, x: Tensor, arguments: dict[str, Any])
         return "packed sequences beside a cache"
     if cache is not None and torch.is_grad_enabled():
         plain = type(cache) is DynamicCache and not getattr(cache, "offloading", False)
-        if not plain and records(x, w):
+        if not plain and records(x, w, added):
             return f"a {type(cache).__name__} while gradients are recorded"
         if cache.get_seq_length(attn.layer_idx) != 0:  # keys that need gradients, it may be, if nothing else does
             return "a cache that holds keys while gradients are recorded"
     return None
 
 
-def records(x: Tensor, w: Weights) -> bool:
+def records(x: Tensor, w: Weights, added: dict[str, LowRank]) -> bool:
     """Whether gradients are recorded through a layer."""
-    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in w.given()))
+    return torch.is_grad_enabled() and any(p.requires_grad for p in (x, *w.given(), *tensors(added)))
 
 
-def block_weights(layer: Any) -> Weights:
-    """The parameters of a layer in the order of the block function."""
-    a, m = layer.self_attn, layer.mlp
-    return Weights(
+def block_weights(layer: Any) -> tuple[Weights, dict[str, LowRank]]:
+    """The parameters of a layer as the block function takes them, and what adapters add to its products."""
+    a = layer.self_attn
+    found = [(_WEIGHTS[name], projection) for name, projection in projections(layer)]
+    q, k, v, o, gate, up, down = (base(projection) for _, projection in found)
+    weights = Weights(
         layer.input_layernorm.weight,
-        a.q_proj.weight,
-        a.k_proj.weight,
-        a.v_proj.weight,
-        a.o_proj.weight,
+        q.weight,
+        k.weight,
+        v.weight,
+        o.weight,
         layer.post_attention_layernorm.weight,
-        m.gate_proj.weight,
-        m.up_proj.weight,
-        m.down_proj.weight,
-        a.q_proj.bias,
-        a.k_proj.bias,
-        a.v_proj.bias,
+        gate.weight,
+        up.weight,
+        down.weight,
+        q.bias,
+        k.bias,
+        v.bias,
         *(getattr(a, name).weight for name in head_norms(a)),
     )
+    return weights, {name: a for name, projection in found if (a := addition(projection)) is not None}
 
 
 # ---- caches ----------------------------------------------------------------------------------------------------------
@@ -331,7 +286,7 @@ class MLP:
         """x [..., C] -> [..., C]."""
         if kernel_objection() or activation_objection(self):
             return self.stock_forward(x)
-        x = _cast_once(x, self.gate_proj, self.up_proj)
+        x = cast_once(x, self.gate_proj, self.up_proj)
         gate, up = project(self.gate_proj, x), project(self.up_proj, x)
         if gate.dtype != up.dtype:
             return self.down_proj(self.act_fn(gate) * up)
@@ -352,7 +307,7 @@ class Attention:
         x, mask = kwargs.pop("hidden_states"), kwargs.pop("attention_mask", None)
         cos, sin = kwargs["position_embeddings"]
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        x = _cast_once(x, *projections)
+        x = cast_once(x, *projections)
         q, k, v = (project(p, x).unflatten(-1, (-1, self.head_dim)) for p in projections)
         if self._norms_heads:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -402,17 +357,18 @@ class DecoderLayer:
         """x [B, T, C] -> [B, T, C]."""
         kwargs = named(self._parameters_of_forward, args, kwargs)
         x = kwargs.pop("hidden_states")
-        against, w = structure_objection(self), None
+        against, parameters = structure_objection(self), None
         if against is None:
-            w = block_weights(self)
-            against = call_objection(self, w, x, kwargs)
+            parameters = block_weights(self)
+            against = call_objection(self, *parameters, x, kwargs)
         if not torch.compiler.is_compiling():
             self._llama_fast.last = against or "block"
-        y = self._parts(x, kwargs) if w is None or against else self._block(w, x, kwargs)
+        y = self._parts(x, kwargs) if parameters is None or against else self._block(*parameters, x, kwargs)
         return y if not layout.GIVES_TUPLE or isinstance(y, tuple) else (y,)
 
-    def _block(self: Any, w: Weights, x: Tensor, arguments: dict[str, Any]) -> Tensor:
+    def _block(self: Any, w: Weights, added: dict[str, LowRank], x: Tensor, arguments: dict[str, Any]) -> Tensor:
         attn = self.self_attn
+        block = functools.partial(transformer_block, low_rank=added)
         options = self._llama_fast.options
         cos, sin = (t[..., : t.shape[-1] // 2].float() for t in arguments["position_embeddings"])
         cache, mask = arguments.get(layout.CACHE), seen(arguments.get("attention_mask"))
@@ -421,15 +377,15 @@ class DecoderLayer:
         if mask.cu_seqlens is not None:
             B, T, C = x.shape
             cos, sin = (t.expand(B, -1, -1).reshape(1, B * T, -1) for t in (cos, sin))
-            y = transformer_block(x.reshape(1, B * T, C), w, cos, sin, options, cu_seqlens=mask.cu_seqlens)
+            y = block(x.reshape(1, B * T, C), w, cos, sin, options, cu_seqlens=mask.cu_seqlens)
             return y.view(B, T, C)
         spans = mask.spans
         if cache is None:
-            return transformer_block(x, w, cos, sin, options, spans=spans)
+            return block(x, w, cos, sin, options, spans=spans)
         held = _LayerCache(cache, attn.layer_idx, arguments)
-        if not records(x, w):
-            return transformer_block(x, w, cos, sin, options, spans=spans, cache=held)
-        y, k, v = transformer_block(x, w, cos, sin, options, spans=spans, return_keys=True)
+        if not records(x, w, added):
+            return block(x, w, cos, sin, options, spans=spans, cache=held)
+        y, k, v = block(x, w, cos, sin, options, spans=spans, return_keys=True)
         held.append(k, v)
         return y
 

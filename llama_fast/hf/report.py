@@ -18,13 +18,13 @@ from llama_fast.hf.layers import (
     DecoderLayer,
     activation_objection,
     head_norms,
-    is_a,
     is_ours,
-    linear_objection,
     norm_objection,
+    projections,
     runs,
     structure_objection,
 )
+from llama_fast.hf.projections import addition, is_a, linear_objection
 
 
 def report(model: nn.Module) -> str:
@@ -71,6 +71,8 @@ def _layer(layer: Any) -> str:
     if against is not None and _in_shards(layer):
         last = block if state.last == "block" else state.last and f"ops, for {state.last}"
         return f"its weights are in shards, what runs depends on what a call finds; last call: {last or 'none yet'}"
+    if against is None and (adapted := [name for name, p in projections(layer) if addition(p) is not None]):
+        block += f", LoRA of {', '.join(adapted)}"
     text = block if against is None else f"ops, for {against}: " + "; ".join(_parts(layer))
     if against is None and state.last not in (None, "block"):
         text += f"; last call: ops, for {state.last}"

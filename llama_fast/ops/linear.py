@@ -235,13 +235,23 @@ def sum_rows(dy: Tensor) -> Tensor:
     return flat(dy).sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(dy.dtype)
 
 
-def nt(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+def nt(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None, accumulate: bool = False
+) -> Tensor:
     """y = x W^T + bias.
 
     Args:
         x: [..., C]. weight: [V, C], any strides. bias: [V] or None; the sum is rounded once where the path can add.
-        out: [..., V], contiguous in all but the first dimension: y is written there and returned.
+        out: [..., V], contiguous in all but the first dimension: y is written there, or added to it with `accumulate`
+            (rounded as in `tn`; without a bias), and returned.
+
+    Raises:
+        ValueError: `accumulate` without `out`, or with a bias.
     """
+    if accumulate and out is None:
+        raise ValueError("out is None, expected a tensor to accumulate into")
+    if accumulate and bias is not None:
+        raise ValueError(f"bias has shape {tuple(bias.shape)}, expected None with accumulate")
     if out is None and (_plain(x, weight) or (bias is not None and _plain(x, bias))):
         return F.linear(x, weight, bias)
     a, V, into = flat(x), weight.shape[0], None if out is None else flat(out)
@@ -251,7 +261,7 @@ def nt(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, out: Tensor | N
     adds = path in _ADDING
     if bias is not None and adds:
         into = (x.new_empty(len(a), V) if into is None else into).copy_(bias)
-    y = _product("nt", a, weight.t(), into, accumulate=adds)
+    y = _product("nt", a, weight.t(), into, accumulate=accumulate or adds)
     if bias is not None and not adds:
         y += bias
     return y.view(*x.shape[:-1], V) if out is None else out
@@ -318,7 +328,7 @@ def _product(form: str, a: Tensor, b: Tensor, out: Tensor | None, accumulate: bo
         return out
     if path == "copied":
         return _copied(a, b, out, accumulate)
-    if path == "transposed" and form == "nt":
+    if path == "transposed" and form == "nt" and not accumulate:
         return _transposed(a, b, out)
     if path in ("brgemm", "upcast"):
         return _by_tiles(a, b, out, accumulate)

@@ -1,0 +1,159 @@
+"""The products of a block's linear layers, of which some have an addition of low rank (LoRA) beside their weight:
+
+    y = x W^T + s (x A^T) B^T
+
+With u = x A^T and e = dy (s B), what the addition has in the backward is
+
+    dB = s dy^T u        dA = e^T x        dx = dy W + e A
+
+u is computed again there: r numbers a row for 2 r C operations, where the product itself took 2 C V. So an addition
+keeps nothing between forward and backward but what the product's own weight would need, its input.
+
+Source: Hu et al. 2021, arXiv:2106.09685, section 4.1. Derivation: docs/block.md.
+
+Legend: R rows, C inputs of a layer, V its outputs, r rank.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llama_fast.ops import linear, table
+from llama_fast.ops.dispatch import plain
+
+if TYPE_CHECKING:
+    from llama_fast.block import Weights
+
+LINEAR = ("wq_HDxC", "wk_GDxC", "wv_GDxC", "wo_CxHD", "wgate_FC", "wup_FC", "wdown_CF")
+
+
+class LowRank(NamedTuple):
+    """What a linear layer adds to its product: scale (x A^T) B^T.
+
+    a_rC [r, C] and b_Vr [V, r] in any float dtype, which their gradients have too; they are cast to that of the
+    computation.
+    """
+
+    a_rC: Tensor
+    b_Vr: Tensor
+    scale: float = 1.0
+
+
+def tensors(added: Mapping[str, LowRank]) -> list[Tensor]:
+    """A and B of each addition."""
+    return [t for a in added.values() for t in (a.a_rC, a.b_Vr)]
+
+
+def check_added(added: Mapping[str, LowRank], w: Weights, x: Tensor) -> None:
+    """Raises ValueError for an addition that fits no linear layer of the block."""
+    for name, addition in added.items():
+        if name not in LINEAR:
+            raise ValueError(f"block: low_rank has {name!r}, expected one of {', '.join(LINEAR)}")
+        where = f"block: low_rank[{name!r}]"
+        if not isinstance(addition, LowRank):
+            raise ValueError(f"{where} is a {type(addition).__name__}, expected a LowRank")
+        V, C = getattr(w, name).shape
+        for what, t in (("a_rC", addition.a_rC), ("b_Vr", addition.b_Vr)):
+            if not isinstance(t, Tensor):
+                raise ValueError(f"{where}.{what} is a {type(t).__name__}, expected a torch.Tensor")
+            if t.device != x.device:
+                raise ValueError(f"{where}.{what} is on {t.device}, expected {x.device} as x")
+            if not t.is_floating_point():
+                raise ValueError(f"{where}.{what} has dtype {t.dtype}, expected a float type")
+        a, b = tuple(addition.a_rC.shape), tuple(addition.b_Vr.shape)
+        if len(a) != 2 or a[1] != C or a[0] < 1:
+            raise ValueError(f"{where}.a_rC has shape {a}, expected [r, {C}], r >= 1")
+        if b != (V, a[0]):
+            raise ValueError(f"{where}.b_Vr has shape {b}, expected {(V, a[0])}")
+        most = sys.float_info.max
+        table.check_number("block", f"low_rank[{name!r}].scale", addition.scale, "a finite number", -most, most)
+
+
+class Products:
+    """The products of one pass, forward or backward, each in the dtype of the computation.
+
+    A weight is cast for its product, and its copy is freed behind it.
+
+    Args:
+        w: the block's weights.
+        added: additions by the name of the weight.
+        dtype: of the computation.
+        needs, needs_added: in the backward, which gradients are asked for: a bool for each weight; two, of A and of B,
+            for each addition.
+    """
+
+    def __init__(
+        self,
+        w: Weights,
+        added: Mapping[str, LowRank],
+        dtype: torch.dtype,
+        needs: Any = None,
+        needs_added: Mapping[str, tuple[bool, bool]] | None = None,
+    ) -> None:
+        self.w, self.added, self.dtype, self.needs, self.needs_added = w, added, dtype, needs, needs_added or {}
+        self.gradients: dict[str, tuple[Tensor | None, Tensor | None]] = {}  # of A and B
+        self._e: dict[str, Tensor] = {}  # dy (s B), from `tn` to `nn`
+
+    def _ab(self, name: str) -> tuple[Tensor, Tensor]:
+        """A and s B in the dtype of the computation."""
+        a, b, scale = self.added[name]
+        return a.to(self.dtype), (b * scale).to(self.dtype)
+
+    def nt(self, name: str, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """y [R, V] of x [R, C]."""
+        y = linear.nt(x, getattr(self.w, name).to(self.dtype), None if bias is None else bias.to(self.dtype))
+        if name not in self.added:
+            return y
+        a, b = self._ab(name)
+        u = linear.nt(x, a)
+        # in place, unless a dispatch mode has seen the product: selective checkpointing may keep it
+        if torch.compiler.is_compiling() or plain(y):
+            return linear.nt(u, b, out=y, accumulate=True)
+        return y + linear.nt(u, b)
+
+    def reads(self, *names: str) -> bool:
+        """Whether the gradients of these layers' parameters, as far as they are asked for, need the layers' input."""
+        return any([getattr(self.needs, name) or any(self.needs_added.get(name, ())) for name in names])
+
+    def tn(self, name: str, dy: Tensor, x: Tensor | None) -> Tensor | None:
+        """The gradient of the weight, None where it is not asked for; those of its addition go to `gradients`.
+
+        x is the layer's input, or None where `reads` says that it is not needed.
+        """
+        if x is None:
+            return None
+        needs_a, needs_b = self.needs_added.get(name, (False, False))
+        da = db = None
+        if needs_a or needs_b:
+            a, b = self._ab(name)
+            if needs_a:
+                e = self._e[name] = linear.nn(dy, b)
+                da = _gradient(self.added[name].a_rC, e, x)
+            if needs_b:
+                db = _gradient(self.added[name].b_Vr, dy, linear.nt(x, a), self.added[name].scale)
+            self.gradients[name] = (da, db)
+        weight = getattr(self.w, name)
+        return linear.tn(dy, x).to(weight.dtype) if getattr(self.needs, name) else None
+
+    def nn(self, name: str, dy: Tensor, dx: Tensor | None = None) -> Tensor:
+        """dx [R, C] of dy [R, V], added to the `dx` that is given."""
+        weight = getattr(self.w, name).to(self.dtype)
+        dx = linear.nn(dy, weight) if dx is None else linear.nn(dy, weight, out=dx, accumulate=True)
+        if name in self.added:
+            a, b = self._ab(name)
+            e = self._e.pop(name) if name in self._e else linear.nn(dy, b)
+            linear.nn(e, a, out=dx, accumulate=True)
+        return dx
+
+
+def _gradient(p: Tensor, dy: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:
+    """scale dy^T x in the dtype of p; added up, and where the product's path can scaled, in float32 at least."""
+    half = dy.dtype in (torch.bfloat16, torch.float16)
+    out = torch.empty(p.shape, dtype=torch.float32, device=p.device) if half else None
+    d = linear.tn(dy, x, out=out)
+    return (d if scale == 1.0 else d * scale).to(p.dtype)

@@ -1,0 +1,272 @@
+"""Additions of low rank (LoRA) to the products of a block: against autograd, and what they keep and compute."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+import llama_fast as lf
+from llama_fast.block import POLICIES, BlockOptions, Cache, Weights, transformer_block
+from llama_fast.low_rank import LINEAR, LowRank
+from llama_fast.ops import linear
+
+B, T, C, H, G, D, FFN = 2, 19, 64, 4, 2, 16, 112
+SIZES = {
+    **{"norm1_C": (C,), "wq_HDxC": (H * D, C), "wk_GDxC": (G * D, C), "wv_GDxC": (G * D, C), "wo_CxHD": (C, H * D)},
+    **{"norm2_C": (C,), "wgate_FC": (FFN, C), "wup_FC": (FFN, C), "wdown_CF": (C, FFN)},
+    **{"bq_HD": (H * D,), "bk_GD": (G * D,), "bv_GD": (G * D,), "normq_D": (D,), "normk_D": (D,)},
+}
+CHOSEN = {"all": LINEAR, "q and v": ("wq_HDxC", "wv_GDxC"), "down": ("wdown_CF",), "up and o": ("wup_FC", "wo_CxHD")}
+RANKS = dict(zip(LINEAR, (1, 2, 3, 8, 5, 6, 7), strict=True))
+SCALES = dict(zip(LINEAR, (0.3, -1.0, 2.0, 1.0, 0.5, 1.7, 0.9), strict=True))
+
+
+def make(chosen: str, rounded: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
+    """Parameters by name, "a NAME" and "b NAME" for what is added: as large as the product, so that a fault shows."""
+    drawn, found = torch.Generator().manual_seed(seed), {}
+    for name, size in SIZES.items():
+        w = torch.randn(size, generator=drawn)
+        found[name] = 1 + 0.2 * w if name.startswith("norm") else w / size[-1] ** 0.5 if len(size) == 2 else 0.3 * w
+    for name in CHOSEN[chosen]:
+        (outputs, inputs), r = SIZES[name], RANKS[name]
+        found[f"a {name}"] = torch.randn(r, inputs, generator=drawn) / inputs**0.5
+        found[f"b {name}"] = torch.randn(outputs, r, generator=drawn) / r**0.5
+    return {name: t.to(rounded) for name, t in found.items()}
+
+
+def inputs(rounded: torch.dtype, seed: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, dy, cos and sin."""
+    drawn = torch.Generator().manual_seed(seed)
+    x, dy = (torch.randn(B, T, C, generator=drawn).to(rounded) for _ in range(2))
+    angles = torch.arange(T).unsqueeze(1) * 100.0 ** -torch.linspace(0, 1, D // 2)
+    return x, dy, angles.cos(), angles.sin()
+
+
+def added(p: dict[str, Tensor]) -> dict[str, LowRank]:
+    return {name: LowRank(p[f"a {name}"], p[f"b {name}"], SCALES[name]) for name in LINEAR if f"a {name}" in p}
+
+
+def weights(p: dict[str, Tensor]) -> Weights:
+    return Weights(*(p[name] for name in Weights._fields))
+
+
+def ours(policy: str = "recompute-cheap", **options: Any) -> Callable[..., Tensor]:
+    made = BlockOptions(D, 1e-5, policy, **options)
+    return lambda x, p, cos, sin: transformer_block(x, weights(p), cos, sin, made, low_rank=added(p))
+
+
+def plain(x: Tensor, p: dict[str, Tensor], cos: Tensor, sin: Tensor) -> Tensor:
+    """The same block by autograd, in plain PyTorch."""
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.rms_norm(x, p[name].shape, p[name], 1e-5)
+
+    def product(x: Tensor, name: str, bias: str | None = None) -> Tensor:
+        y = F.linear(x, p[name], None if bias is None else p[bias])
+        if f"a {name}" not in p:
+            return y
+        return y + F.linear(F.linear(x, p[f"a {name}"]), p[f"b {name}"]) * SCALES[name]
+
+    n1 = norm(x, "norm1_C")
+    names = (("wq_HDxC", "bq_HD"), ("wk_GDxC", "bk_GD"), ("wv_GDxC", "bv_GD"))
+    q, k, v = (product(n1, weight, bias).view(B, T, -1, D) for weight, bias in names)
+    with lf.backend("reference"):
+        q, k = lf.rope(norm(q, "normq_D"), norm(k, "normk_D"), cos, sin)
+    heads = (t.transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
+    h = x + product(out, "wo_CxHD")
+    n2 = norm(h, "norm2_C")
+    return h + product(F.silu(product(n2, "wgate_FC")) * product(n2, "wup_FC"), "wdown_CF")
+
+
+def run(
+    block: Callable[..., Tensor], chosen: str, dtype: torch.dtype, rounded: torch.dtype, seed: int = 0
+) -> dict[str, Tensor]:
+    """y, dx and the gradients of all parameters, from numbers that `rounded` holds."""
+    p = {name: t.to(dtype).requires_grad_() for name, t in make(chosen, rounded, seed).items()}
+    x, dy, cos, sin = inputs(rounded, seed + 1)
+    x = x.to(dtype).requires_grad_()
+    y = block(x, p, cos, sin)
+    found = [y.detach(), *torch.autograd.grad(y, [x, *p.values()], dy.to(dtype))]
+    return dict(zip(["y", "x", *p], found, strict=True))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("chosen", CHOSEN)
+def test_equal_in_float64(chosen: str, policy: str) -> None:
+    found, want = (run(block, chosen, torch.float64, torch.float64) for block in (ours(policy), plain))
+    assert found.keys() == want.keys()
+    for name, exact in want.items():
+        torch.testing.assert_close(found[name], exact, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_over_seeds_the_errors_are_no_larger_than_autograd_s(dtype: torch.dtype) -> None:
+    """The mean logarithm of the errors' quotient is at most 0, up to three standard errors: of the result, of the
+    block's gradients, and of those of what is added."""
+    n, groups = 12, {"y": [], "block": [], "added": []}  # type: ignore[var-annotated]
+    rms = lambda t: t.double().square().mean().sqrt().item()  # noqa: E731
+    for seed in range(n):
+        found, theirs = (run(block, "all", dtype, dtype, seed) for block in (ours(), plain))
+        truth = run(plain, "all", torch.float64, dtype, seed)
+        ratio = {k: math.log(rms(found[k] - t) / rms(theirs[k] - t)) for k, t in truth.items()}
+        groups["y"].append(ratio.pop("y"))
+        groups["added"].append(statistics.mean(ratio[k] for k in ratio if " " in k))
+        groups["block"].append(statistics.mean(ratio[k] for k in ratio if " " not in k))
+    for name, errors in groups.items():
+        assert statistics.mean(errors) <= 3 * statistics.stdev(errors) / n**0.5, name
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_nothing_more_is_kept_than_without(policy: str) -> None:
+    p, (x, _, cos, sin) = make("all", torch.float32), inputs(torch.float32)
+    x.requires_grad_()
+    aside = {t.untyped_storage().data_ptr() for t in (*p.values(), cos, sin)}
+    kept = []
+    for parameters in (p, {name: p[name] for name in SIZES}):
+        seen: dict[int, int] = {}
+
+        def pack(t: Tensor, seen: dict[int, int] = seen) -> Tensor:
+            seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = ours(policy)(x, parameters, cos, sin)
+        kept.append(sum(size for pointer, size in seen.items() if pointer not in aside))
+        del y
+    assert kept[0] == kept[1] > 0
+
+
+@pytest.mark.parametrize("part", ["a", "b", "a and b"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_frozen_parameters_get_no_gradient(policy: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And none is computed: of the products with the weights' shapes, the backward does the nn alone."""
+    want = run(plain, "all", torch.float64, torch.float64)
+    p, (x, dy, cos, sin) = make("all", torch.float64), inputs(torch.float64)
+    for name, t in p.items():
+        t.requires_grad_(" " in name and name[0] in part.split(" and "))
+    shapes, tn = [], linear.tn
+
+    def noted(dy: Tensor, x: Tensor, **given: Any) -> Tensor:
+        shapes.append((dy.shape[1], x.shape[1]))
+        return tn(dy, x, **given)
+
+    monkeypatch.setattr(linear, "tn", noted)
+    ours(policy)(x, p, cos, sin).backward(dy)
+    assert len(shapes) == len(LINEAR) * len(part.split(" and "))
+    assert all(min(shape) < 16 for shape in shapes)
+    for name, t in p.items():
+        assert (t.grad is not None) == t.requires_grad
+        if t.grad is not None:
+            torch.testing.assert_close(t.grad, want[name], rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("path", ["torch", "brgemm"])
+def test_float32_beside_bfloat16_weights(path: str) -> None:
+    """As PEFT keeps them: gradients in float32, rounded to it alone where the products' path can."""
+    truth = run(plain, "all", torch.float64, torch.bfloat16)
+    p, (x, dy, cos, sin) = make("all", torch.bfloat16), inputs(torch.bfloat16)
+    p = {name: (t.float() if " " in name else t).requires_grad_(" " in name) for name, t in p.items()}
+    with linear.force(path):
+        y = ours()(x, p, cos, sin)
+        assert y.dtype == torch.bfloat16
+        y.backward(dy)
+    for name, t in p.items():
+        if t.grad is not None:
+            assert t.grad.dtype == torch.float32
+            if path == "brgemm" and torch.bfloat16 in linear._has_brgemm:
+                assert not torch.equal(t.grad, t.grad.bfloat16().float())
+            error = (t.grad.double() - truth[name]).square().mean().sqrt()
+            assert error < 0.03 * truth[name].square().mean().sqrt(), name
+
+
+@pytest.mark.parametrize("keep_residual", [False, True])
+def test_autocast(keep_residual: bool) -> None:
+    truth = run(plain, "all", torch.float64, torch.float32)
+    p, (x, dy, cos, sin) = make("all", torch.float32), inputs(torch.float32)
+    p = {name: t.requires_grad_() for name, t in p.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = ours(keep_residual=keep_residual)(x.requires_grad_(), p, cos, sin)
+    y.backward(dy.to(y.dtype))
+    for name, t in (("x", x), *p.items()):
+        assert t.grad is not None
+        assert t.grad.dtype == torch.float32
+        error = (t.grad.double() - truth[name]).square().mean().sqrt()
+        assert error < 0.04 * truth[name].square().mean().sqrt(), name
+
+
+def test_compiles_without_graph_break() -> None:
+    torch.compiler.reset()
+    found = run(torch.compile(ours(), fullgraph=True, backend="aot_eager"), "all", torch.float64, torch.float64)
+    for name, exact in run(plain, "all", torch.float64, torch.float64).items():
+        torch.testing.assert_close(found[name], exact, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_a_selective_checkpoint_keeps_what_a_product_gave() -> None:
+    p, (x, dy, cos, sin) = make("all", torch.float32), inputs(torch.float32)
+    given = [x.requires_grad_(), *(t.requires_grad_() for t in p.values())]
+    expected = torch.autograd.grad(ours()(x, p, cos, sin), given, dy)
+    kept = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+    y = checkpoint(ours(), x, p, cos, sin, use_reentrant=False, context_fn=kept)
+    for got, want in zip(torch.autograd.grad(y, given, dy), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+
+
+def test_a_graph_that_is_retained_gives_the_same_twice() -> None:
+    p, (x, dy, cos, sin) = make("all", torch.float32), inputs(torch.float32)
+    given = [x.requires_grad_(), *(t.requires_grad_() for t in p.values())]
+    y = ours()(x, p, cos, sin)
+    first, second = (torch.autograd.grad(y, given, dy, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_row_by_row_decode_is_the_whole() -> None:
+    p, (x, _, cos, sin) = make("all", torch.float32), inputs(torch.float32)
+    cache = Cache(torch.full((B, T, G, D), torch.nan), torch.full((B, T, G, D), torch.nan), 0)
+    whole = transformer_block(x, weights(p), cos, sin, BlockOptions(D), low_rank=added(p))
+    torch.testing.assert_close(whole, plain(x, p, cos, sin), rtol=1e-4, atol=1e-4)
+    for t in range(T):
+        i = slice(t, t + 1)
+        now = cache._replace(used=t)
+        y = transformer_block(x[:, i], weights(p), cos[i], sin[i], BlockOptions(D), cache=now, low_rank=added(p))
+        torch.testing.assert_close(y, whole[:, i], rtol=1e-4, atol=1e-4)
+
+
+class _Split:
+    """Collectives of a block that is split over two devices, by name alone."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x
+
+    def reduce(self, x: Tensor) -> Tensor:
+        return x
+
+
+def test_bad_input_is_named() -> None:
+    p, (x, _, cos, sin) = make("all", torch.float32), inputs(torch.float32)
+    good = added(p)["wq_HDxC"]
+    for changed, message in (
+        ({"norm1_C": good}, r"low_rank has 'norm1_C', expected one of wq_HDxC, "),
+        ({"wq_HDxC": (good.a_rC, good.b_Vr)}, r"low_rank\['wq_HDxC'\] is a tuple, expected a LowRank"),
+        ({"wq_HDxC": good._replace(a_rC=None)}, r"low_rank\['wq_HDxC'\].a_rC is a NoneType, expected a torch.Tensor"),
+        ({"wq_HDxC": good._replace(a_rC=torch.ones(1, 9))}, r"a_rC has shape \(1, 9\), expected \[r, 64\], r >= 1"),
+        ({"wq_HDxC": good._replace(a_rC=torch.ones(0, C))}, r"a_rC has shape \(0, 64\), expected \[r, 64\], r >= 1"),
+        ({"wq_HDxC": good._replace(b_Vr=torch.ones(C, 2))}, r"b_Vr has shape \(64, 2\), expected \(64, 1\)"),
+        ({"wq_HDxC": good._replace(b_Vr=torch.ones(C, 1).int())}, r"b_Vr has dtype torch.int32, expected a float type"),
+        ({"wq_HDxC": good._replace(a_rC=torch.ones(1, C, device="meta"))}, r"a_rC is on meta, expected cpu as x"),
+        ({"wq_HDxC": good._replace(scale=math.nan)}, r"low_rank\['wq_HDxC'\].scale is nan, expected a finite number"),
+        ({"wq_HDxC": good._replace(scale="1")}, r"low_rank\['wq_HDxC'\].scale is '1', expected a finite number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            transformer_block(x, weights(p), cos, sin, BlockOptions(D), low_rank=changed)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="low_rank is given to a block that is split over devices, expected None"):
+        transformer_block(x, weights(p), cos, sin, BlockOptions(D, collectives=_Split()), low_rank=added(p))
