@@ -2,6 +2,7 @@
 // caches when they are large. And the memory that a kernel works in.
 #pragma once
 
+#include <cstdint>
 #include <cstdlib>
 #include <new>
 
@@ -12,20 +13,22 @@ namespace llama_fast::cpu {
 // Whether outputs of this many bytes in all are written past the caches.
 bool should_stream(int64_t bytes);
 
-// Uninitialised memory for `count` T, aligned to a cache line.
+// Uninitialised memory for `count` T, aligned to a cache line. By hand: glibc's aligned_alloc looks for more than it
+// then takes, so what one call frees does not serve the next of that size, once something small lies beside it.
 template <class T>
 class Scratch {
  public:
-  explicit Scratch(int64_t count)
-      : data_(static_cast<T*>(std::aligned_alloc(64, (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64))) {
-    if (data_ == nullptr) throw std::bad_alloc();
+  explicit Scratch(int64_t count) : memory_(std::malloc(static_cast<size_t>(count) * sizeof(T) + 128)) {
+    if (memory_ == nullptr) throw std::bad_alloc();
+    data_ = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_) + 63) / 64 * 64);
   }
-  ~Scratch() { std::free(data_); }
+  ~Scratch() { std::free(memory_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   T* data() const { return data_; }
 
  private:
+  void* memory_;
   T* data_;
 };
 

@@ -32,7 +32,7 @@ from llama_fast.ops.dispatch import once_differentiable, plain
 FORMS = ("nt", "nn", "tn")
 
 _SLICE_BYTES = 8 << 20  # of a product that cannot be written in place: two of them fit the last cache
-_ZEN4, _ZEN5 = 25, 26  # AMD's family numbers: AVX-512 in two halves, and with 512-bit multiply-adds at full rate
+_ZEN4, _ZEN5 = 25, 26  # AMD's families with AVX-512: in two halves, and with 512-bit multiply-adds at full rate
 _ALL = 1 << 62
 _REGISTER = 32  # bfloat16 numbers that oneDNN reads at once of a first operand, past the end of a row too
 _F32 = (torch.float32,)
@@ -49,7 +49,7 @@ _TRANSPOSED_REASON = "(W x^T)^T: oneDNN rearranges its second operand, and x is 
 class Rule:
     """`path` runs where dtype and form are listed, the sizes are in range and 2 M N K >= `flops`.
 
-    `amd_family`: on AMD processors from this family number on, and on no other maker's; 0 for all processors.
+    `amd_family`: on AMD processors with AVX-512 from this family on, and on no other maker's; 0 for all processors.
     `amx`: on processors with matrix registers for bfloat16 (Intel's server processors from Sapphire Rapids on) alone.
     `ragged`: where K, the length of the first operand's rows, is no multiple of `_REGISTER`.
     """
@@ -131,7 +131,16 @@ if _native is not None:
     _has_brgemm.update(
         d for d, half in ((torch.float32, False), (torch.bfloat16, True)) if _native.cpu.has_brgemm(half)
     )
-_amd_family: int = 0 if _native is None else _native.cpu.amd_family()
+
+
+def _probe_amd_family() -> int:
+    """0 without AVX-512 too, as on a Zen 3, which is of family 25 like a Zen 4: oneDNN's kernel runs there as well."""
+    if _native is None or "avx512" not in _native.cpu.isas():
+        return 0
+    return int(_native.cpu.amd_family())
+
+
+_amd_family = _probe_amd_family()
 _amx: bool = _native is not None and "amx" in _native.cpu.isas()
 
 
