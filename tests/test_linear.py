@@ -274,6 +274,32 @@ def test_brgemm_leaves_no_hole_beside_each_kernel(dtype: torch.dtype, tmp_path: 
     assert growth(MANY_LENGTHS, dtype, tmp_path) < 32 << 20
 
 
+SCRATCH = """
+import sys, torch
+from pathlib import Path
+from llama_fast.ops import linear
+
+def peak():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) << 10
+
+torch.set_num_threads(1)
+dtype = getattr(torch, sys.argv[1])
+dy, x = torch.zeros(36000 // dtype.itemsize, 2048, dtype=dtype), torch.zeros(36000 // dtype.itemsize, 64, dtype=dtype)
+out = torch.zeros(2048, 64, dtype=dtype)
+with linear.force("brgemm"):
+    linear.tn(dy[:64, :8], x[:64], out=out[:8])
+    before = peak()
+    linear.tn(dy, x, out=out)
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("dtype", TILED, ids=str)
+def test_brgemm_packs_a_part_of_the_rows_at_a_time(dtype: torch.dtype, tmp_path: Path) -> None:
+    """2,048 rows of 36 kB: 74 MB packed at once, 17 MB by parts."""
+    assert growth(SCRATCH, dtype, tmp_path) < 40 << 20
+
+
 @pytest.mark.parametrize("dtype", TILED, ids=str)
 def test_brgemm_gives_the_same_bits_on_every_number_of_threads(dtype: torch.dtype) -> None:
     threads, found = torch.get_num_threads(), {}
