@@ -135,7 +135,8 @@ class Products:
                 e = self._e[name] = linear.nn(dy, b)
                 da = _gradient(self.added[name].a_rC, e, x)
             if needs_b:
-                db = _gradient(self.added[name].b_Vr, dy, linear.nt(x, a), self.added[name].scale)
+                # as (u^T dy)^T: the paths are for wide products, and B is narrow
+                db = _gradient(self.added[name].b_Vr.t(), linear.nt(x, a), dy, self.added[name].scale).t().contiguous()
             self.gradients[name] = (da, db)
         weight = getattr(self.w, name)
         return linear.tn(dy, x).to(weight.dtype) if getattr(self.needs, name) else None

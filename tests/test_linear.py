@@ -434,6 +434,13 @@ def test_the_frozen_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         assert linear.choose(form, bf16, M, N, K) == "torch"
     assert linear.choose("tn", f32, 2048, 2048, 1) == "torch"
+    for form in linear.FORMS:  # of low rank
+        for dtype in (f32, bf16):
+            assert linear.choose(form, dtype, 2048, 16, 2048) == "torch"
+            assert linear.choose(form, dtype, 2048, 64, 2048) == "brgemm"
+    for form in ("nt", "nn"):
+        for dtype in (f32, bf16):
+            assert linear.choose(form, dtype, 2048, 2048, 64) == "torch"
     assert linear.explain("nn", bf16, 512, 2048, 32000).startswith("nn bfloat16 [512, 2048] over 32000: brgemm (")
     monkeypatch.setattr(linear, "_amd_family", 0)
     assert linear.choose("nn", bf16, 512, 2048, 32000) == "transposed"

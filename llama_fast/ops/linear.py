@@ -34,6 +34,7 @@ FORMS = ("nt", "nn", "tn")
 _SLICE_BYTES = 8 << 20  # of a product that cannot be written in place: two of them fit the last cache
 _ZEN4, _ZEN5 = 25, 26  # AMD's families with AVX-512: in two halves, and with 512-bit multiply-adds at full rate
 _ALL = 1 << 62
+_TILE = (64, _ALL)  # columns of brgemm's tile, and more
 _REGISTER = 32  # bfloat16 numbers that oneDNN reads at once of a first operand, past the end of a row too
 _F32 = (torch.float32,)
 _BF16 = (torch.bfloat16,)
@@ -76,12 +77,12 @@ class Rule:
 RULES = (  # the first that applies and can run; else "torch"
     Rule("transposed", _BF16, ("nt",), _TRANSPOSED_REASON, flops=1 << 24, M=(5, 64), N=(1024, _ALL), amx=True),
     Rule("gemv", (torch.float32, torch.bfloat16), ("nt",), "1 to 4 rows: bound by reading W", flops=1 << 18, M=(1, 4)),
-    Rule("brgemm", _F32, ("nt", "nn"), _BRGEMM_F32_REASON, flops=1 << 23, M=(4, _ALL), amd_family=_ZEN4),
-    Rule("brgemm", _F32, ("tn",), _BRGEMM_F32_REASON, flops=1 << 23, K=(8, _ALL), amd_family=_ZEN5),
-    Rule("brgemm", _F32, ("tn",), _BRGEMM_F32_REASON, flops=1 << 23, K=(128, _ALL), amd_family=_ZEN4),
-    Rule("brgemm", _BF16, ("nt",), _BRGEMM_REASON, flops=1 << 23, M=(512, _ALL), amd_family=_ZEN4),
-    Rule("brgemm", _BF16, ("nn",), _BRGEMM_REASON, flops=1 << 23, M=(256, _ALL), K=(512, _ALL), amd_family=_ZEN4),
-    Rule("brgemm", _BF16, ("tn",), _BRGEMM_REASON, flops=1 << 23, K=(512, _ALL), amd_family=_ZEN4),
+    Rule("brgemm", _F32, ("nt", "nn"), _BRGEMM_F32_REASON, 1 << 23, (4, _ALL), _TILE, (128, _ALL), _ZEN4),
+    Rule("brgemm", _F32, ("tn",), _BRGEMM_F32_REASON, 1 << 23, (1, _ALL), _TILE, (8, _ALL), _ZEN5),
+    Rule("brgemm", _F32, ("tn",), _BRGEMM_F32_REASON, 1 << 23, (1, _ALL), _TILE, (128, _ALL), _ZEN4),
+    Rule("brgemm", _BF16, ("nt",), _BRGEMM_REASON, 1 << 23, (512, _ALL), _TILE, (128, _ALL), _ZEN4),
+    Rule("brgemm", _BF16, ("nn",), _BRGEMM_REASON, 1 << 23, (256, _ALL), _TILE, (512, _ALL), _ZEN4),
+    Rule("brgemm", _BF16, ("tn",), _BRGEMM_REASON, 1 << 23, (1, _ALL), _TILE, (512, _ALL), _ZEN4),
     Rule("copied", _BF16, ("tn",), _COPIED_REASON, flops=1 << 23, M=(1024, _ALL), N=(512, _ALL), amx=True),
     Rule("copied", _BF16, ("tn",), _COPIED_REASON, flops=1 << 23, M=(512, _ALL), N=(1024, _ALL), amx=True),
     Rule("transposed", _BF16, ("nt",), _TRANSPOSED_REASON, M=(65, 256), N=(2048, _ALL), K=(512, _ALL), amx=True),
