@@ -78,6 +78,28 @@ def test_nothing_to_evaluate_on_is_said_before_the_first_step(tmp_path: Path) ->
     assert train(tmp_path, settings=dataclasses.replace(SETTINGS, eval_every=0), data=TooShort()).step == RECIPE.steps
 
 
+def test_a_held_out_loss_that_is_no_number_stops(tmp_path: Path) -> None:
+    class Broken(PlainLlama):
+        def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+            return super().loss(tokens, targets) * (1.0 if self.training else float("nan"))
+
+    with pytest.raises(
+        FloatingPointError, match=r"step 4: the held-out loss is nan; nothing was saved; .*step_0000003"
+    ):
+        train(tmp_path, model=Broken(CONFIG))
+    assert [row["step"] for row in curve(tmp_path)] == [1, 2, 3]
+
+
+def test_an_old_gradient_of_a_frozen_parameter_clips_nothing(tmp_path: Path) -> None:
+    for old in (0.0, 1000.0):
+        model = PlainLlama(CONFIG)
+        model.reset_parameters(0)
+        frozen = next(model.parameters()).requires_grad_(False)
+        frozen.grad = torch.full_like(frozen, old)
+        train(tmp_path / str(old), model=model)
+    assert curve(tmp_path / "0.0") == curve(tmp_path / "1000.0")
+
+
 def test_another_model_of_the_same_shapes_is_refused(tmp_path: Path) -> None:
     train(tmp_path, settings=dataclasses.replace(SETTINGS, checkpoint_every=6))
     for changed in ({"n_heads": 4, "n_kv_heads": 2}, {"rope_theta": 5e5}, {"norm_eps": 1e-6}):

@@ -218,7 +218,8 @@ class Trainer:
         A message says so at once. A second Ctrl-C stops without saving.
 
         Raises:
-            FloatingPointError: a loss or gradient norm is not finite; nothing was updated or saved for that step.
+            FloatingPointError: a loss or gradient norm is not finite: nothing was updated or saved for that step; or a
+                held-out loss is not: nothing was saved.
             ValueError: `data` gave a bad batch or ended; another Trainer saved in `run_dir` since this one was made.
             OSError: the log or a checkpoint could not be written; earlier checkpoints are untouched.
         """
@@ -237,7 +238,8 @@ class Trainer:
                 row = self._train_step(batches)
                 self.step += 1
                 if self._due(self.settings.eval_every):
-                    row["valid_loss"] = self.valid_loss()
+                    row["valid_loss"] = valid = self.valid_loss()
+                    self._expect_finite(self.step, "held-out loss", valid, "nothing was saved")
                 self._append(log, row)
                 rate = row["tokens_per_s"]
                 self.progress.step(self.step, row["loss"], row["lr"], rate, rate * flops if flops else None)
@@ -297,12 +299,10 @@ class Trainer:
                 part = self._loss(tokens, targets) * (n / sum(counts))
                 part.backward()
                 loss += part.detach()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.recipe.clip)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        norm = nn.utils.clip_grad_norm_(trained, self.settings.recipe.clip)  # a frozen one can hold an old gradient
         for name, value in (("loss", float(loss)), ("gradient norm", float(norm))):
-            if not math.isfinite(value):
-                found = checkpoint.checkpoints(self.run_dir)
-                last = f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
-                raise FloatingPointError(f"step {step}: the {name} is {value}; nothing was updated; {last}")
+            self._expect_finite(step, name, value, "nothing was updated")
         self.optimizer.step()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -317,6 +317,12 @@ class Trainer:
             "tokens_per_s": self.settings.tokens_per_step / took,
             "seconds": self.seconds,
         }
+
+    def _expect_finite(self, step: int, name: str, value: float, so: str) -> None:
+        if not math.isfinite(value):
+            found = checkpoint.checkpoints(self.run_dir)
+            last = f"the last checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+            raise FloatingPointError(f"step {step}: the {name} is {value}; {so}; {last}")
 
     def _next(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         expected = (self.settings.batch_size, self.settings.seq_len)
