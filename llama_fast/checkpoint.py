@@ -61,11 +61,13 @@ def save(run_dir: Path | str, step: int, model: nn.Module, state: dict[str, Any]
         The folder of the checkpoint.
 
     Raises:
-        ValueError: `step` or `keep` is out of range, or `state` holds another type.
+        ValueError: `step` or `keep` is no integer or out of range, or `state` is no dictionary or holds another type.
         OSError: the disk is full or fails. What was half written is removed and earlier checkpoints are untouched.
     """
-    if step < 0 or keep < 1:
-        raise ValueError(f"step = {step}, keep = {keep}: expected 0 or more, and 1 or more")
+    if type(step) is not int or type(keep) is not int or step < 0 or keep < 1:  # NumPy's are no JSON
+        raise ValueError(f"step = {step!r}, keep = {keep!r}: expected an integer of 0 or more, and one of 1 or more")
+    if type(state) not in (dict, OrderedDict):
+        raise ValueError(f"state is a {type(state).__name__}: expected a dictionary")
     run_dir = Path(run_dir)
     final = run_dir / f"step_{step:07d}"
     try:
@@ -100,7 +102,7 @@ def save(run_dir: Path | str, step: int, model: nn.Module, state: dict[str, Any]
 def checkpoints(run_dir: Path | str) -> list[Path]:
     """The checkpoint folders in `run_dir`, oldest first, damaged ones included; empty where there is no such folder."""
     run_dir = Path(run_dir)
-    found = [p for p in run_dir.iterdir() if _NAME.fullmatch(p.name)] if run_dir.is_dir() else []
+    found = [p for p in run_dir.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()] if run_dir.is_dir() else []
     return sorted(found, key=lambda p: int(p.name[len("step_") :]))
 
 
@@ -218,6 +220,8 @@ def state_bytes(value: Any, where: str) -> int:
     if isinstance(value, Tensor):
         return value.nbytes
     if type(value) in (dict, OrderedDict):
+        for key in value:
+            state_bytes(key, f"key {key!r} of {where}")
         return sum(state_bytes(v, f"{where}[{k!r}]") for k, v in value.items())
     if type(value) in (list, tuple):
         return sum(state_bytes(v, f"{where}[{i}]") for i, v in enumerate(value))

@@ -229,6 +229,35 @@ def test_state_that_would_not_load_back(tmp_path: Path, model: PlainLlama, value
     checkpoint.load(checkpoint.save(tmp_path, 1, model, OrderedDict(a=1)))
 
 
+@pytest.mark.parametrize("key", [np.int64(2), (1, np.int64(2)), Path("x")])
+def test_a_key_that_would_not_load_back(tmp_path: Path, model: PlainLlama, key: Any) -> None:
+    with pytest.raises(ValueError, match=r"key .* of state\['x'\].* is a \w+: expected tensors, plain numbers"):
+        checkpoint.save(tmp_path, 1, model, {"x": {key: 1}})
+    assert not checkpoint.checkpoints(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": -1}, "step = -1, keep = 3: expected an integer of 0 or more, and one of 1 or more"),
+        ({"step": 1.5}, "step = 1.5, keep = 3: expected"),
+        ({"step": np.int64(3)}, r"step = np.int64\(3\), keep = 3: expected"),
+        ({"keep": "3"}, "step = 1, keep = '3': expected"),
+        ({"state": None}, "state is a NoneType: expected a dictionary"),
+    ],
+)
+def test_bad_arguments_are_named(tmp_path: Path, model: PlainLlama, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        checkpoint.save(tmp_path, **{"step": 1, "model": model, "state": {}, **change})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_no_checkpoint(tmp_path: Path, model: PlainLlama) -> None:
+    (tmp_path / "step_0000009").write_text("notes")
+    saved = checkpoint.save(tmp_path, 3, model, {})
+    assert checkpoint.checkpoints(tmp_path) == [checkpoint.latest(tmp_path, lambda path, reason: None)] == [saved]
+
+
 def test_weights_that_do_not_fit(model: PlainLlama) -> None:
     weights = {k: v.clone() for k, v in checkpoint.unique_tensors(model).items()}
     before = model.embed_tokens.weight.clone()
