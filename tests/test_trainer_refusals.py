@@ -11,6 +11,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import torch
 from test_trainer import CONFIG, RECIPE, SETTINGS, Rows, curve, final_files, train
 from torch import Tensor
 
+from llama_fast import checkpoint
 from llama_fast.plain import PlainLlama
 from llama_fast.train.recipe import Recipe
 from llama_fast.train.trainer import Trainer
@@ -51,6 +53,7 @@ def test_bad_data_is_named(tmp_path: Path) -> None:
             ([], r"data ended in step 1"),
             ([(good, good[:1])], r"data gave targets \(1, 16\) torch.int64: expected \(2, 16\)"),
             ([(good.int(), good)], r"data gave tokens \(2, 16\) torch.int32: expected"),
+            ([good], r"data gave a Tensor: expected \(tokens, targets\), two tensors"),
             ([(good, none)], r"step 1: the batches have no target that counts"),
         ]
     ):
@@ -109,12 +112,64 @@ def test_another_model_of_the_same_shapes_is_refused(tmp_path: Path) -> None:
             train(tmp_path, model=PlainLlama(other), resume=True)
 
 
+def test_arguments_of_another_kind_are_named(tmp_path: Path) -> None:
+    class Silent(torch.nn.Module):
+        def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+            return tokens.new_zeros(())
+
+    good = {"model": PlainLlama(CONFIG), "data": Rows(), "settings": SETTINGS}
+    for change, message in (
+        ({"model": torch.nn.Linear(2, 2)}, r"model is a Linear: expected a Module with loss\(tokens, targets\)"),
+        ({"model": Silent()}, "model has no parameter that requires a gradient"),
+        ({"data": [1]}, "data is a list: expected one with batches, valid_batches, state_dict and load_state_dict"),
+        ({"settings": {"steps": 3}}, "settings is a dict: expected Settings"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Trainer(run_dir=tmp_path, **{**good, **change})  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+    for field, value, message in (
+        ("recipe", {"steps": 3}, "recipe = {'steps': 3}: expected a Recipe"),
+        ("dtype", ["float32"], r"dtype = \['float32'\]: expected one of float32, bfloat16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(SETTINGS, **{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("loss", [1.5, torch.ones(3, requires_grad=True)])
+def test_a_loss_that_is_not_one_number_is_named(tmp_path: Path, loss: Any) -> None:
+    class Odd(PlainLlama):
+        def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+            return loss  # type: ignore[no-any-return]
+
+    found = "float" if isinstance(loss, float) else r"\(3,\)"
+    with pytest.raises(ValueError, match=f"model.loss gave {found}: expected a tensor of one number"):
+        train(tmp_path, model=Odd(CONFIG))
+
+
+def test_a_checkpoint_that_cannot_go_on_is_refused(tmp_path: Path) -> None:
+    model = PlainLlama(CONFIG)
+    checkpoint.save(tmp_path / "weights", 3, model, {})
+    with pytest.raises(ValueError, match=r"step_0000003 holds no data, generators, .*: expected a checkpoint of a Tr"):
+        train(tmp_path / "weights", model=model, resume=True)
+    next(model.parameters()).requires_grad_(False)
+    train(tmp_path / "run", model=model)
+    other = PlainLlama(CONFIG)
+    before = [p.clone() for p in other.parameters()]
+    with pytest.raises(
+        ValueError, match=r"trained \d+ parameters, of the model \d+ would train now: expected the same"
+    ):
+        train(tmp_path / "run", model=other, resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
+
+
 def test_numbers_of_numpy_are_taken(tmp_path: Path) -> None:
     """As from np.logspace; a checkpoint takes Python's alone, and the first one comes after hours."""
     sizes = {"steps": np.int64(12), "warmup_steps": np.int32(3)}
     ours = Recipe(lr=np.logspace(-2, -1, 2)[0], clip=np.float32(1), **sizes)  # type: ignore[arg-type]
     assert ours == RECIPE
-    assert train(tmp_path, settings=dataclasses.replace(SETTINGS, recipe=ours)).step == 12
+    settings = dataclasses.replace(SETTINGS, recipe=ours, batch_size=np.int64(2), seed=np.uint8(0))  # type: ignore
+    assert settings == SETTINGS
+    assert train(tmp_path, settings=settings).step == 12
     assert final_files(tmp_path)[1]["settings"]["recipe.lr"] == RECIPE.lr
 
 

@@ -26,8 +26,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from io import FileIO
+from numbers import Integral
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -45,6 +46,7 @@ _NO_HELD_OUT = "data has no held-out batches: expected some, or eval_every = 0"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+@runtime_checkable
 class Data(Protocol):
     """Where the batches come from. All tensors are [B, T] int64; a target of -100 does not count."""
 
@@ -96,13 +98,16 @@ class Settings:
     keep: int = 3
 
     def __post_init__(self) -> None:
+        if not isinstance(self.recipe, Recipe):
+            raise ValueError(f"recipe = {self.recipe!r}: expected a Recipe")
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} = {value!r}: expected an integer of {least} or more")
+            object.__setattr__(self, name, int(value))  # NumPy's too: a checkpoint takes Python's alone
         if self.seed >= 2**64:  # torch's own limit
             raise ValueError(f"seed = {self.seed}: expected less than 2^64")
-        if self.dtype not in _DTYPES:
+        if not isinstance(self.dtype, str) or self.dtype not in _DTYPES:
             raise ValueError(f"dtype = {self.dtype!r}: expected one of {', '.join(_DTYPES)}")
 
     @property
@@ -169,9 +174,9 @@ class Trainer:
         progress: what shows the run; the default is a bar on a terminal and plain lines elsewhere.
 
     Raises:
-        ValueError: a parameter is not float32; the state of `data` could not be saved; there is nothing to evaluate on;
-            `run_dir` holds checkpoints and `resume` is False; the checkpoint was trained with other settings or does
-            not fit the model.
+        ValueError: an argument is of another kind; a parameter is not float32, or none trains; the state of `data`
+            could not be saved; there is nothing to evaluate on; `run_dir` holds checkpoints and `resume` is False; the
+            checkpoint was trained with other settings, is not a Trainer's, or does not fit the model.
     """
 
     def __init__(
@@ -185,14 +190,21 @@ class Trainer:
         progress: Progress | None = None,
     ) -> None:
         self.model, self.data, self.settings, self.run_dir = model, data, settings, Path(run_dir)
+        if not isinstance(model, nn.Module) or not callable(getattr(model, "loss", None)):
+            raise ValueError(f"model is a {type(model).__name__}: expected a Module with loss(tokens, targets)")
+        if not isinstance(data, Data):
+            methods = "batches, valid_batches, state_dict and load_state_dict"
+            raise ValueError(f"data is a {type(data).__name__}: expected one with {methods}, RunData for one")
+        if not isinstance(settings, Settings):
+            raise ValueError(f"settings is a {type(settings).__name__}: expected Settings")
         for name, p in model.named_parameters():
             if p.dtype != torch.float32:
                 raise ValueError(f"{name} is {p.dtype}: expected float32; dtype = 'bfloat16' trains with autocast")
         checkpoint.state_bytes(data.state_dict(), "data.state_dict()")  # better now than at the first checkpoint
         if settings.eval_every:
             self._expect_held_out()  # better now than after eval_every steps
-        self.device = next(model.parameters()).device
         self.optimizer = build_optimizer(model, settings.recipe)
+        self.device = next(model.parameters()).device
         self.step = 0
         self.seconds = 0.0
         self._log_path = self.run_dir / LOG
@@ -226,7 +238,7 @@ class Trainer:
         steps, first = self.settings.recipe.steps, self.step
         started_at = self.seconds
         flops = self._flops_per_second_per_token()
-        batches = self.data.batches(self.settings.batch_size, self.settings.seq_len)
+        batches = iter(self.data.batches(self.settings.batch_size, self.settings.seq_len))
         saved = self.step if first else -1
         say = self.progress.message
         with _locked_log(self._log_path) as log, _stop_signals(say) as stop, self.progress:
@@ -260,7 +272,7 @@ class Trainer:
         total, count = 0.0, 0
         self.model.eval()
         with torch.no_grad():
-            for tokens, targets in self.data.valid_batches(s.batch_size, s.seq_len, s.eval_batches):
+            for tokens, targets in map(_pair, self.data.valid_batches(s.batch_size, s.seq_len, s.eval_batches)):
                 if n := _count(targets):
                     total += float(self._loss(tokens, targets)) * n
                     count += n
@@ -273,7 +285,7 @@ class Trainer:
         s = self.settings
         try:
             batches = self.data.valid_batches(s.batch_size, s.seq_len, s.eval_batches)
-            some = any(_count(targets) for _, targets in batches)
+            some = any(_count(targets) for _, targets in map(_pair, batches))
         except ValueError as error:
             raise ValueError(f"{error}; or eval_every = 0 (--eval-every 0)") from error
         if not some:
@@ -327,7 +339,7 @@ class Trainer:
     def _next(self, batches: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         expected = (self.settings.batch_size, self.settings.seq_len)
         try:
-            tokens, targets = next(batches)
+            tokens, targets = _pair(next(batches))
         except StopIteration:
             raise ValueError(f"data ended in step {self.step + 1}: expected batches without end") from None
         for name, t in (("tokens", tokens), ("targets", targets)):
@@ -338,7 +350,11 @@ class Trainer:
     def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         tokens, targets = tokens.to(self.device), targets.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.dtype == "bfloat16"):
-            return self.model.loss(tokens, targets)  # type: ignore[operator]
+            loss = self.model.loss(tokens, targets)  # type: ignore[operator]
+        if not isinstance(loss, Tensor) or loss.ndim:
+            found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"model.loss gave {found}: expected a tensor of one number")
+        return loss
 
     def _flops_per_second_per_token(self) -> float:
         """MFU of one token a second, or 0 where the model's flops are unknown."""
@@ -378,11 +394,19 @@ class Trainer:
         if path is None:
             return
         saved = checkpoint.load(path)
+        if missing := {"optimizer", "data", "generators", "settings", "seconds"} - saved.state.keys():
+            raise ValueError(f"{path} holds no {', '.join(sorted(missing))}: expected a checkpoint of a Trainer")
         before, now = saved.state["settings"], _plain_settings(self.settings)
         changed = [f"{k} = {now.get(k)!r} (was {before.get(k)!r})" for k in now if now[k] != before.get(k)]
         if changed:
             raise ValueError(f"{path} was trained with other settings: {'; '.join(changed)}; expected the same")
         self._expect_config(path)
+        was, new = (
+            sum(len(group["params"]) for group in state["param_groups"])
+            for state in (saved.state["optimizer"], self.optimizer.state_dict())
+        )
+        if was != new:
+            raise ValueError(f"{path} trained {was} parameters, of the model {new} would train now: expected the same")
         checkpoint.load_into(self.model, saved.weights)
         self.optimizer.load_state_dict(saved.state["optimizer"])
         self.data.load_state_dict(saved.state["data"])
@@ -458,6 +482,12 @@ def measure_gemm_rate(dtype: str = "float32", device: torch.device | str = "cpu"
 def _gemm_rate(dtype: str, device: torch.device, threads: int) -> float:
     """Measured once a process for equal arguments, so that the MFU of its runs compares."""
     return measure_gemm_rate(dtype, device)
+
+
+def _pair(batch: Any) -> tuple[Tensor, Tensor]:
+    if not isinstance(batch, tuple | list) or [isinstance(t, Tensor) for t in batch] != [True, True]:
+        raise ValueError(f"data gave a {type(batch).__name__}: expected (tokens, targets), two tensors")
+    return batch[0], batch[1]
 
 
 def _count(targets: Tensor) -> int:
