@@ -558,7 +558,7 @@ def test_bad_sizes_are_errors() -> None:
         (1, 0, 0, 0, "seq_len 0"),
         (1, 8, -1, 0, "seed -1"),
         (1, 8, 2**32, 0, "seed 4294967296"),
-        (1, 8, 0, 1, r"rank 1 is not in \[0, 1\)"),
+        (1, 8, 0, 1, r"rank 1 is not an integer in \[0, 1\)"),
         (1, 30, 0, 0, "source s0: 30 train tokens are too few for seq_len 30, which needs 31"),
     ]:
         with pytest.raises(ValueError, match=problem):

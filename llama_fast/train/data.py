@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,8 @@ def build_token_file(
         ValueError: bad arguments; text that is unreadable or too short to give both splits.
         OSError: `out_dir` cannot be written, or the disk is full; nothing half-written is left.
     """
-    if not 0 < valid_fraction <= 0.5:
-        raise ValueError(f"valid_fraction {valid_fraction} is not in (0, 0.5]")
+    if not isinstance(valid_fraction, int | float) or not 0 < valid_fraction <= 0.5:
+        raise ValueError(f"valid_fraction {valid_fraction!r} is not in (0, 0.5]")
     if not sources or len({source.name.lower() for source in sources}) != len(sources):
         raise ValueError(f"sources {[source.name for source in sources]}: expected one or more with different names")
     scans = [_scan(source) for source in sources]
@@ -172,7 +173,7 @@ class TokenDataset:
             limit: at most this many batches, their windows spread evenly over all there are.
 
         Raises:
-            ValueError: an unknown source, sizes that are not positive, or held-out text shorter than a window.
+            ValueError: an unknown source, sizes that are no positive integers, or held-out text shorter than a window.
         """
         _positive(batch_size=batch_size, seq_len=seq_len, limit=1 if limit is None else limit)
         chosen = [s for s in self.sources if source in (None, s.name)]
@@ -215,18 +216,19 @@ class Mixture:
     ranks, and can be loaded by another number of ranks with the same `batch_size * world_size`.
 
     Raises:
-        ValueError: sizes that are not positive, a rank or seed out of range, a source with too few tokens for one
-            window, or weights whose sum is not finite.
+        ValueError: sizes that are no positive integers, a rank or seed out of range, a source with too few tokens for
+            one window, or weights whose sum is not finite.
     """
 
     def __init__(
         self, dataset: TokenDataset, batch_size: int, seq_len: int, seed: int, *, rank: int = 0, world_size: int = 1
     ) -> None:
         _positive(batch_size=batch_size, seq_len=seq_len, world_size=world_size)
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is not in [0, {world_size})")
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed {seed} is not in [0, 2^32)")
+        if not _is_integer(rank) or not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank!r} is not an integer in [0, {world_size})")
+        if not _is_integer(seed) or not 0 <= seed < 2**32:
+            raise ValueError(f"seed {seed!r} is not an integer in [0, 2^32)")
+        batch_size, seq_len, seed, rank, world_size = map(int, (batch_size, seq_len, seed, rank, world_size))
         self._dataset = dataset
         self._seq_len = seq_len
         self._seed = seed
@@ -268,6 +270,8 @@ class Mixture:
             ValueError: `state` belongs to other data, weights, seed, seq_len or global batch (the message says which),
                 or is not a state; the mixture is unchanged then.
         """
+        if not isinstance(state, dict):
+            raise ValueError(f"sampler state: a {type(state).__name__}; expected the dictionary of state_dict()")
         for key, value in self._setup().items():
             if state.get(key) != value:
                 why = ": the text, what is held out of it or the tokenizer is not the same" if key == "dataset" else ""
@@ -353,10 +357,14 @@ def _windows(source: TokenSource, split: str, ids: np.ndarray, seq_len: int) -> 
     return count
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _positive(**sizes: int) -> None:
     for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{name} {value} is not positive")
+        if not _is_integer(value) or value < 1:
+            raise ValueError(f"{name} {value!r} is not a positive integer")
 
 
 def _scan(source: Source) -> Scan:

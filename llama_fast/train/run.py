@@ -65,7 +65,9 @@ def sources_of(data: Sequence[str], written: Sequence[Path] = ()) -> list[Source
     return parse_data_args(data, written) if data else default_sources()
 
 
-def prepare(sources: Sequence[Source], vocab_size: int, folder: Path) -> tuple[Tokenizer, TokenDataset]:
+def prepare(
+    sources: Sequence[Source], vocab_size: int, folder: str | os.PathLike[str]
+) -> tuple[Tokenizer, TokenDataset]:
     """The tokenizer and the token files in `folder`, made where they are not there yet.
 
     A `tokenizer.model` of the right size in `folder` is used as it is; token files are reused if they came from the
@@ -75,6 +77,7 @@ def prepare(sources: Sequence[Source], vocab_size: int, folder: Path) -> tuple[T
         ValueError: the text cannot be read or is too little for `vocab_size`, or tokenizer.model has another size.
         OSError: `folder` cannot be written.
     """
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / TOKENIZER
     if path.exists():

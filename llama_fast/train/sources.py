@@ -34,7 +34,7 @@ class Source:
         skipped: files below a folder that were left out because they are empty or no UTF-8 text.
 
     Raises:
-        ValueError: a name or weight outside these rules, or no paths.
+        ValueError: a name, weight or path outside these rules, or no paths.
     """
 
     name: str
@@ -45,12 +45,15 @@ class Source:
     skipped: int = 0
 
     def __post_init__(self) -> None:
-        if not NAME.fullmatch(self.name):
+        if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
             raise ValueError(f"source name {self.name!r}: expected letters, digits, '.', '_' and '-'")
-        if not (math.isfinite(self.weight) and self.weight > 0):
-            raise ValueError(f"source {self.name}: weight {self.weight} is not a positive finite number")
+        if not (isinstance(self.weight, int | float) and math.isfinite(self.weight) and self.weight > 0):
+            raise ValueError(f"source {self.name}: weight {self.weight!r} is not a positive finite number")
         if not self.paths:
             raise ValueError(f"source {self.name}: no files with text in {self.root}")
+        for path in (self.paths,) if isinstance(self.paths, str) else self.paths:
+            if not isinstance(path, Path) or (self.reader is None and not path.is_relative_to(self.root)):
+                raise ValueError(f"source {self.name}: path {path!r}; expected a Path below root {self.root}")
 
     def documents(self) -> Iterator[tuple[str, bytes]]:
         """(name, UTF-8 text) of each document in order. Raises ValueError for a file that cannot be read as text."""
@@ -107,11 +110,15 @@ def parse_data_args(args: Sequence[str], written: Sequence[Path] = ()) -> list[S
             a folder of `written` that would be read as text; the message quotes the argument, the value found and what
             was expected.
     """
+    if isinstance(args, str):  # of whose letters "/" would be the whole file system
+        raise ValueError(f"data {args!r}: expected a list of PATH or PATH:WEIGHT")
     if not args:
         raise ValueError("no data arguments; expected PATH or PATH:WEIGHT, a text file or a folder of text files")
     sources: list[Source] = []
     owner: dict[str, int] = {}
     for i, arg in enumerate(args):
+        if not isinstance(arg, str | os.PathLike):
+            raise ValueError(f"data {arg!r}: expected PATH or PATH:WEIGHT")
         path, weight = _path_and_weight(arg)
         if path.is_dir():
             for folder in written:
@@ -217,7 +224,7 @@ def _text_files(paths: Iterable[Path]) -> tuple[list[Path], int]:
 def _path_and_weight(arg: str) -> tuple[Path, float]:
     if arg and os.path.exists(arg):
         return Path(arg), 1.0
-    path, colon, weight = arg.rpartition(":")
+    path, colon, weight = os.fspath(arg).rpartition(":")
     if not colon or not path or not os.path.exists(path):
         raise ValueError(f"data {arg!r}: {(path or arg)!r} does not exist; expected PATH or PATH:WEIGHT")
     try:
