@@ -29,8 +29,10 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a write that fails knows no name
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     sync(path.parent)
 

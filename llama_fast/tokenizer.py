@@ -112,6 +112,8 @@ class Tokenizer:
 
         Source: Touvron et al. 2023, arXiv:2302.13971, section 2.1; Kudo and Richardson 2018, arXiv:1808.06226.
         """
+        if isinstance(texts, str | bytes):  # whose characters would be the documents
+            raise ValueError(f"tokenizer: texts is a {type(texts).__name__}; expected several, a list of one for one")
         sentences = _sample(texts)
         if not any(sentence.strip() for sentence in sentences):
             raise ValueError("tokenizer: no text to train on")

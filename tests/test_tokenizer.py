@@ -193,6 +193,11 @@ def test_training_on_nothing_is_an_error(tmp_path: Path, texts: list[str]) -> No
         Tokenizer.train(texts, tmp_path / "m", vocab_size=300)
 
 
+def test_training_on_one_text_in_place_of_several_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="texts is a str; expected several, a list of one for one"):
+        Tokenizer.train("some text and more\n" * 99, tmp_path / "tokenizer.model", 280)
+
+
 def test_files_that_are_no_model_are_named(tmp_path: Path, model_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.model"):
         Tokenizer(tmp_path / "nowhere.model")
