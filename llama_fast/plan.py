@@ -70,8 +70,7 @@ class Layout:
 
     def __post_init__(self) -> None:
         for name in ("world", "tensor"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: expected 1 or more")
+            _check_count(name, getattr(self, name))
         if self.world % self.tensor:
             raise ValueError(f"tensor = {self.tensor}: expected a divisor of world = {self.world}")
         if self.shard not in SHARDS:
@@ -217,7 +216,7 @@ def plan(
     Raises:
         ValueError: names the argument, its value and what was expected.
     """
-    _check(config, layout, seq_len, batch_size, states)
+    _check(config, layout, seq_len, batch_size, states, itemsize)
     rows, data, tensor = batch_size * seq_len, layout.data, layout.tensor
     split, whole = _parameters(config)
     mine = split / tensor + whole
@@ -278,8 +277,9 @@ def tokens_per_second(config: LlamaConfig, device: Device, seq_len: int, mfu: fl
     """Tokens a second of one device at `mfu`: the share of its peak flop/s that model flops use.
 
     Raises:
-        ValueError: `mfu` is no share.
+        ValueError: `mfu` is no share, or `seq_len` no count.
     """
+    _check_count("seq_len", seq_len)
     if not 0 < mfu <= 1:
         raise ValueError(f"mfu = {mfu}: expected a share between 0 and 1")
     return mfu * device.flops / config.flops_per_token(seq_len)
@@ -305,13 +305,18 @@ def _check_policy(policy: str) -> None:
         raise ValueError(f"policy = {policy!r}: expected one of {', '.join(POLICIES)}")
 
 
-def _check(config: LlamaConfig, layout: Layout, seq_len: int, batch_size: int, states: str) -> None:
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} = {value!r}: expected an integer of 1 or more")
+
+
+def _check(config: LlamaConfig, layout: Layout, seq_len: int, batch_size: int, states: str, itemsize: int) -> None:
     if states not in STATES:
         raise ValueError(f"states = {states!r}: expected one of {', '.join(STATES)}")
-    if not 1 <= seq_len <= config.max_seq_len:
-        raise ValueError(f"seq_len = {seq_len}: expected 1 .. max_seq_len = {config.max_seq_len}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size = {batch_size}: expected 1 or more")
+    if not isinstance(seq_len, int) or not 1 <= seq_len <= config.max_seq_len:
+        raise ValueError(f"seq_len = {seq_len!r}: expected 1 .. max_seq_len = {config.max_seq_len}")
+    _check_count("batch_size", batch_size)
+    _check_count("itemsize", itemsize)
     for name in ("n_kv_heads", "n_heads", "ffn_dim"):
         if getattr(config, name) % layout.tensor:
             raise ValueError(f"tensor = {layout.tensor}: expected a divisor of {name} = {getattr(config, name)}")

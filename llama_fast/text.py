@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ class StopStrings:
     """
 
     def __init__(self, stops: str | Sequence[str]) -> None:
+        if not isinstance(stops, Iterable):
+            raise ValueError(f"stop = {stops!r}: expected a string or several")
         self._stops = (stops,) if isinstance(stops, str) else tuple(stops)
         if not all(isinstance(s, str) and s for s in self._stops):
             raise ValueError(f"stop = {list(self._stops)!r}: expected strings of one character or more")

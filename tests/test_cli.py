@@ -267,7 +267,7 @@ def test_plain_starts_from_the_same_loss(llama_fast_program: Any, text: Path, tm
         (["generate", "--checkpoint", "OUT", "--device", "meta"], "device = 'meta': Tensor.item() cannot be called"),
         (["convert", "OUT", "elsewhere"], "no such folder or file, expected a folder of Hugging Face or Meta"),
         (["plan", "--preset", "tiny", "--seq-len", "0"], "seq_len = 0: expected 1 .. max_seq_len"),
-        (["plan", "--preset", "tiny", "--tensor", "0"], "tensor = 0: expected 1 or more"),
+        (["plan", "--preset", "tiny", "--tensor", "0"], "tensor = 0: expected an integer of 1 or more"),
         (["plan", "--preset", "tiny", "--tokens", "-5"], "tokens = -5: expected a finite number above 0"),
         (["plan", "--preset", "tiny", "--tokens", "inf"], "tokens = inf: expected a finite number above 0"),
         (["demo", "--out", "OUT", "--steps", "0"], "steps = 0: expected 1 or more"),

@@ -182,12 +182,16 @@ def test_recomputing_costs_a_forward_without_its_last_product() -> None:
     ("arguments", "message"),
     [
         ({"seq_len": 4096}, "seq_len = 4096: expected 1 .. max_seq_len = 2048"),
-        ({"batch_size": 0}, "batch_size = 0: expected 1 or more"),
+        ({"seq_len": 2.5}, "seq_len = 2.5: expected 1 .. max_seq_len = 2048"),
+        ({"batch_size": 0}, "batch_size = 0: expected an integer of 1 or more"),
+        ({"batch_size": "a"}, "batch_size = 'a': expected an integer of 1 or more"),
+        ({"itemsize": 0}, "itemsize = 0: expected an integer of 1 or more"),
         ({"states": "int8"}, "states = 'int8': expected one of float32, mixed, bfloat16"),
         ({"policy": "none"}, "policy = 'none': expected one of save, recompute-cheap, recompute-linear, recompute-all"),
         ({"layout": (9, 3)}, "tensor = 3: expected a divisor of n_kv_heads = 64"),
         ({"layout": (8, 3)}, "tensor = 3: expected a divisor of world = 8"),
-        ({"layout": (0, 1)}, "world = 0: expected 1 or more"),
+        ({"layout": (0, 1)}, "world = 0: expected an integer of 1 or more"),
+        ({"layout": (2.5, 1)}, "world = 2.5: expected an integer of 1 or more"),
         ({"layout": (8, 1, False, "half")}, "shard = 'half': expected one of full, states, none"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,12 @@ def test_stop_strings_cut_where_the_first_one_ends() -> None:
         shown += filter.finish()
         assert shown == cut(text, stops), (text, stops)
         assert (found is not None) == any(s in text for s in stops)
+
+
+@pytest.mark.parametrize("stop", [3, None])
+def test_stop_strings_that_are_none_are_named(stop: Any) -> None:
+    with pytest.raises(ValueError, match=f"stop = {stop}: expected a string or several"):
+        StopStrings(stop)
 
 
 def test_text_that_cannot_begin_a_stop_string_is_shown_at_once() -> None:
