@@ -106,6 +106,14 @@ def checkpoints(run_dir: Path | str) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[len("step_") :]))
 
 
+def expect_none(run_dir: Path | str) -> None:
+    """Raises ValueError where `run_dir` holds checkpoints, with which no new run starts."""
+    if found := checkpoints(run_dir):
+        raise ValueError(
+            f"run_dir = {run_dir} holds {found[-1].name}: expected resume=True (--resume) or an unused folder"
+        )
+
+
 def latest(run_dir: Path | str, on_skip: Callable[[Path, str], None]) -> Path | None:
     """The newest checkpoint in `run_dir` whose every file has the size and SHA-256 of its manifest, or None.
 

@@ -388,6 +388,7 @@ def train(
     Exit status 130 after Ctrl-C and 143 after SIGTERM, where steps are left to do.
     """
     import llama_fast
+    from llama_fast import checkpoint
     from llama_fast.train import run
     from llama_fast.train.recipe import Recipe
     from llama_fast.train.trainer import Settings, Trainer
@@ -408,6 +409,8 @@ def train(
         keep=keep,
     )
     token_folder = tokens or out / "data"
+    if not resume:
+        checkpoint.expect_none(out)  # before the token files of the run that is there are written anew
     sources = run.sources_of(data or [], (out, token_folder))
     model = run.build_model(sizes, plain=plain, policy=policy, seed=seed)
     tokenizer, dataset = run.prepare(sources, sizes.vocab_size, token_folder)

@@ -164,9 +164,11 @@ def test_train_resume_and_generate(llama_fast_program: Any, text: Path, tmp_path
     assert found.status == 0, found.err
     assert "held-out loss" in found.out
     assert len((run / "log.jsonl").read_text().splitlines()) == 4
-    again = llama_fast_program(*common, "--steps", "4")
+    tokens = (run / "data" / "meta.json").read_bytes()
+    again = llama_fast_program("train", "--out", str(run), *sizes, "--steps", "4")  # of other text: the default
     assert again.status == 2
     assert "resume" in again.err
+    assert (run / "data" / "meta.json").read_bytes() == tokens
     assert llama_fast_program(*common, "--steps", "4", "--resume").status == 0
 
     for checkpoint in (run, next(run.glob("step_*"))):

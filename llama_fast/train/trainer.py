@@ -209,10 +209,8 @@ class Trainer:
         self.seconds = 0.0
         self._log_path = self.run_dir / LOG
         found = checkpoint.checkpoints(self.run_dir)
-        if found and not resume:
-            raise ValueError(
-                f"run_dir = {run_dir} holds {found[-1].name}: expected resume=True (--resume) or an unused folder"
-            )
+        if not resume:
+            checkpoint.expect_none(run_dir)
         skipped: list[str] = []
         if found:
             self._resume(skipped)
