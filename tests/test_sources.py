@@ -88,3 +88,5 @@ def test_a_folder_of_tokens_can_be_named_by_a_string(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text and more\n" * 99)
     prepare(parse_data_args([str(tmp_path / "a.txt")]), 280, str(tmp_path / "tokens"))
     assert (tmp_path / "tokens" / "tokenizer.model").is_file()
+    with pytest.raises(NotADirectoryError, match=r"tokens .*a.txt is a file: expected a folder, or a new one"):
+        prepare(parse_data_args([str(tmp_path / "a.txt")]), 280, tmp_path / "a.txt")

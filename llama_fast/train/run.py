@@ -78,6 +78,8 @@ def prepare(
         OSError: `folder` cannot be written.
     """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"tokens {folder} is a file: expected a folder, or a new one")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / TOKENIZER
     if path.exists():
