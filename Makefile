@@ -8,7 +8,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 ASAN   := build-asan
 NATIVE_SOURCES := CMakeLists.txt $(wildcard csrc/*.h csrc/*.cpp csrc/*/*)
-OP_TESTS = tests/test_block.py tests/test_block_variants.py tests/test_decode.py tests/test_few_rows.py tests/test_low_rank.py $(filter-out tests/test_cuda.py tests/test_library.py,$(filter $(patsubst llama_fast/ops/%.py,tests/test_%.py,$(wildcard llama_fast/ops/*.py)),$(wildcard tests/*.py)))
+OP_TESTS = tests/test_block.py tests/test_block_variants.py tests/test_decode.py tests/test_few_rows.py tests/test_linear_brgemm.py tests/test_low_rank.py $(filter-out tests/test_cuda.py tests/test_library.py,$(filter $(patsubst llama_fast/ops/%.py,tests/test_%.py,$(wildcard llama_fast/ops/*.py)),$(wildcard tests/*.py)))
 # A process a core, four at most. The tests of a file stay in one, which makes its models and libraries once.
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

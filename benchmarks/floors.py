@@ -90,7 +90,7 @@ def figures(case: str, memory: str, only: str | None = None) -> dict[str, float]
     scenario = next((s for s in model.scenarios() if s.name == case), None)
     found: dict[str, float] = {}
     if scenario is not None:
-        ours = f"{results.OURS}:{model.DEFAULT}"
+        ours = model.PATCHED if scenario.op == "lora_step" else f"{results.OURS}:{model.DEFAULT}"
         sides = ("llama_fast", ours, "transformers", *(["torch.compile"] if scenario.op == "training_step" else []))
         chosen = [n for n in sides if only is None or n == only or (n == ours and only == results.OURS)]
         times: dict[str, float] = {}

@@ -1,4 +1,5 @@
-"""The block, the training step and the decode, each in every way that people would run it: same weights, same tokens.
+"""The block, the training step, the step of LoRA and the decode, each in every way that people would run it: same
+weights, same tokens.
 
 Providers: ours with each policy of the block; `llama_fast:hf`, transformers' model patched by `lf.hf.patch`; `eager`,
 the plain PyTorch of plain.py; transformers as it is, under torch.compile, with Liger's kernels, and with
@@ -40,6 +41,7 @@ from .results import OURS, Line
 SMALL = LlamaConfig(768, 6, 12, 12, 2048, 32000, 2048)
 WIDE = LlamaConfig(2048, 1, 16, 16, 5504, 32, 2048)  # a block of a model of 1.3 G parameters
 PROMPT, NEW_TOKENS = 16, 64
+RANK = 16  # of LoRA
 DEFAULT = "recompute-cheap"
 PATCHED = f"{OURS}:hf"
 # Relative root-mean-square difference from eager PyTorch in the same dtype. The error budget is the ops' own tests'.
@@ -69,7 +71,7 @@ class Scenario:
     """Work that several providers do alike.
 
     Args:
-        op: "block", "training_step" or "decode".
+        op: "block", "training_step", "lora_step" or "decode".
         config: the model, its `n_layers` those that are measured.
         label: whose shape it is; "" for one of the small ones.
         B, T: sequences and their tokens.
@@ -95,7 +97,8 @@ class Scenario:
 
     def sides(self) -> dict[str, Callable[[], Side] | str]:
         """Provider -> what makes it, or why it cannot run here. Makers share weights; ours come first."""
-        return dict({"block": _block, "training_step": _training_step, "decode": _decode}[self.op](self))
+        makers = {"block": _block, "training_step": _training_step, "lora_step": _lora_step, "decode": _decode}
+        return dict(makers[self.op](self))
 
     def facts(self) -> dict[str, Any]:
         """The fields of a result line that are the same for all providers."""
@@ -114,16 +117,19 @@ class Scenario:
             flops -= self.tokens * 6 * c.vocab_size * c.dim
         else:
             case["V"] = c.vocab_size
+        if self.op == "lora_step":  # of the weights' gradients none is made
+            flops -= 2 * self.tokens * c.n_matmul_params
+            case["r"] = RANK
         if self.op == "decode":  # every step reads the weights once
             moved, flops = NEW_TOKENS * c.n_matmul_params * self.dtype.itemsize, 2 * self.tokens * c.n_matmul_params
-        direction = {"block": "forward+backward", "training_step": "step", "decode": "decode"}[self.op]
+        directions = {"block": "forward+backward", "lora_step": "forward+backward", "training_step": "step"}
         place = "" if self.device == "cpu" else f" --device {self.device}"
         return {
             "op": self.op,
             "label": self.label,
             "case": case,
             "dtype": harness.dtype_name(self.dtype),
-            "direction": direction,
+            "direction": directions.get(self.op, self.op),
             "bytes": moved,
             "flops": flops,
             "tokens": self.tokens,
@@ -135,6 +141,8 @@ def providers(op: str) -> list[str]:
     """Every provider of a scenario's op, by name."""
     if op == "decode":
         return [OURS, PATCHED, "eager", "transformers"]
+    if op == "lora_step":
+        return [PATCHED, "transformers", "transformers+checkpoint"]
     ours = [f"{OURS}:{policy}" for policy in (DEFAULT, *(p for p in POLICIES if p != DEFAULT))]
     return [*ours, *([PATCHED] if op == "training_step" else []), "eager", *_WAYS]
 
@@ -157,7 +165,9 @@ def measure(
         keep: given the lines known so far after every provider.
     """
     torch.compiler.reset()
-    made = {n: maker for n, maker in scenario.sides().items() if choose(n) or n == "eager"}
+    # which the others are compared with
+    reference, called = ("transformers",) * 2 if scenario.op == "lora_step" else ("eager", "eager PyTorch")
+    made = {n: maker for n, maker in scenario.sides().items() if choose(n) or n == reference}
     wait = harness.waiter(scenario.device)
     sides: dict[str, Side] = {}
     found: dict[str, dict[str, Any]] = {}  # provider -> fields of its line
@@ -168,7 +178,7 @@ def measure(
         blank |= {"kept_bytes": None, "limit": None, "share": None}
         return [Line(**scenario.facts(), provider=n, **blank | found[n]) for n in made if n in found and choose(n)]
 
-    for name in sorted(made, key=lambda n: n != "eager"):  # the others are compared with it
+    for name in sorted(made, key=lambda n: n != reference):
         maker = made[name]
         if truth and time.perf_counter() > until:
             maker = "no time left"
@@ -184,7 +194,7 @@ def measure(
         truth = truth or values
         gap = _gap(values, truth)
         if gap > TOLERANCE[scenario.dtype]:
-            found[name] = {"status": "wrong", "reason": f"differs from eager PyTorch by {gap:.2g}, root-mean-square"}
+            found[name] = {"status": "wrong", "reason": f"differs from {called} by {gap:.2g}, root-mean-square"}
         elif choose(name):
             sides[name] = side
             found[name] = {"kept_bytes": side.kept() if side.kept is not None else None}
@@ -432,6 +442,52 @@ def _training_step(s: Scenario) -> Iterator[tuple[str, Callable[[], Side] | str]
         yield way, _missing(s.device, *needs) or partial(theirs, way)
 
 
+# ---- the step of LoRA -----------------------------------------------------------------------------------------------
+def _lora_step(s: Scenario) -> Iterator[tuple[str, Callable[[], Side] | str]]:
+    """Loss and backward with PEFT's adapters on every projection, in float32 as PEFT has them, all else frozen."""
+    c = s.config
+    model = _drawn(Llama(c, device="meta", dtype=s.dtype), s.device).requires_grad_(False)
+    tokens = torch.randint(c.vocab_size, (s.B, s.T + 1), generator=torch.Generator().manual_seed(0)).to(s.device)
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    x = torch.randn(s.B, s.T, c.dim, generator=torch.Generator().manual_seed(0)).to(s.device, s.dtype).requires_grad_()
+
+    def side(way: str) -> Side:
+        import peft
+
+        their = _transformers_model(c, model)
+        torch.manual_seed(0)
+        adapted = peft.get_peft_model(
+            their, peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+        )
+        trained = [p for p in adapted.parameters() if p.requires_grad]
+        with torch.no_grad():
+            for p in trained:
+                p.normal_(0.0, 0.02)  # PEFT begins with B = 0
+        if way == PATCHED:
+            llama_fast.hf.patch(adapted, fused_loss=True)
+        if way == "transformers+checkpoint":
+            adapted.gradient_checkpointing_enable({"use_reentrant": False})
+            adapted.train()
+
+        def gradients() -> tuple[Tensor, ...]:
+            loss = adapted(input_ids=inputs, labels=inputs, shift_labels=targets, use_cache=False).loss
+            return (loss.detach(), *torch.autograd.grad(loss, trained))
+
+        def layer(x: Tensor) -> Tensor:
+            places = torch.arange(s.T, device=s.device).unsqueeze(0)
+            y = their.model.layers[0](x, position_embeddings=their.model.rotary_emb(x, places), position_ids=places)
+            return y[0] if isinstance(y, tuple) else y
+
+        def values() -> list[Tensor]:
+            loss, *found = gradients()
+            return [loss, torch.stack([g.float().norm() for g in found])]
+
+        return Side(gradients, values, None if "checkpoint" in way else partial(_held_by_a_layer, layer, x))
+
+    for way in providers("lora_step"):
+        yield way, _missing(s.device, _THEIRS, ("peft", "peft")) or partial(side, way)
+
+
 # ---- the decode -----------------------------------------------------------------------------------------------------
 def _decode(s: Scenario) -> Iterator[tuple[str, Callable[[], Side] | str]]:
     """NEW_TOKENS greedy tokens after a prompt; all sides must give the logits of eager PyTorch after the prompt."""
@@ -484,6 +540,7 @@ def scenarios(device: str = "cpu") -> list[Scenario]:
             for op, config, B, T in (
                 ("block", WIDE, 1, 1024),
                 ("training_step", SMALL, 2, 1024),
+                ("lora_step", SMALL, 2, 1024),
                 ("decode", SMALL, 1, PROMPT + NEW_TOKENS),
             )
         ]
@@ -497,6 +554,7 @@ def scenarios(device: str = "cpu") -> list[Scenario]:
         ("training_step", "llama-7b", 8, 4, 2048),
         ("training_step", "llama-65b", 3, 4, 2048),
         ("training_step", "llama-3-8b", 8, 2, 4096),
+        ("lora_step", "llama-3-8b", 8, 2, 4096),
         ("decode", "llama-7b", 32, 1, PROMPT + NEW_TOKENS),
     ):
         config = dataclasses.replace(LlamaConfig.preset(preset), n_layers=layers)

@@ -315,7 +315,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"among {', '.join(names())}; default: all ops")
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: block, training_step and decode"
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: block, training_step, lora_step, decode"
     )
     parser.add_argument("--quick", action="store_true", help="one or two cases an op, about a minute")
     parser.add_argument("--case", action="append", default=[], help="only cases whose name contains this; repeatable")

@@ -208,7 +208,7 @@ def bench(
         list[str] | None, typer.Option("--provider", help="Only this provider and ours; can be given again.")
     ] = None,
     seconds: Annotated[float | None, typer.Option(help="For each provider and direction, about.")] = None,
-    device: Annotated[str, typer.Option(help="cpu; or cuda, for block, training_step and decode.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu; or cuda, for the model level.")] = "cpu",
     vs: Annotated[
         str | None, typer.Option("--vs", metavar="REVISION", help="Take turns with this older revision, built for it.")
     ] = None,
@@ -217,8 +217,8 @@ def bench(
 ) -> None:
     """Time every op against what people would use instead, interleaved in one process, beside the machine's limits.
 
-    --op block, training_step and decode are the model level. Exit status 1 if a result is wrong; it shows no time then.
-    130 after Ctrl-C, which prints and writes what was measured before.
+    --op block, training_step, lora_step and decode are the model level. Exit status 1 if a result is wrong; it shows no
+    time then. 130 after Ctrl-C, which prints and writes what was measured before.
     """
     suite = _benchmarks("suite")
     ops = suite.chosen(op or (), device)

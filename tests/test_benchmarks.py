@@ -45,7 +45,7 @@ def test_the_committed_floors_name_known_cases_and_cover_every_op() -> None:
     found = floors.read()
     cases = {f.case.split()[0] for f in found}
     assert cases >= {"attention", "rms_norm", "add_rms_norm", "swiglu", "rope", "linear_cross_entropy"}
-    assert cases >= {"block", "training_step", "decode"}
+    assert cases >= {"block", "training_step", "lora_step", "decode"}
     assert all(set(f.least) <= floors.CLASSES for f in found)
 
 
@@ -105,7 +105,8 @@ def test_figures_are_named_as_the_floors_name_them(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(llama_fast, "keep_host_memory", lambda: None)
     limits = (*LIMITS, Limit("matmul bfloat16", "flop/s", 1e11, "made up"))
     monkeypatch.setattr(harness, "measure_limits", lambda dtypes: limits)
-    scenarios = [dataclasses.replace(_scenario(op), label="") for op in ("block", "training_step", "decode")]
+    ops = ("block", "training_step", "lora_step", "decode")
+    scenarios = [dataclasses.replace(_scenario(op), label="") for op in ops]
     monkeypatch.setattr(model, "scenarios", lambda: scenarios)
     monkeypatch.setattr(suite, "collect", lambda ops: [SMALL])
     interleave = harness.interleave
@@ -124,6 +125,10 @@ def test_figures_are_named_as_the_floors_name_them(monkeypatch: pytest.MonkeyPat
             step = floors.figures("training_step float32", "default memory")
         assert set(step) == {"time vs transformers", "time vs torch.compile"}
         assert set(floors.figures("decode float32", "default memory")) == {"time vs transformers"}
+        if find_spec("peft") is not None:
+            lora = floors.figures("lora_step float32", "")
+            assert set(lora) == {"time vs transformers", "memory vs transformers"}
+            assert lora["memory vs transformers"] > 1.5
         assert set(floors.figures("training_step float32", "ours kept", "transformers")) == {"seconds"}
     assert set(floors.figures("training_step float32", "ours kept", "llama_fast")) == {"seconds"}
     assert {figure for op, figure in committed if op == "block"} == {"time vs transformers", "memory vs transformers"}
@@ -302,7 +307,7 @@ def _scenario(op: str, dtype: torch.dtype = torch.float32) -> model.Scenario:
     return model.Scenario(op, TINY, "tiny", 2, 32, dtype)
 
 
-@pytest.mark.parametrize("op", ["block", "training_step", "decode"])
+@pytest.mark.parametrize("op", ["block", "training_step", "lora_step", "decode"])
 def test_every_way_to_run_a_model_gives_a_line(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "NEW_TOKENS", 4)
     s = _scenario(op)
@@ -312,6 +317,8 @@ def test_every_way_to_run_a_model_gives_a_line(op: str, monkeypatch: pytest.Monk
     assert list(s.sides()) == model.providers(op)
     if op == "decode":
         assert list(lines) == ["llama_fast", "llama_fast:hf", "eager", "transformers"]
+    elif op == "lora_step":
+        assert list(lines) == ["llama_fast:hf", "transformers", "transformers+checkpoint"]
     else:
         ours = [f"llama_fast:{p}" for p in ("recompute-cheap", "save", "recompute-linear", "recompute-all")]
         ours += ["llama_fast:hf"] * (op == "training_step")
@@ -327,6 +334,8 @@ def test_every_way_to_run_a_model_gives_a_line(op: str, monkeypatch: pytest.Monk
     if op == "training_step":
         assert line.flops == 64 * TINY.flops_per_token(32)
         assert line.tokens == 64
+    if op == "lora_step":
+        assert line.flops == 64 * (TINY.flops_per_token(32) - 2 * TINY.n_matmul_params)
 
 
 def test_liger_changes_transformers_for_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,7 +425,7 @@ def test_a_model_that_computes_something_else_shows_no_speed(monkeypatch: pytest
 
 def test_on_a_gpu_the_shapes_are_those_of_published_models() -> None:
     found = model.scenarios("cuda")
-    assert {s.op for s in found} == {"block", "training_step", "decode"}
+    assert {s.op for s in found} == {"block", "training_step", "lora_step", "decode"}
     assert {s.label for s in found} >= {"llama-7b", "llama-13b", "llama-65b", "llama-3-8b", "llama-3-70b"}
     step = next(s for s in found if s.name == "training_step bfloat16 llama-65b")
     assert (step.config.dim, step.config.n_layers) == (8192, 3)

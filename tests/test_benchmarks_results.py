@@ -66,7 +66,7 @@ def test_the_table_cuts_nothing_off() -> None:
     """At the width that files and narrow terminals are given, with the longest names beside each other."""
     numbers = {"seconds": Seconds(1.168, 1.1681, 1.1912, 5), "peak_bytes": 12_345_000_000, "kept_bytes": 9_876_000_000}
     work = {"case": {"B": 2, "T": 1024, "C": 768, "F": 2048, "H": 12}, "limit": "matmul bfloat16", **numbers}
-    names = {name for op in ("block", "training_step", "decode") for name in model.providers(op)}
+    names = {name for op in ("block", "training_step", "lora_step", "decode") for name in model.providers(op)}
     lines = [a_line(op="training_step", direction="forward+backward", provider=name, **work) for name in sorted(names)]
     lines += [a_line(op="linear_cross_entropy", direction="forward+backward", provider=name) for name in ("eager", "x")]
     assert suite.WIDEST == cli.WIDEST

@@ -211,7 +211,7 @@ def test_nothing_is_cut_off_at_the_edge_of_a_picture(page: tuple[Path, Path]) ->
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_no_two_providers_of_an_op_have_one_colour(device: str) -> None:
     found = {op: [p.name for p in providers.of(op, device)] for op in OPS}
-    found |= {op: list(model.providers(op)) for op in ("block", "training_step", "decode")}
+    found |= {op: list(model.providers(op)) for op in ("block", "training_step", "lora_step", "decode")}
     for op, names in found.items():
         assert len({plots._color(name, names) for name in names}) == len(names), op
 

@@ -56,6 +56,7 @@ def _only_placed(module: Any) -> bool:
 
 
 def plain_tensors(*tensors: Tensor) -> bool:
+    """Whether all are tensors or parameters of no other class."""
     return all([type(t) in (nn.Parameter, Tensor) for t in tensors])
 
 
