@@ -544,12 +544,12 @@ def transformer_block(
     dtype = x.dtype if autocast is None or x.dtype == torch.float64 else autocast  # which leaves float64 as it is
     stream = x.dtype if options.keep_residual else dtype
     _check(x, weights, cos, sin, cu_seqlens, spans, options)
-    added = dict(low_rank or {})
+    added, parameters = low_rank or {}, tuple(weights)
     if added:
         check_added(added, weights, x)
         if type(options.collectives) is not Single:
             raise ValueError("block: low_rank is given to a block that is split over devices, expected None")
-    parameters = (*weights, *tensors(added))
+        parameters += tuple(tensors(added))
     if autocast is None:
         for name, p in zip(weights._fields, weights, strict=True):
             if p is not None and p.dtype != dtype:
@@ -565,10 +565,10 @@ def transformer_block(
             if spans is not None and cache.starts is not None:
                 raise ValueError("block: spans are given beside cache.starts, expected one of the two")
             check_cache(cache, x, weights.wk_GDxC.shape[0] // options.head_dim, options.head_dim, dtype)
-    scales = {name: float(a.scale) for name, a in added.items()}
     with no_autocast(autocast, x):
         x = x.to(stream)
         if cache is None and (recorded(x, *parameters) or torch.compiler.is_compiling()):
+            scales = {name: float(a.scale) for name, a in added.items()}
             return _Block.apply(x, cos, sin, cu_seqlens, spans, options, dtype, return_keys, scales, *parameters)
         few = x.dtype == dtype and not return_keys and not added
         if few and (qkv := few_rows.before(x, weights, cos, sin, options)) is not None:

@@ -88,7 +88,8 @@ def activation_objection(mlp: Any) -> str | None:
 def projections(layer: Any) -> list[tuple[str, Any]]:
     """The projections of a layer by name, in the order of `_WEIGHTS`."""
     a, m = layer.self_attn, layer.mlp
-    return [(name, getattr(a if i < 4 else m, name)) for i, name in enumerate(_WEIGHTS)]
+    of = (a, a, a, a, m, m, m)
+    return [(name, getattr(part, name)) for name, part in zip(_WEIGHTS, of, strict=True)]
 
 
 def head_norms(attn: Any) -> tuple[str, ...]:
@@ -147,7 +148,7 @@ def call_objection(
         return f"hidden states that are a {type(x).__name__} of shape {tuple(x.shape)}"
     if any(p.device != x.device or p.dtype != x.dtype for p in w.given()):
         return f"weights that are not all on {x.device} and {x.dtype}"
-    if any(p.device != x.device for p in tensors(added)):
+    if added and any(p.device != x.device for p in tensors(added)):
         return f"adapters that are not all on {x.device}"
     autocast = autocast_dtype(x)
     if autocast is not None and x.dtype != torch.float64:

@@ -101,7 +101,7 @@ def is_lora(module: Any) -> bool:
 
 def projection_objection(module: Any) -> str | None:
     """Why a projection does not take part in a block, or None: plain layers do, and those with one LoRA adapter."""
-    if not is_lora(module):
+    if type(module) is nn.Linear or not is_lora(module):
         return linear_objection(module)
     if found := linear_objection(module.base_layer):
         return f"has a base layer that {found}"
@@ -145,7 +145,7 @@ def _active(module: Any) -> list[str]:
 
 def base(module: Any) -> Any:
     """The linear layer of a projection that `projection_objection` lets pass."""
-    return module.base_layer if is_lora(module) else module
+    return module if type(module) is nn.Linear else module.base_layer
 
 
 def addition(module: Any) -> LowRank | None:
