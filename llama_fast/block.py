@@ -544,7 +544,9 @@ def transformer_block(
     dtype = x.dtype if autocast is None or x.dtype == torch.float64 else autocast  # which leaves float64 as it is
     stream = x.dtype if options.keep_residual else dtype
     _check(x, weights, cos, sin, cu_seqlens, spans, options)
-    added, parameters = low_rank or {}, tuple(weights)
+    if low_rank is not None and not isinstance(low_rank, Mapping):
+        raise ValueError(f"block: low_rank is a {type(low_rank).__name__}, expected a mapping of names to LowRank")
+    added, parameters = dict(low_rank) if low_rank else {}, tuple(weights)
     if added:
         check_added(added, weights, x)
         if type(options.collectives) is not Single:

@@ -35,8 +35,8 @@ LINEAR = ("wq_HDxC", "wk_GDxC", "wv_GDxC", "wo_CxHD", "wgate_FC", "wup_FC", "wdo
 class LowRank(NamedTuple):
     """What a linear layer adds to its product: scale (x A^T) B^T.
 
-    a_rC [r, C] and b_Vr [V, r] in any float dtype, which their gradients have too; they are cast to that of the
-    computation.
+    a_rC [r, C] and b_Vr [V, r] in float64, float32, bfloat16 or float16, which their gradients have too; they are cast
+    to the dtype of the computation. scale is a number: a tensor would get no gradient.
     """
 
     a_rC: Tensor
@@ -63,13 +63,15 @@ def check_added(added: Mapping[str, LowRank], w: Weights, x: Tensor) -> None:
                 raise ValueError(f"{where}.{what} is a {type(t).__name__}, expected a torch.Tensor")
             if t.device != x.device:
                 raise ValueError(f"{where}.{what} is on {t.device}, expected {x.device} as x")
-            if not t.is_floating_point():
-                raise ValueError(f"{where}.{what} has dtype {t.dtype}, expected a float type")
+            if t.dtype not in table.FLOATS:
+                raise ValueError(f"{where}.{what} has dtype {t.dtype}, expected a float type of 16 bits or more")
         a, b = tuple(addition.a_rC.shape), tuple(addition.b_Vr.shape)
         if len(a) != 2 or a[1] != C or a[0] < 1:
             raise ValueError(f"{where}.a_rC has shape {a}, expected [r, {C}], r >= 1")
         if b != (V, a[0]):
             raise ValueError(f"{where}.b_Vr has shape {b}, expected {(V, a[0])}")
+        if isinstance(addition.scale, Tensor):
+            raise ValueError(f"{where}.scale is a {type(addition.scale).__name__}, expected a finite number")
         most = sys.float_info.max
         table.check_number("block", f"low_rank[{name!r}].scale", addition.scale, "a finite number", -most, most)
 
@@ -102,7 +104,8 @@ class Products:
     def _ab(self, name: str) -> tuple[Tensor, Tensor]:
         """A and s B in the dtype of the computation."""
         a, b, scale = self.added[name]
-        return a.to(self.dtype), (b * scale).to(self.dtype)
+        wide = torch.promote_types(b.dtype, self.dtype)  # s B is not rounded to less than the computation has
+        return a.to(self.dtype), (b.to(wide) * scale).to(self.dtype)
 
     def nt(self, name: str, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y [R, V] of x [R, C]."""

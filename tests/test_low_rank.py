@@ -189,6 +189,20 @@ def test_float32_beside_bfloat16_weights(path: str) -> None:
             assert error < 0.03 * truth[name].square().mean().sqrt(), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_beside_float32_weights(dtype: torch.dtype) -> None:
+    """The product s B has the precision of the computation, not that of B."""
+    truth = run(plain, "all", torch.float64, dtype)
+    p, (x, dy, cos, sin) = make("all", dtype), inputs(dtype)
+    p = {name: (t if " " in name else t.float()).requires_grad_(" " in name) for name, t in p.items()}
+    x = x.float().requires_grad_()
+    y = ours()(x, p, cos, sin)
+    y.backward(dy.float())
+    assert x.grad is not None
+    torch.testing.assert_close(y.double(), truth["y"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x.grad.double(), truth["x"], rtol=1e-4, atol=1e-4 * float(truth["x"].abs().max()))
+
+
 @pytest.mark.parametrize("keep_residual", [False, True])
 def test_autocast(keep_residual: bool) -> None:
     truth = run(plain, "all", torch.float64, torch.float32)
@@ -264,6 +278,12 @@ def test_bad_input_is_named() -> None:
         ({"wq_HDxC": good._replace(b_Vr=torch.ones(C, 1).int())}, r"b_Vr has dtype torch.int32, expected a float type"),
         ({"wq_HDxC": good._replace(a_rC=torch.ones(1, C, device="meta"))}, r"a_rC is on meta, expected cpu as x"),
         ({"wq_HDxC": good._replace(scale=math.nan)}, r"low_rank\['wq_HDxC'\].scale is nan, expected a finite number"),
+        ([good], "low_rank is a list, expected a mapping of names to LowRank"),
+        (good, "low_rank is a LowRank, expected a mapping of names to LowRank"),
+        (1, "low_rank is a int, expected a mapping of names to LowRank"),
+        ({"wq_HDxC": good._replace(a_rC=good.a_rC.to(torch.float8_e5m2))}, r"a_rC has dtype torch.float8_e5m2, "),
+        ({"wq_HDxC": good._replace(scale=torch.ones(2))}, r"'wq_HDxC'\].scale is a Tensor, expected a finite number"),
+        ({"wq_HDxC": good._replace(scale=torch.ones(()))}, r"'wq_HDxC'\].scale is a Tensor, expected a finite number"),
         ({"wq_HDxC": good._replace(scale="1")}, r"low_rank\['wq_HDxC'\].scale is '1', expected a finite number"),
     ):
         with pytest.raises(ValueError, match=message):
