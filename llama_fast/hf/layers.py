@@ -150,7 +150,12 @@ def call_objection(
         return f"weights that are not all on {x.device} and {x.dtype}"
     if added and any(p.device != x.device for p in tensors(added)):
         return f"adapters that are not all on {x.device}"
+    if x.dtype != torch.float64 and any(p.dtype == torch.float64 for p in tensors(added)):
+        return f"adapters in torch.float64 beside {x.dtype}"
     autocast = autocast_dtype(x)
+    other = any(p.dtype != x.dtype for p in tensors(added))
+    if x.dtype == torch.float16 and other and autocast is None and records(x, w, added):
+        return "adapters that are not in torch.float16, which would lose their small gradients"
     if autocast is not None and x.dtype != torch.float64:
         if x.dtype not in (torch.float32, autocast):
             return f"autocast beside hidden states of {x.dtype}"

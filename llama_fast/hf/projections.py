@@ -8,6 +8,7 @@ Legend: C inputs, V outputs of a projection, r rank.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -133,7 +134,9 @@ def _adapter_objection(module: Any, name: str) -> str | None:
     elif type(dropout) is not nn.Identity:
         return f"has a dropout that {is_a(dropout)}"
     scale = module.scaling[name]
-    return None if type(scale) in (int, float) else f"has a {type(scale).__name__} for a scaling"
+    if type(scale) not in (int, float):
+        return f"has a {type(scale).__name__} for a scaling"
+    return None if -math.inf < scale < math.inf else f"has a scaling of {scale}"
 
 
 def _active(module: Any) -> list[str]:
