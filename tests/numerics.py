@@ -113,6 +113,22 @@ def assert_bug_is_caught(
     assert over_budget(case, target_name, dtype), f"{case}: the bug planted in {primitive} went unseen"
 
 
+def kept_bytes(run: Callable[[], Any], *aside: Tensor) -> int:
+    """Bytes that autograd holds between forward and backward of `run`, by storage; those of `aside` do not count."""
+    apart, kept = {t.untyped_storage().data_ptr() for t in aside}, {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in apart:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        held = run()  # while it lives, no storage takes another's place
+    del held
+    return sum(kept.values())
+
+
 def assert_results_may_replace_arguments(
     primitive: str, shape: tuple[int, ...], replaced: tuple[int, ...], target_name: str, dtype: torch.dtype
 ) -> None:

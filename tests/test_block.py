@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import TARGETS, target
+from numerics import TARGETS, kept_bytes, target
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -111,18 +111,9 @@ def _saved_bytes(policy: str, **options: bool) -> int:
     x, _ = _inputs(WIDE, torch.float32)
     layer = _plain_block(WIDE, torch.float32).layers[0]
     cos, sin = rope_cos_sin(WIDE, T)
-    aside = {p.untyped_storage().data_ptr() for p in (*_weights(layer).given(), cos, sin)}
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in aside:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        transformer_block(x, _weights(layer), cos, sin, BlockOptions(WIDE.head_dim, policy=policy, **options))
-    return sum(kept.values())
+    made = BlockOptions(WIDE.head_dim, policy=policy, **options)
+    weights = _weights(layer)
+    return kept_bytes(lambda: transformer_block(x, weights, cos, sin, made), *weights.given(), cos, sin)
 
 
 def test_bytes_kept_by_policy() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from numerics import kept_bytes
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -130,20 +131,12 @@ def test_over_seeds_the_errors_are_no_larger_than_autograd_s(dtype: torch.dtype)
 def test_nothing_more_is_kept_than_without(policy: str) -> None:
     p, (x, _, cos, sin) = make("all", torch.float32), inputs(torch.float32)
     x.requires_grad_()
-    aside = {t.untyped_storage().data_ptr() for t in (*p.values(), cos, sin)}
-    kept = []
-    for parameters in (p, {name: p[name] for name in SIZES}):
-        seen: dict[int, int] = {}
-
-        def pack(t: Tensor, seen: dict[int, int] = seen) -> Tensor:
-            seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            y = ours(policy)(x, parameters, cos, sin)
-        kept.append(sum(size for pointer, size in seen.items() if pointer not in aside))
-        del y
-    assert kept[0] == kept[1] > 0
+    block = ours(policy)
+    with_, without = (
+        kept_bytes(lambda given=given: block(x, given, cos, sin), *p.values(), cos, sin)  # type: ignore[misc]
+        for given in (p, {name: p[name] for name in SIZES})
+    )
+    assert with_ == without > 0
 
 
 @pytest.mark.parametrize("part", ["a", "b", "a and b"])

@@ -36,7 +36,7 @@ from llama_fast.hf.projections import (
     projection_objection,
     watched,
 )
-from llama_fast.low_rank import LowRank, tensors
+from llama_fast.low_rank import LINEAR, LowRank, tensors
 from llama_fast.ops.dispatch import autocast_dtype
 from llama_fast.ops.rms_norm import add_rms_norm, rms_norm
 from llama_fast.ops.rope import rope
@@ -44,10 +44,8 @@ from llama_fast.ops.swiglu import swiglu
 
 _apply_rotary = stock.apply_rotary_pos_emb
 # Projection -> its weight in the block
-_WEIGHTS = {
-    **{"q_proj": "wq_HDxC", "k_proj": "wk_GDxC", "v_proj": "wv_GDxC", "o_proj": "wo_CxHD"},
-    **{"gate_proj": "wgate_FC", "up_proj": "wup_FC", "down_proj": "wdown_CF"},
-}
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_WEIGHTS = dict(zip(_PROJECTIONS, LINEAR, strict=True))
 _SILU = (nn.SiLU, type(ACT2FN["silu"]))
 
 

@@ -127,10 +127,9 @@ def _adapter_objection(module: Any, name: str) -> str | None:
     dropout = module.lora_dropout[name]
     if found := watched(dropout):
         return f"has {found} on its dropout"
-    if type(dropout) is nn.Dropout and (dropout.p == 0 or not dropout.training):
-        pass
-    elif type(dropout) is nn.Dropout:
-        return f"has an adapter with a dropout of {dropout.p:g}"
+    if type(dropout) is nn.Dropout:
+        if dropout.p != 0 and dropout.training:
+            return f"has an adapter with a dropout of {dropout.p:g}"
     elif type(dropout) is not nn.Identity:
         return f"has a dropout that {is_a(dropout)}"
     scale = module.scaling[name]
