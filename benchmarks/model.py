@@ -73,10 +73,11 @@ class Scenario:
     Args:
         op: "block", "training_step", "lora_step" or "decode".
         config: the model, its `n_layers` those that are measured.
-        label: whose shape it is; "" for one of the small ones.
+        label: whose shape it is, or what else sets it apart; "" for one of the small ones.
         B, T: sequences and their tokens.
         dtype: of weights and computation.
         device: "cpu" or "cuda".
+        dropout: before the adapters of "lora_step".
     """
 
     op: str
@@ -86,6 +87,7 @@ class Scenario:
     T: int
     dtype: torch.dtype
     device: str = "cpu"
+    dropout: float = 0.0
 
     @property
     def name(self) -> str:
@@ -120,6 +122,7 @@ class Scenario:
         if self.op == "lora_step":  # of the weights' gradients none is made
             flops -= 2 * self.tokens * c.n_matmul_params
             case["r"] = RANK
+            case |= {"dropout": self.dropout} if self.dropout else {}
         if self.op == "decode":  # every step reads the weights once
             moved, flops = NEW_TOKENS * c.n_matmul_params * self.dtype.itemsize, 2 * self.tokens * c.n_matmul_params
         directions = {"block": "forward+backward", "lora_step": "forward+backward", "training_step": "step"}
@@ -456,9 +459,13 @@ def _lora_step(s: Scenario) -> Iterator[tuple[str, Callable[[], Side] | str]]:
 
         their = _transformers_model(c, model)
         torch.manual_seed(0)
-        adapted = peft.get_peft_model(
-            their, peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-        )
+        options: dict[str, Any] = {
+            "r": RANK,
+            "lora_alpha": 2 * RANK,
+            "lora_dropout": s.dropout,
+            "target_modules": "all-linear",
+        }
+        adapted = peft.get_peft_model(their, peft.LoraConfig(task_type="CAUSAL_LM", **options))
         trained = [p for p in adapted.parameters() if p.requires_grad]
         with torch.no_grad():
             for p in trained:
@@ -467,7 +474,7 @@ def _lora_step(s: Scenario) -> Iterator[tuple[str, Callable[[], Side] | str]]:
             llama_fast.hf.patch(adapted, fused_loss=True)
         if way == "transformers+checkpoint":
             adapted.gradient_checkpointing_enable({"use_reentrant": False})
-            adapted.train()
+        adapted.train()
 
         def gradients() -> tuple[Tensor, ...]:
             loss = adapted(input_ids=inputs, labels=inputs, shift_labels=targets, use_cache=False).loss
@@ -479,7 +486,9 @@ def _lora_step(s: Scenario) -> Iterator[tuple[str, Callable[[], Side] | str]]:
             return y[0] if isinstance(y, tuple) else y
 
         def values() -> list[Tensor]:
+            adapted.train(not s.dropout)  # on a GPU it drops other numbers here than there
             loss, *found = gradients()
+            adapted.train()
             return [loss, torch.stack([g.float().norm() for g in found])]
 
         return Side(gradients, values, None if "checkpoint" in way else partial(_held_by_a_layer, layer, x))
@@ -543,7 +552,7 @@ def scenarios(device: str = "cpu") -> list[Scenario]:
                 ("lora_step", SMALL, 2, 1024),
                 ("decode", SMALL, 1, PROMPT + NEW_TOKENS),
             )
-        ]
+        ] + [Scenario("lora_step", SMALL, "dropout 0.05", 2, 1024, torch.bfloat16, dropout=0.05)]
     found = []
     for op, preset, layers, B, T in (
         ("block", "llama-7b", 1, 4, 2048),

@@ -381,11 +381,11 @@ class _Block(torch.autograd.Function):
         options: BlockOptions,
         dtype: torch.dtype,
         with_keys: bool,
-        scales: dict[str, float],
+        numbers: dict[str, tuple[float, float]],
         *parameters: Any,
     ) -> Tensor | tuple[Tensor, ...]:
         backend = forced()
-        products = _products(parameters, scales, dtype)
+        products = _products(parameters, numbers, dtype)
         w = products.w
         names = _kept(options.policy, w)
         kept = names | _KEYS if with_keys else names
@@ -393,7 +393,8 @@ class _Block(torch.autograd.Function):
         y_BTC = _result(act_RF, h_RC, products, options, x_BTC.shape)
         saved = [t if name in names else None for name, t in a.held.items()]
         ctx.save_for_backward(x_BTC, cos, sin, cu_seqlens, *parameters, *saved)
-        ctx.options, ctx.backend, ctx.dtype, ctx.spans, ctx.scales = options, backend, dtype, spans, scales
+        ctx.options, ctx.backend, ctx.dtype, ctx.spans = options, backend, dtype, spans
+        ctx.numbers, ctx.drawn = numbers, products.drawn
         ctx.set_materialize_grads(False)
         return (y_BTC, a["k_BTGD"], a["v_BTGD"]) if with_keys else y_BTC
 
@@ -403,8 +404,9 @@ class _Block(torch.autograd.Function):
         x_BTC, cos, sin, cu_seqlens, *rest = ctx.saved_tensors
         own = release(ctx)
         dy_BTC = torch.zeros_like(x_BTC) if dy_BTC is None else dy_BTC
-        n = len(Weights._fields) + 2 * len(ctx.scales)
-        products, a = _products(rest[:n], ctx.scales, ctx.dtype, ctx.needs_input_grad[9:]), _Activations(*rest[n:])
+        n = len(Weights._fields) + 2 * len(ctx.numbers)
+        products = _products(rest[:n], ctx.numbers, ctx.dtype, ctx.needs_input_grad[9:], ctx.drawn)
+        a = _Activations(*rest[n:])
         del rest
         options, backend, spans = ctx.options, ctx.backend, ctx.spans
         if options.policy in ("recompute-linear", "recompute-all"):
@@ -416,23 +418,28 @@ class _Block(torch.autograd.Function):
             del attended, _
             own = not torch.compiler.is_compiling()
         dx, dw = _backward(dy_BTC, x_BTC, products, cos, sin, cu_seqlens, a, options, backend, spans, own, *dkv)
-        added = [d for name in ctx.scales for d in products.gradients.get(name, (None, None))]
+        added = [d for name in ctx.numbers for d in products.gradients.get(name, (None, None))]
         return dx, None, None, None, None, None, None, None, None, *dw, *added
 
 
 def _products(
-    parameters: Sequence[Any], scales: Mapping[str, float], dtype: torch.dtype, needs: Any = None
+    parameters: Sequence[Any],
+    numbers: Mapping[str, tuple[float, float]],
+    dtype: torch.dtype,
+    needs: Any = None,
+    drawn: dict[str, torch.Generator] | None = None,
 ) -> Products:
-    """Of a block's weights, then A and B of what is added to the products that `scales` names."""
+    """Of a block's weights, then A and B of what is added to the products that `numbers` names; it has scale and
+    dropout of each."""
     n = len(Weights._fields)
 
     def ab(values: Sequence[Any]) -> dict[str, tuple[Any, Any]]:
-        return {name: (values[n + 2 * i], values[n + 2 * i + 1]) for i, name in enumerate(scales)}
+        return {name: (values[n + 2 * i], values[n + 2 * i + 1]) for i, name in enumerate(numbers)}
 
-    added = {name: LowRank(a, b, scales[name]) for name, (a, b) in ab(parameters).items()}
+    added = {name: LowRank(a, b, *numbers[name]) for name, (a, b) in ab(parameters).items()}
     if needs is None:
         return Products(Weights(*parameters[:n]), added, dtype)
-    return Products(Weights(*parameters[:n]), added, dtype, Weights(*needs[:n]), ab(needs))
+    return Products(Weights(*parameters[:n]), added, dtype, Weights(*needs[:n]), ab(needs), drawn)
 
 
 def _check(
@@ -570,8 +577,8 @@ def transformer_block(
     with no_autocast(autocast, x):
         x = x.to(stream)
         if cache is None and (recorded(x, *parameters) or torch.compiler.is_compiling()):
-            scales = {name: float(a.scale) for name, a in added.items()}
-            return _Block.apply(x, cos, sin, cu_seqlens, spans, options, dtype, return_keys, scales, *parameters)
+            numbers = {name: (float(a.scale), float(a.dropout)) for name, a in added.items()}
+            return _Block.apply(x, cos, sin, cu_seqlens, spans, options, dtype, return_keys, numbers, *parameters)
         few = x.dtype == dtype and not return_keys and not added
         if few and (qkv := few_rows.before(x, weights, cos, sin, options)) is not None:
             out_BTHD, _ = attend(*qkv, cu_seqlens, options, forced(), spans, cache)

@@ -9,6 +9,12 @@ With u = x A^T and e = dy (s B), what the addition has in the backward is
 u is computed again there: r numbers a row for 2 r C operations, where the product itself took 2 C V. So an addition
 keeps nothing between forward and backward but what the product's own weight would need, its input.
 
+With dropout p, A has m x in place of x, where m is a mask of 0 and 1, and s / (1 - p) stands for s:
+
+    y = x W^T + s/(1-p) ((m x) A^T) B^T        dA = e^T (m x)        dx = dy W + m (e A)
+
+m is drawn again in the backward, from the state that the generator had in the forward.
+
 Source: Hu et al. 2021, arXiv:2106.09685, section 4.1. Derivation: docs/block.md.
 
 Legend: R rows, C inputs of a layer, V its outputs, r rank.
@@ -16,6 +22,7 @@ Legend: R rows, C inputs of a layer, V its outputs, r rank.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,19 +36,25 @@ from llama_fast.ops.dispatch import plain
 if TYPE_CHECKING:
     from llama_fast.block import Weights
 
+PARTS = 1 << 16  # of a dropout's probability
 LINEAR = ("wq_HDxC", "wk_GDxC", "wv_GDxC", "wo_CxHD", "wgate_FC", "wup_FC", "wdown_CF")
 
 
 class LowRank(NamedTuple):
-    """What a linear layer adds to its product: scale (x A^T) B^T.
+    """What a linear layer adds to its product: scale (dropout(x) A^T) B^T.
 
     a_rC [r, C] and b_Vr [V, r] in float64, float32, bfloat16 or float16, which their gradients have too; they are cast
     to the dtype of the computation. scale is a number: a tensor would get no gradient.
+
+    dropout is the probability, to the nearest of 65536 parts, with which a number of x is taken for 0 here; the others
+    are divided by 1 - dropout. They are drawn at each call from torch's default generator of the device, and from the
+    same seed are others than nn.Dropout's.
     """
 
     a_rC: Tensor
     b_Vr: Tensor
     scale: float = 1.0
+    dropout: float = 0.0
 
 
 def tensors(added: Mapping[str, LowRank]) -> list[Tensor]:
@@ -73,7 +86,11 @@ def check_added(added: Mapping[str, LowRank], w: Weights, x: Tensor) -> None:
         if isinstance(addition.scale, Tensor):
             raise ValueError(f"{where}.scale is a {type(addition.scale).__name__}, expected a finite number")
         most = sys.float_info.max
-        table.check_number("block", f"low_rank[{name!r}].scale", addition.scale, "a finite number", -most, most)
+        number = functools.partial(table.check_number, "block")
+        number(f"low_rank[{name!r}].scale", addition.scale, "a finite number", -most, most)
+        number(f"low_rank[{name!r}].dropout", addition.dropout, "a probability from 0 to 1", 0.0, 1.0)
+        if addition.dropout and torch.compiler.is_compiling():
+            raise ValueError(f"{where}.dropout is {addition.dropout} under torch.compile, expected 0")
 
 
 class Products:
@@ -87,6 +104,7 @@ class Products:
         dtype: of the computation.
         needs, needs_added: in the backward, which gradients are asked for: a bool for each weight; two, of A and of B,
             for each addition.
+        drawn: in the backward, of the forward's Products.
     """
 
     def __init__(
@@ -96,16 +114,36 @@ class Products:
         dtype: torch.dtype,
         needs: Any = None,
         needs_added: Mapping[str, tuple[bool, bool]] | None = None,
+        drawn: dict[str, torch.Generator] | None = None,
     ) -> None:
         self.w, self.added, self.dtype, self.needs, self.needs_added = w, added, dtype, needs, needs_added or {}
         self.gradients: dict[str, tuple[Tensor | None, Tensor | None]] = {}  # of A and B
+        self.drawn = {} if drawn is None else drawn  # where the masks of the dropout begin
         self._e: dict[str, Tensor] = {}  # dy (s B), from `tn` to `nn`
+        self._masks: dict[str, Tensor | None] = {}  # from `tn` to `nn` too
+
+    def _mask(self, name: str, x: Tensor) -> Tensor | None:
+        """Of x, what an addition's A is given: see `kept`."""
+        if self.added[name].dropout == 0:
+            return None
+        generator = self.drawn.get(name)
+        if generator is None:
+            generator = _default_generator(x.device)
+            self.drawn[name] = generator.clone_state()
+        else:
+            generator = generator.clone_state()
+        return kept(x, self.added[name].dropout, generator)
+
+    def _scale(self, name: str) -> float:
+        """s, with dropout s / (1 - p)."""
+        part = _dropped(self.added[name].dropout)
+        return self.added[name].scale * (PARTS / (PARTS - part) if part < PARTS else 1.0)
 
     def _ab(self, name: str) -> tuple[Tensor, Tensor]:
         """A and s B in the dtype of the computation."""
-        a, b, scale = self.added[name]
+        a, b, *_ = self.added[name]
         wide = torch.promote_types(b.dtype, self.dtype)  # s B is not rounded to less than the computation has
-        return a.to(self.dtype), (b.to(wide) * scale).to(self.dtype)
+        return a.to(self.dtype), (b.to(wide) * self._scale(name)).to(self.dtype)
 
     def nt(self, name: str, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """y [R, V] of x [R, C]."""
@@ -113,7 +151,7 @@ class Products:
         if name not in self.added:
             return y
         a, b = self._ab(name)
-        u = linear.nt(x, a)
+        u = linear.nt(_masked(x, self._mask(name, x)), a)
         # in place, unless a dispatch mode has seen the product: selective checkpointing may keep it
         if torch.compiler.is_compiling() or plain(y):
             return linear.nt(u, b, out=y, accumulate=True)
@@ -134,12 +172,14 @@ class Products:
         da = db = None
         if needs_a or needs_b:
             a, b = self._ab(name)
+            mask = self._masks[name] = self._mask(name, x)
+            seen = _masked(x, mask)
             if needs_a:
                 e = self._e[name] = linear.nn(dy, b)
-                da = _gradient(self.added[name].a_rC, e, x)
+                da = _gradient(self.added[name].a_rC, e, seen)
             if needs_b:
                 # as (u^T dy)^T: the paths are for wide products, and B is narrow
-                db = _gradient(self.added[name].b_Vr.t(), linear.nt(x, a), dy, self.added[name].scale).t().contiguous()
+                db = _gradient(self.added[name].b_Vr.t(), linear.nt(seen, a), dy, self._scale(name)).t().contiguous()
             self.gradients[name] = (da, db)
         weight = getattr(self.w, name)
         return linear.tn(dy, x).to(weight.dtype) if getattr(self.needs, name) else None
@@ -151,8 +191,41 @@ class Products:
         if name in self.added:
             a, b = self._ab(name)
             e = self._e.pop(name) if name in self._e else linear.nn(dy, b)
-            linear.nn(e, a, out=dx, accumulate=True)
+            mask = self._masks.pop(name) if name in self._masks else self._mask(name, dx)
+            if mask is None:
+                linear.nn(e, a, out=dx, accumulate=True)
+            else:
+                dx += _masked(linear.nn(e, a), mask)
         return dx
+
+
+def kept(x: Tensor, p: float, generator: torch.Generator) -> Tensor | None:
+    """Which numbers of x a dropout of probability p keeps: 1 for those, 0 for the others, int16; None for all.
+
+    16 bits are drawn for each number: torch draws 64 at a time in a sixth of the time of four calls of its bernoulli_.
+    """
+    part, n = _dropped(p), x.numel()
+    if part in (0, PARTS):
+        return None if part == 0 else torch.zeros(x.shape, dtype=torch.int16, device=x.device)
+    drawn = torch.empty((n + 3) // 4, dtype=torch.int64, device=x.device).random_(-(1 << 63), None, generator=generator)
+    return drawn.view(torch.int16)[:n].ge_(part - PARTS // 2).view(x.shape)
+
+
+def _dropped(p: float) -> int:
+    """The probability p in parts."""
+    return round(p * PARTS)
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
+
+
+def _default_generator(device: torch.device) -> torch.Generator:
+    """Of which torch draws on a device what is given no generator."""
+    if device.type == "cpu":
+        return torch.default_generator
+    module = torch.get_device_module(device)
+    return module.default_generators[module.current_device() if device.index is None else device.index]
 
 
 def _gradient(p: Tensor, dy: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:

@@ -12,6 +12,7 @@ from hf_pairs import make, ran, tokens
 from torch import Tensor, nn
 
 import llama_fast as lf
+from llama_fast.low_rank import kept
 
 peft = pytest.importorskip("peft")
 
@@ -217,7 +218,10 @@ def _two(model: Any) -> None:
 
 
 OTHERS: dict[str, tuple[dict[str, Any], Callable[[Any], object], str]] = {
-    "dropout": ({"lora_dropout": 0.25}, lambda m: m.train(), "q_proj has an adapter with a dropout of 0.25"),
+    "a dropout in place": (
+        {}, lambda m: _first(m.train()).lora_dropout.update({"default": nn.Dropout(0.25, inplace=True)}),
+        "q_proj has a dropout in place",
+    ),
     "DoRA": ({"use_dora": True}, lambda _: None, "q_proj has a variant of LoRA"),
     "a bias": ({"lora_bias": True}, lambda _: None, "q_proj has an adapter with a bias"),
     "two": ({}, _two, "q_proj has 2 active adapters"),
@@ -268,6 +272,58 @@ def test_what_a_block_cannot_do_runs_by_the_ops(what: str) -> None:
         torch.testing.assert_close(found[0][name], t, **close, msg=name)
     ran_first = ours.base_model.model.model.layers[0]._llama_fast.last
     assert ran_first.startswith(why)
+
+
+class _Dropout(nn.Module):
+    """nn.Dropout, of the numbers that the block drops."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = kept(x, self.p, torch.default_generator)
+        return x if mask is None or not self.training else x * mask / (1 - self.p)
+
+
+def _trained_with_dropout(dtype: torch.dtype, change: Callable[[Any], object]) -> tuple[Any, list[dict[str, Tensor]]]:
+    """The patched model, and what it and its stock twin give in training with equal numbers dropped."""
+    ours, theirs = pair(lora_dropout=0.25, dtype=dtype)
+    for module in theirs.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = _Dropout(0.25)
+    found = []
+    for model in (ours, theirs):
+        change(model)
+        model.train()
+        torch.manual_seed(8)
+        found.append(trained(model))
+    return ours, found
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_dropout(dtype: torch.dtype, checkpointing: bool) -> None:
+    def change(model: Any) -> None:
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    ours, (found, want) = _trained_with_dropout(dtype, change)
+    assert ran(ours) == "block"
+    tolerance = 1e-5 if dtype == torch.float64 else 0.06
+    for name, t in want.items():
+        assert (found[name] - t).double().norm() <= tolerance * t.double().norm(), name
+
+
+def test_dropout_under_torch_compile_runs_by_the_ops() -> None:
+    ours, theirs = pair(lora_dropout=0.25)
+    torch.compiler.reset()
+    compiled = torch.compile(ours.train().base_model.model.model, backend="aot_eager")
+    found = []
+    for model in (compiled, theirs.train().base_model.model.model):
+        torch.manual_seed(8)
+        found.append(model(tokens(), use_cache=False).last_hidden_state)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 
 def test_a_dropout_that_is_off_in_evaluation() -> None:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import llama_fast as lf
 from llama_fast.block import POLICIES, BlockOptions, Cache, Weights, transformer_block
-from llama_fast.low_rank import LINEAR, LowRank
+from llama_fast.low_rank import LINEAR, LowRank, kept
 from llama_fast.ops import linear
 
 B, T, C, H, G, D, FFN = 2, 19, 64, 4, 2, 16, 112
@@ -29,6 +29,7 @@ SIZES = {
 CHOSEN = {"all": LINEAR, "q and v": ("wq_HDxC", "wv_GDxC"), "down": ("wdown_CF",), "up and o": ("wup_FC", "wo_CxHD")}
 RANKS = dict(zip(LINEAR, (1, 2, 3, 8, 5, 6, 7), strict=True))
 SCALES = dict(zip(LINEAR, (0.3, -1.0, 2.0, 1.0, 0.5, 1.7, 0.9), strict=True))
+DROPOUTS = dict(zip(LINEAR, (0.1, 0.5, 0.0, 0.3, 1.0, 0.7, 0.2), strict=True))
 
 
 def make(chosen: str, rounded: torch.dtype, seed: int = 0) -> dict[str, Tensor]:
@@ -52,20 +53,30 @@ def inputs(rounded: torch.dtype, seed: int = 1) -> tuple[Tensor, Tensor, Tensor,
     return x, dy, angles.cos(), angles.sin()
 
 
-def added(p: dict[str, Tensor]) -> dict[str, LowRank]:
-    return {name: LowRank(p[f"a {name}"], p[f"b {name}"], SCALES[name]) for name in LINEAR if f"a {name}" in p}
+def added(p: dict[str, Tensor], dropout: bool = False) -> dict[str, LowRank]:
+    return {
+        name: LowRank(p[f"a {name}"], p[f"b {name}"], SCALES[name], DROPOUTS[name] if dropout else 0.0)
+        for name in LINEAR
+        if f"a {name}" in p
+    }
 
 
 def weights(p: dict[str, Tensor]) -> Weights:
     return Weights(*(p[name] for name in Weights._fields))
 
 
-def ours(policy: str = "recompute-cheap", **options: Any) -> Callable[..., Tensor]:
+def ours(policy: str = "recompute-cheap", dropout: bool = False, **options: Any) -> Callable[..., Tensor]:
     made = BlockOptions(D, 1e-5, policy, **options)
-    return lambda x, p, cos, sin: transformer_block(x, weights(p), cos, sin, made, low_rank=added(p))
+    return lambda x, p, cos, sin: transformer_block(x, weights(p), cos, sin, made, low_rank=added(p, dropout))
 
 
-def plain(x: Tensor, p: dict[str, Tensor], cos: Tensor, sin: Tensor) -> Tensor:
+def _dropout(x: Tensor, p: float) -> Tensor:
+    """As F.dropout, of the numbers that the block drops."""
+    mask = kept(x, p, torch.default_generator)
+    return x if mask is None else x * mask / (1 - round(p * 65536) / 65536 if p < 1 else 1)
+
+
+def plain(x: Tensor, p: dict[str, Tensor], cos: Tensor, sin: Tensor, dropout: bool = False) -> Tensor:
     """The same block by autograd, in plain PyTorch."""
 
     def norm(x: Tensor, name: str) -> Tensor:
@@ -75,7 +86,8 @@ def plain(x: Tensor, p: dict[str, Tensor], cos: Tensor, sin: Tensor) -> Tensor:
         y = F.linear(x, p[name], None if bias is None else p[bias])
         if f"a {name}" not in p:
             return y
-        return y + F.linear(F.linear(x, p[f"a {name}"]), p[f"b {name}"]) * SCALES[name]
+        seen = _dropout(x, DROPOUTS[name]) if dropout else x
+        return y + F.linear(F.linear(seen, p[f"a {name}"]), p[f"b {name}"]) * SCALES[name]
 
     n1 = norm(x, "norm1_C")
     names = (("wq_HDxC", "bq_HD"), ("wk_GDxC", "bk_GD"), ("wv_GDxC", "bv_GD"))
@@ -96,30 +108,36 @@ def run(
     p = {name: t.to(dtype).requires_grad_() for name, t in make(chosen, rounded, seed).items()}
     x, dy, cos, sin = inputs(rounded, seed + 1)
     x = x.to(dtype).requires_grad_()
+    torch.manual_seed(seed)
     y = block(x, p, cos, sin)
+    torch.rand(7)  # the backward draws what the forward drew, whatever came between
     found = [y.detach(), *torch.autograd.grad(y, [x, *p.values()], dy.to(dtype))]
     return dict(zip(["y", "x", *p], found, strict=True))
 
 
+@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("chosen", CHOSEN)
-def test_equal_in_float64(chosen: str, policy: str) -> None:
-    found, want = (run(block, chosen, torch.float64, torch.float64) for block in (ours(policy), plain))
+def test_equal_in_float64(chosen: str, policy: str, dropout: bool) -> None:
+    blocks = ours(policy, dropout), functools.partial(plain, dropout=dropout)
+    found, want = (run(block, chosen, torch.float64, torch.float64) for block in blocks)
     assert found.keys() == want.keys()
     for name, exact in want.items():
         torch.testing.assert_close(found[name], exact, rtol=1e-9, atol=1e-9, msg=name)
 
 
+@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_over_seeds_the_errors_are_no_larger_than_autograd_s(dtype: torch.dtype) -> None:
+def test_over_seeds_the_errors_are_no_larger_than_autograd_s(dtype: torch.dtype, dropout: bool) -> None:
     """The mean logarithm of the errors' quotient is at most 0, up to three standard errors: of the result, of the
     block's gradients, and of those of what is added."""
     n, groups = 12, {"y": [], "block": [], "added": []}  # type: ignore[var-annotated]
     rms = lambda t: t.double().square().mean().sqrt().item()  # noqa: E731
     for seed in range(n):
-        found, theirs = (run(block, "all", dtype, dtype, seed) for block in (ours(), plain))
-        truth = run(plain, "all", torch.float64, dtype, seed)
-        ratio = {k: math.log(rms(found[k] - t) / rms(theirs[k] - t)) for k, t in truth.items()}
+        eager = functools.partial(plain, dropout=dropout)
+        found, theirs = (run(block, "all", dtype, dtype, seed) for block in (ours(dropout=dropout), eager))
+        truth = run(eager, "all", torch.float64, dtype, seed)
+        ratio = {k: math.log(rms(found[k] - t) / rms(theirs[k] - t)) for k, t in truth.items() if t.any()}
         groups["y"].append(ratio.pop("y"))
         groups["added"].append(statistics.mean(ratio[k] for k in ratio if " " in k))
         groups["block"].append(statistics.mean(ratio[k] for k in ratio if " " not in k))
@@ -127,11 +145,12 @@ def test_over_seeds_the_errors_are_no_larger_than_autograd_s(dtype: torch.dtype)
         assert statistics.mean(errors) <= 3 * statistics.stdev(errors) / n**0.5, name
 
 
+@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_nothing_more_is_kept_than_without(policy: str) -> None:
+def test_nothing_more_is_kept_than_without(policy: str, dropout: bool) -> None:
     p, (x, _, cos, sin) = make("all", torch.float32), inputs(torch.float32)
     x.requires_grad_()
-    block = ours(policy)
+    block = ours(policy, dropout)
     with_, without = (
         kept_bytes(lambda given=given: block(x, given, cos, sin), *p.values(), cos, sin)  # type: ignore[misc]
         for given in (p, {name: p[name] for name in SIZES})
@@ -218,6 +237,12 @@ def test_compiles_without_graph_break() -> None:
         torch.testing.assert_close(found[name], exact, rtol=1e-9, atol=1e-9, msg=name)
 
 
+def test_dropout_is_refused_under_torch_compile() -> None:
+    torch.compiler.reset()
+    with pytest.raises(Exception, match=r"dropout is 0.1 under torch.compile, expected 0"):
+        run(torch.compile(ours(dropout=True), fullgraph=True, backend="aot_eager"), "all", torch.float64, torch.float64)
+
+
 def test_a_selective_checkpoint_keeps_what_a_product_gave() -> None:
     p, (x, dy, cos, sin) = make("all", torch.float32), inputs(torch.float32)
     given = [x.requires_grad_(), *(t.requires_grad_() for t in p.values())]
@@ -228,10 +253,56 @@ def test_a_selective_checkpoint_keeps_what_a_product_gave() -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
 
 
+def test_what_a_dropout_keeps() -> None:
+    """As many as it should, each number for itself; none depends on its neighbours or on the next call's."""
+    generator, n = torch.Generator().manual_seed(0), 1_000_003
+    for p in (1e-4, 0.05, 0.3, 0.5, 0.99):
+        masks = [kept(torch.empty(n), p, generator) for _ in range(2)]
+        first, second = (m.double() - (1 - p) for m in masks if m is not None)
+        sigma = math.sqrt(p * (1 - p) / n)
+        assert abs(first.mean()) < 4 * sigma + 1 / 65536, p
+        others = (second, *(first.roll(lag) for lag in range(1, 9)))
+        assert all(abs((first * other).mean()) < 5 * p * (1 - p) / n**0.5 for other in others), p
+    assert kept(torch.empty(3, 5), 0.0, generator) is None
+    assert not kept(torch.empty(3, 5), 1.0, generator).any()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_backward_leaves_the_generator_alone(policy: str) -> None:
+    p, (x, dy, cos, sin) = make("all", torch.float32), inputs(torch.float32)
+    before = torch.get_rng_state()
+    y = ours(policy, dropout=True)(x.requires_grad_(), p, cos, sin)
+    after = torch.get_rng_state()
+    assert not torch.equal(before, after)
+    y.backward(dy)
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_dropout_where_the_input_alone_has_a_gradient() -> None:
+    want = run(functools.partial(plain, dropout=True), "all", torch.float64, torch.float64)
+    p, (x, dy, cos, sin) = make("all", torch.float64), inputs(torch.float64)
+    torch.manual_seed(0)
+    y = ours(dropout=True)(x.requires_grad_(), p, cos, sin)
+    torch.testing.assert_close(*torch.autograd.grad(y, x, dy), want["x"], rtol=1e-9, atol=1e-9)
+
+
+def test_dropout_of_a_checkpoint_and_of_no_rows() -> None:
+    p, (x, dy, cos, sin) = make("all", torch.float32), inputs(torch.float32)
+    given, block = [x.requires_grad_(), *(t.requires_grad_() for t in p.values())], ours(dropout=True)
+    found = []
+    for call in (block, functools.partial(checkpoint, block, use_reentrant=False)):
+        torch.manual_seed(4)
+        found.append(torch.autograd.grad(call(x, p, cos, sin), given, dy))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    state = torch.get_rng_state()
+    assert block(x[:, :0], p, cos[:0], sin[:0]).shape == (B, 0, C)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_graph_that_is_retained_gives_the_same_twice() -> None:
     p, (x, dy, cos, sin) = make("all", torch.float32), inputs(torch.float32)
     given = [x.requires_grad_(), *(t.requires_grad_() for t in p.values())]
-    y = ours()(x, p, cos, sin)
+    y = ours(dropout=True)(x, p, cos, sin)
     first, second = (torch.autograd.grad(y, given, dy, retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -278,6 +349,8 @@ def test_bad_input_is_named() -> None:
         ({"wq_HDxC": good._replace(scale=torch.ones(2))}, r"'wq_HDxC'\].scale is a Tensor, expected a finite number"),
         ({"wq_HDxC": good._replace(scale=torch.ones(()))}, r"'wq_HDxC'\].scale is a Tensor, expected a finite number"),
         ({"wq_HDxC": good._replace(scale="1")}, r"low_rank\['wq_HDxC'\].scale is '1', expected a finite number"),
+        ({"wq_HDxC": good._replace(dropout=-0.1)}, r"\.dropout is -0.1, expected a probability from 0 to 1"),
+        ({"wq_HDxC": good._replace(dropout=math.nan)}, r"\.dropout is nan, expected a probability from 0 to 1"),
     ):
         with pytest.raises(ValueError, match=message):
             transformer_block(x, weights(p), cos, sin, BlockOptions(D), low_rank=changed)  # type: ignore[arg-type]

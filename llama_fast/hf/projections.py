@@ -127,11 +127,13 @@ def _adapter_objection(module: Any, name: str) -> str | None:
     dropout = module.lora_dropout[name]
     if found := watched(dropout):
         return f"has {found} on its dropout"
-    if type(dropout) is nn.Dropout:
-        if dropout.p != 0 and dropout.training:
-            return f"has an adapter with a dropout of {dropout.p:g}"
-    elif type(dropout) is not nn.Identity:
+    if type(dropout) not in (nn.Dropout, nn.Identity):
         return f"has a dropout that {is_a(dropout)}"
+    if _probability(dropout):
+        if dropout.inplace:
+            return "has a dropout in place"
+        if torch.compiler.is_compiling():
+            return f"has an adapter with a dropout of {dropout.p:g} under torch.compile"
     scale = module.scaling[name]
     if type(scale) not in (int, float):
         return f"has a {type(scale).__name__} for a scaling"
@@ -145,6 +147,11 @@ def _active(module: Any) -> list[str]:
     return [name for name in module.active_adapters if name in module.lora_A]
 
 
+def _probability(dropout: Any) -> float:
+    """Of a dropout, 0 where it does nothing."""
+    return dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+
+
 def base(module: Any) -> Any:
     """The linear layer of a projection that `projection_objection` lets pass."""
     return module if type(module) is nn.Linear else module.base_layer
@@ -155,4 +162,5 @@ def addition(module: Any) -> LowRank | None:
     if type(module) is nn.Linear or module.merged or not (names := _active(module)):
         return None
     name = names[0]
-    return LowRank(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
+    a, b = module.lora_A[name].weight, module.lora_B[name].weight
+    return LowRank(a, b, module.scaling[name], _probability(module.lora_dropout[name]))
