@@ -105,7 +105,7 @@ class Scenario:
     def facts(self) -> dict[str, Any]:
         """The fields of a result line that are the same for all providers."""
         c = self.config
-        case = {
+        case: dict[str, Any] = {
             "B": self.B,
             "T": self.T,
             "C": c.dim,
