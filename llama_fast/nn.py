@@ -9,14 +9,16 @@ from torch import Tensor, nn
 
 from llama_fast.block import BlockOptions, Cache, Weights, transformer_block
 from llama_fast.block_attention import AnyCache, append, check_cache
+from llama_fast.low_rank import LINEAR, LowRank, tensors
 from llama_fast.ops.attention import attention
-from llama_fast.ops.dispatch import NotSupported, autocast_dtype
+from llama_fast.ops.dispatch import NotSupported, autocast_dtype, recorded
 from llama_fast.ops.linear import linear
 from llama_fast.ops.rms_norm import rms_norm
 from llama_fast.ops.rope import rope
 from llama_fast.ops.swiglu import swiglu
 from llama_fast.ops.table import check_number
 from llama_fast.parallel import Single
+from llama_fast.projections import adapters_objection, addition, is_lora, projection_objection
 
 
 def watched(module: nn.Module, kind: type) -> str | None:
@@ -29,6 +31,11 @@ def watched(module: nn.Module, kind: type) -> str | None:
     if own["_parameters"].get("bias") is not None:
         return "has a bias"
     return "has a forward of its own" if "forward" in own else None
+
+
+def _lora_objection(module: Any) -> str | None:
+    """Why a projection with adapters of PEFT's does not take part in a block, or None."""
+    return projection_objection(module, Linear) or ("has a bias" if module.base_layer.bias is not None else None)
 
 
 class Linear(nn.Linear):
@@ -172,7 +179,8 @@ class Attention(nn.Module):
 class TransformerBlock(nn.Module):
     """A LLaMA block: norm, attention, norm, SwiGLU, as one function with a hand-written backward (block.py).
 
-    Where a module within it has been replaced (by an adapter, say), changed or hooked, they are called one by one.
+    Where a module within it has been replaced, changed or hooked, they are called one by one; LoRA adapters of PEFT's
+    take part in the block (docs/hf.md, "LoRA").
 
     Args:
         dim: C.
@@ -218,11 +226,18 @@ class TransformerBlock(nn.Module):
             m.down_proj.weight,
         )
 
+    def added(self) -> dict[str, LowRank]:
+        """What LoRA adapters of PEFT's add to the products, by the weight's name."""
+        a, m = self.self_attn, self.mlp
+        found = (a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj)
+        of = [(name, addition(p)) for name, p in zip(LINEAR, found, strict=True) if type(p) is not Linear]
+        return {name: added for name, added in of if added is not None}
+
     def change(self) -> str | None:
         """What within the block is not as it was built, so that its modules are called one by one; None if nothing."""
         for path, (owner, name, kind) in BUILT.items():
             module: Any = (vars(self._modules[owner]) if owner else vars(self))["_modules"][name]
-            if text := watched(module, kind):
+            if text := _lora_objection(module) if kind is Linear and is_lora(module) else watched(module, kind):
                 return f"{path} {text}"
             if kind is RMSNorm and vars(module)["eps"] != self.options.eps:
                 return f"{path} has an eps of its own"  # not which: a compiler may hold it for variable
@@ -238,10 +253,11 @@ class TransformerBlock(nn.Module):
         cache: AnyCache | None = None,
     ) -> Tensor:
         """x [B, T, C], cos and sin [T, D/2] or [B, T, D/2] float32 -> [B, T, C]; see `transformer_block`."""
-        change = self.change()
+        o, change = self.options, self.change()
         if change is None:
-            return transformer_block(x, self.weights(), cos, sin, self.options, cu_seqlens=cu_seqlens, cache=cache)
-        o = self.options
+            w, added = self.weights(), self.added()
+            if not added or not (change := adapters_objection(added, x, recorded(x, *w, *tensors(added)))):
+                return transformer_block(x, w, cos, sin, o, cu_seqlens=cu_seqlens, cache=cache, low_rank=added)
         if o.window or o.interleaved or o.keep_residual or type(o.collectives) is not Single:
             raise NotSupported(f"block: {change}, and modules called one by one know none of {o}")
         context: dict[str, Any] = {}

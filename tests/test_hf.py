@@ -344,7 +344,7 @@ def test_register_takes_effect_in_from_pretrained(tmp_path: Path) -> None:
         assert ran_nothing(lf.hf.unpatch(other))
     finally:
         if has_registry:
-            transformers.monkey_patching.clear_patch_mapping()
+            importlib.import_module("transformers.monkey_patching").clear_patch_mapping()
 
 
 def test_a_registry_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,8 @@ from llama_fast.hf import layout
 from llama_fast.hf.attention import NAME, attention_forward, mask
 from llama_fast.hf.causal_lm import FUSED, HEAD_REPLACEMENTS, ForCausalLM
 from llama_fast.hf.layers import REPLACEMENTS, Attention, DecoderLayer, State, is_ours, runs
-from llama_fast.hf.projections import is_forward_of
 from llama_fast.hf.report import report
+from llama_fast.projections import is_forward_of
 
 __all__ = ["patch", "register", "report", "unpatch"]
 

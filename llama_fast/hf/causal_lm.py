@@ -15,9 +15,9 @@ from transformers.utils import can_return_tuple
 from llama_fast.hf import layout
 from llama_fast.hf.attention import kernel_objection
 from llama_fast.hf.layers import derive, named, runs
-from llama_fast.hf.projections import linear_objection, project
 from llama_fast.ops.dispatch import autocast_dtype
 from llama_fast.ops.linear_cross_entropy import linear_cross_entropy
+from llama_fast.projections import linear_objection, project
 
 _CACHE_FIELD = next(f.name for f in dataclasses.fields(CausalLMOutputWithPast) if f.name in layout.CACHES)
 FUSED = (False, True, "training")

@@ -26,7 +26,13 @@ from llama_fast.block import BlockOptions, Weights, transformer_block
 from llama_fast.hf import layout
 from llama_fast.hf.attention import NAME, attention_forward, kernel_objection, objection, seen
 from llama_fast.hf.layout import stock
-from llama_fast.hf.projections import (
+from llama_fast.low_rank import LINEAR, LowRank, tensors
+from llama_fast.ops.dispatch import autocast_dtype
+from llama_fast.ops.rms_norm import add_rms_norm, rms_norm
+from llama_fast.ops.rope import rope
+from llama_fast.ops.swiglu import swiglu
+from llama_fast.projections import (
+    adapters_objection,
     addition,
     base,
     cast_once,
@@ -36,11 +42,6 @@ from llama_fast.hf.projections import (
     projection_objection,
     watched,
 )
-from llama_fast.low_rank import LINEAR, LowRank, tensors
-from llama_fast.ops.dispatch import autocast_dtype
-from llama_fast.ops.rms_norm import add_rms_norm, rms_norm
-from llama_fast.ops.rope import rope
-from llama_fast.ops.swiglu import swiglu
 
 _apply_rotary = stock.apply_rotary_pos_emb
 # Projection -> its weight in the block
@@ -146,14 +147,9 @@ def call_objection(
         return f"hidden states that are a {type(x).__name__} of shape {tuple(x.shape)}"
     if any(p.device != x.device or p.dtype != x.dtype for p in w.given()):
         return f"weights that are not all on {x.device} and {x.dtype}"
-    if added and any(p.device != x.device for p in tensors(added)):
-        return f"adapters that are not all on {x.device}"
-    if x.dtype != torch.float64 and any(p.dtype == torch.float64 for p in tensors(added)):
-        return f"adapters in torch.float64 beside {x.dtype}"
+    if added and (found := adapters_objection(added, x, records(x, w, added))):
+        return found
     autocast = autocast_dtype(x)
-    other = any(p.dtype != x.dtype for p in tensors(added))
-    if x.dtype == torch.float16 and other and autocast is None and records(x, w, added):
-        return "adapters that are not in torch.float16, which would lose their small gradients"
     if autocast is not None and x.dtype != torch.float64:
         if x.dtype not in (torch.float32, autocast):
             return f"autocast beside hidden states of {x.dtype}"

@@ -24,7 +24,7 @@ from llama_fast.hf.layers import (
     runs,
     structure_objection,
 )
-from llama_fast.hf.projections import addition, is_a, linear_objection
+from llama_fast.projections import addition, is_a, linear_objection
 
 
 def report(model: nn.Module) -> str:

@@ -1,7 +1,7 @@
-"""The projections of a decoder layer: whether one is a plain linear layer, one with a LoRA adapter of PEFT, or neither.
+"""The projections of a layer: whether one is a plain linear layer, one with a LoRA adapter of PEFT, or neither.
 
 A projection that is neither is called as the module that it is. PEFT is not imported: its adapters are told by the name
-of their class.
+of their class. `kind`: the class of a plain linear layer.
 
 Legend: C inputs, V outputs of a projection, r rank.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from llama_fast.low_rank import LowRank
+from llama_fast.low_rank import LowRank, tensors
 from llama_fast.ops.dispatch import autocast_dtype
 from llama_fast.ops.linear import linear
 
@@ -66,9 +66,9 @@ def is_a(module: Any) -> str:
     return f"is a {type(module).__module__.split('.')[0]} {type(module).__name__}"
 
 
-def linear_objection(module: Any) -> str | None:
+def linear_objection(module: Any, kind: Any = nn.Linear) -> str | None:
     """Why a projection is called as a module, or None where its weight, and bias if it has one, are used directly."""
-    if type(module) is not nn.Linear:
+    if type(module) is not kind:
         return is_a(module)
     weight, bias = module.weight, module.bias
     if not plain_tensors(weight):
@@ -100,11 +100,11 @@ def is_lora(module: Any) -> bool:
     return (type(module).__module__, type(module).__name__) == _LORA
 
 
-def projection_objection(module: Any) -> str | None:
+def projection_objection(module: Any, kind: Any = nn.Linear) -> str | None:
     """Why a projection does not take part in a block, or None: plain layers do, and those with one LoRA adapter."""
-    if type(module) is nn.Linear or not is_lora(module):
-        return linear_objection(module)
-    if found := linear_objection(module.base_layer):
+    if type(module) is kind or not is_lora(module):
+        return linear_objection(module, kind)
+    if found := linear_objection(module.base_layer, kind):
         return f"has a base layer that {found}"
     if found := watched(module):
         return f"has {found}"
@@ -154,13 +154,26 @@ def _probability(dropout: Any) -> float:
 
 def base(module: Any) -> Any:
     """The linear layer of a projection that `projection_objection` lets pass."""
-    return module if type(module) is nn.Linear else module.base_layer
+    return module.base_layer if is_lora(module) else module
 
 
 def addition(module: Any) -> LowRank | None:
     """What its adapter adds to the product of such a projection, or None."""
-    if type(module) is nn.Linear or module.merged or not (names := _active(module)):
+    if not is_lora(module) or module.merged or not (names := _active(module)):
         return None
     name = names[0]
     a, b = module.lora_A[name].weight, module.lora_B[name].weight
     return LowRank(a, b, module.scaling[name], _probability(module.lora_dropout[name]))
+
+
+def adapters_objection(added: dict[str, LowRank], x: Tensor, recording: bool) -> str | None:
+    """Why the adapters of a layer do not take part in its block, whose input is x, or None."""
+    found = tensors(added)
+    if any(p.device != x.device for p in found):
+        return f"adapters that are not all on {x.device}"
+    if x.dtype != torch.float64 and any(p.dtype == torch.float64 for p in found):
+        return f"adapters in torch.float64 beside {x.dtype}"
+    other = any(p.dtype != x.dtype for p in found)
+    if x.dtype == torch.float16 and other and autocast_dtype(x) is None and recording:
+        return "adapters that are not in torch.float16, which would lose their small gradients"
+    return None
