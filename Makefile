@@ -68,7 +68,7 @@ verify: build  ## error of every op, backend and instruction set against float64
 bench: build  ## every op against eager PyTorch and the machine's limit
 	@$(BIN)/llama-fast bench
 
-test-gpu: build  ## on a GPU: every op and backend against float64, then compute-sanitizer; JSON in results/
+test-gpu: build  ## on a GPU: every op and backend against float64, block and models, then compute-sanitizer; JSON in results/
 	@$(BIN)/python -m benchmarks.gpu test
 	@$(BIN)/python -m benchmarks.gpu sanitize
 

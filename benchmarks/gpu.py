@@ -1,9 +1,10 @@
 """The GPU kernels on a GPU: `python -m benchmarks.gpu test | bench | sanitize | tune | prove`.
 
 Runs from the source tree, nothing installed. `test` holds every op and backend to its error budget against float64 and
-checks that results repeat, are captured by CUDA graphs and compile; `bench` times them beside PyTorch's and other
-libraries' kernels; `sanitize` runs small cases under compute-sanitizer; `tune` times the launch parameters that a
-kernel's file lists; `prove` writes llama_fast/ops/proven.json from the results of the first two. A case that raises is
+checks that results repeat, are captured by CUDA graphs and compile, and what is put together of them: the block, this
+package's model, patched models of transformers. `bench` times the ops beside PyTorch's and other libraries' kernels;
+`sanitize` runs small cases under compute-sanitizer; `tune` times the launch parameters that a kernel's file lists;
+`prove` writes llama_fast/ops/proven.json from the results of the first two. A case that raises is
 recorded with its error and the run goes on. `--device cpu --tiny` is a dry run, with Triton's if TRITON_INTERPRET=1.
 """
 
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor
 
 import llama_fast as lf
+from benchmarks import gpu_model
 from benchmarks.gpu_bench import (
     check_candidates,
     check_warm,
@@ -61,15 +63,16 @@ from llama_fast.ops.dispatch import primitives
 from llama_fast.ops.table import OPS
 from llama_fast.verify import VENDORS, Case, expect, measure
 
-LIMITS = {"test": 200.0, "bench": 140.0, "sanitize": 90.0, "tune": 120.0}
+LIMITS = {"test": 260.0, "bench": 140.0, "sanitize": 90.0, "tune": 120.0}
 
 _NO_CACHE = "PYTORCH_NO_CUDA_MEMORY_CACHING"  # each tensor is an allocation of its own: memcheck sees past its end
 
 
 # ---- correctness ----------------------------------------------------------------------------------------------------
-def units(ops: list[str], tiny: bool) -> list[Row]:
+def units(names: list[str], tiny: bool) -> list[Row]:
     """The checks of `test`: the slow ones first, then a case of every op in turn, so that a short run has seen all."""
-    found: list[Row] = [{"kind": "compile", "op": op} for op in ops] + repeats(ops)
+    ops = [name for name in names if name in OPS]
+    found: list[Row] = [{"kind": "compile", "op": op} for op in ops] + repeats(ops) + gpu_model.units(names, tiny)
     longest = max((len(test_cases(op, tiny)) for op in ops), default=0)
     for index in range(longest):
         for op in (op for op in ops if index < len(test_cases(op, tiny))):
@@ -223,6 +226,7 @@ CHECKS: dict[str, Check] = {
     "compile": check_compile,
     "warm": check_warm,
     "candidates": check_candidates,
+    **gpu_model.CHECKS,
 }
 
 
@@ -322,7 +326,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("command", choices=(*LIMITS, "prove", "worker", "timer"))
     parser.add_argument("files", nargs="*", help="prove: results of test and of bench; of several an op's last counts")
-    parser.add_argument("--ops", type=names, default=list(OPS), help="names with commas between; all without")
+    parts = f"; of test also {', '.join(gpu_model.PARTS)}"
+    parser.add_argument("--ops", type=names, help=f"names with commas between{parts}; all without")
     parser.add_argument("--backends", type=names, default=list(BACKENDS))
     parser.add_argument("--out", help="the JSON; results/<command>-<device>.json without")
     parser.add_argument("--limit", type=float, help=f"seconds; without: {LIMITS}")
@@ -333,9 +338,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--commit", help="of the tree, where it is under no version control")
     parser.add_argument("--todo", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    unknown = [op for op in args.ops if op not in OPS]
+    known = [*OPS, *(gpu_model.PARTS if args.command == "test" else ())]
+    args.ops = known if args.ops is None else args.ops
+    unknown = [op for op in args.ops if op not in known]
     if unknown:
-        parser.error(f"--ops: {', '.join(unknown)} not among {', '.join(OPS)}")
+        parser.error(f"--ops: {', '.join(unknown)} not among {', '.join(known)}")
     if args.device == "cuda" and args.command != "prove" and not torch.cuda.is_available():
         parser.error("torch sees no GPU; --device cpu --tiny is a dry run")
     args.limit = args.limit or LIMITS.get(args.command, 60.0)
