@@ -70,6 +70,7 @@ SHARED = {
         "gpu": "the GPU kernels on a GPU",
         "gpu_bench": "their speed",
         "gpu_cases": "what is checked",
+        "gpu_model": "what is checked beyond single ops",
         "gpu_run": "units of work in processes",
         "gpu_time": "timing on a GPU",
         "sass_cuda": "what nvcc made of the CUDA kernels",
