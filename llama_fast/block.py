@@ -394,7 +394,7 @@ class _Block(torch.autograd.Function):
         saved = [t if name in names else None for name, t in a.held.items()]
         ctx.save_for_backward(x_BTC, cos, sin, cu_seqlens, *parameters, *saved)
         ctx.options, ctx.backend, ctx.dtype, ctx.spans = options, backend, dtype, spans
-        ctx.numbers, ctx.drawn = numbers, products.drawn
+        ctx.numbers, ctx.seeds = numbers, products.seeds
         ctx.set_materialize_grads(False)
         return (y_BTC, a["k_BTGD"], a["v_BTGD"]) if with_keys else y_BTC
 
@@ -405,7 +405,7 @@ class _Block(torch.autograd.Function):
         own = release(ctx)
         dy_BTC = torch.zeros_like(x_BTC) if dy_BTC is None else dy_BTC
         n = len(Weights._fields) + 2 * len(ctx.numbers)
-        products = _products(rest[:n], ctx.numbers, ctx.dtype, ctx.needs_input_grad[9:], ctx.drawn)
+        products = _products(rest[:n], ctx.numbers, ctx.dtype, ctx.needs_input_grad[9:], ctx.seeds)
         a = _Activations(*rest[n:])
         del rest
         options, backend, spans = ctx.options, ctx.backend, ctx.spans
@@ -427,7 +427,7 @@ def _products(
     numbers: Mapping[str, tuple[float, float]],
     dtype: torch.dtype,
     needs: Any = None,
-    drawn: dict[str, torch.Generator] | None = None,
+    seeds: dict[str, int] | None = None,
 ) -> Products:
     """Of a block's weights, then A and B of what is added to the products that `numbers` names; it has scale and
     dropout of each."""
@@ -439,7 +439,7 @@ def _products(
     added = {name: LowRank(a, b, *numbers[name]) for name, (a, b) in ab(parameters).items()}
     if needs is None:
         return Products(Weights(*parameters[:n]), added, dtype)
-    return Products(Weights(*parameters[:n]), added, dtype, Weights(*needs[:n]), ab(needs), drawn)
+    return Products(Weights(*parameters[:n]), added, dtype, Weights(*needs[:n]), ab(needs), seeds)
 
 
 def _check(

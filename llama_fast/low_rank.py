@@ -13,7 +13,7 @@ With dropout p, A has m x in place of x, where m is a mask of 0 and 1, and s / (
 
     y = x W^T + s/(1-p) ((m x) A^T) B^T        dA = e^T (m x)        dx = dy W + m (e A)
 
-m is drawn again in the backward, from the state that the generator had in the forward.
+m is drawn again in the backward, from the seed that it had in the forward.
 
 Source: Hu et al. 2021, arXiv:2106.09685, section 4.1. Derivation: docs/block.md.
 
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from llama_fast.ops import linear, table
 from llama_fast.ops.dispatch import plain
@@ -47,8 +48,8 @@ class LowRank(NamedTuple):
     to the dtype of the computation. scale is a number: a tensor would get no gradient.
 
     dropout is the probability, to the nearest of 65536 parts, with which a number of x is taken for 0 here; the others
-    are divided by 1 - dropout. They are drawn at each call from torch's default generator of the device, and from the
-    same seed are others than nn.Dropout's.
+    are divided by 1 - dropout. Each call draws a seed for them from torch's default generator of the CPU, and on a
+    generator of its own, so that they are others than nn.Dropout's.
     """
 
     a_rC: Tensor
@@ -104,7 +105,7 @@ class Products:
         dtype: of the computation.
         needs, needs_added: in the backward, which gradients are asked for: a bool for each weight; two, of A and of B,
             for each addition.
-        drawn: in the backward, of the forward's Products.
+        seeds: in the backward, of the forward's Products: one for each addition with dropout.
     """
 
     def __init__(
@@ -114,25 +115,25 @@ class Products:
         dtype: torch.dtype,
         needs: Any = None,
         needs_added: Mapping[str, tuple[bool, bool]] | None = None,
-        drawn: dict[str, torch.Generator] | None = None,
+        seeds: dict[str, int] | None = None,
     ) -> None:
         self.w, self.added, self.dtype, self.needs, self.needs_added = w, added, dtype, needs, needs_added or {}
         self.gradients: dict[str, tuple[Tensor | None, Tensor | None]] = {}  # of A and B
-        self.drawn = {} if drawn is None else drawn  # where the masks of the dropout begin
+        self.seeds = {} if seeds is None else seeds
         self._e: dict[str, Tensor] = {}  # dy (s B), from `tn` to `nn`
         self._masks: dict[str, Tensor | None] = {}  # from `tn` to `nn` too
 
     def _mask(self, name: str, x: Tensor) -> Tensor | None:
         """Of x, what an addition's A is given: see `kept`."""
-        if self.added[name].dropout == 0:
+        p = self.added[name].dropout
+        if p == 0:
             return None
-        generator = self.drawn.get(name)
-        if generator is None:
-            generator = _default_generator(x.device)
-            self.drawn[name] = generator.clone_state()
-        else:
-            generator = generator.clone_state()
-        return kept(x, self.added[name].dropout, generator)
+        if name not in self.seeds:
+            seed = torch.empty((), dtype=torch.int64, device="cpu").random_()
+            if x.is_meta or isinstance(x, FakeTensor) or isinstance(seed, FakeTensor):
+                return torch.empty_like(x, dtype=torch.int16)
+            self.seeds[name] = int(seed)
+        return kept(x, p, self.seeds[name])
 
     def _scale(self, name: str) -> float:
         """s, with dropout s / (1 - p)."""
@@ -199,7 +200,7 @@ class Products:
         return dx
 
 
-def kept(x: Tensor, p: float, generator: torch.Generator) -> Tensor | None:
+def kept(x: Tensor, p: float, seed: int) -> Tensor | None:
     """Which numbers of x a dropout of probability p keeps: 1 for those, 0 for the others, int16; None for all.
 
     16 bits are drawn for each number: torch draws 64 at a time in a sixth of the time of four calls of its bernoulli_.
@@ -207,6 +208,7 @@ def kept(x: Tensor, p: float, generator: torch.Generator) -> Tensor | None:
     part, n = _dropped(p), x.numel()
     if part in (0, PARTS):
         return None if part == 0 else torch.zeros(x.shape, dtype=torch.int16, device=x.device)
+    generator = torch.Generator(x.device).manual_seed(seed)
     drawn = torch.empty((n + 3) // 4, dtype=torch.int64, device=x.device).random_(-(1 << 63), None, generator=generator)
     return drawn.view(torch.int16)[:n].ge_(part - PARTS // 2).view(x.shape)
 
@@ -218,14 +220,6 @@ def _dropped(p: float) -> int:
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * mask
-
-
-def _default_generator(device: torch.device) -> torch.Generator:
-    """Of which torch draws on a device what is given no generator."""
-    if device.type == "cpu":
-        return torch.default_generator
-    module = torch.get_device_module(device)
-    return module.default_generators[module.current_device() if device.index is None else device.index]
 
 
 def _gradient(p: Tensor, dy: Tensor, x: Tensor, scale: float = 1.0) -> Tensor:

@@ -48,7 +48,7 @@ def _unit(**wanted: str) -> dict[str, Any]:
 def test_a_gradient_that_is_not_the_results_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: the backward drops other numbers than the forward."""
     mask = Products._mask
-    monkeypatch.setattr(Products, "_mask", lambda self, name, x: (self.drawn.pop(name, None), mask(self, name, x))[1])
+    monkeypatch.setattr(Products, "_mask", lambda self, name, x: (self.seeds.pop(name, None), mask(self, name, x))[1])
     found = rows(_unit(op="block", variant="LoRA with dropout"))
     assert "away from that of the results" in next(r["problem"] for r in found if r["backend"] == "reference")
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hf_pairs import make, ran, tokens
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import llama_fast as lf
 from llama_fast.low_rank import kept
@@ -282,7 +283,7 @@ class _Dropout(nn.Module):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        mask = kept(x, self.p, torch.default_generator)
+        mask = kept(x, self.p, int(torch.empty((), dtype=torch.int64).random_()))
         return x if mask is None or not self.training else x * mask / (1 - self.p)
 
 
@@ -313,6 +314,16 @@ def test_dropout(dtype: torch.dtype, checkpointing: bool) -> None:
     tolerance = 1e-5 if dtype == torch.float64 else 0.06
     for name, t in want.items():
         assert (found[name] - t).double().norm() <= tolerance * t.double().norm(), name
+
+
+def test_dropout_of_tensors_without_numbers() -> None:
+    ours, _ = pair(lora_dropout=0.25)
+    ours.train()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert ours(tokens()).logits.shape == (*tokens().shape, ours.config.vocab_size)
+    ours(tokens()).logits.mean().backward()  # no seed has stayed behind
+    assert ours.to("meta")(tokens().to("meta")).logits.is_meta
+    assert ran(ours) == "block"
 
 
 def test_dropout_under_torch_compile_runs_by_the_ops() -> None:
