@@ -10,7 +10,6 @@ import pytest
 import torch
 from hf_pairs import make, ran, tokens
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import llama_fast as lf
 from llama_fast.low_rank import kept
@@ -316,13 +315,9 @@ def test_dropout(dtype: torch.dtype, checkpointing: bool) -> None:
         assert (found[name] - t).double().norm() <= tolerance * t.double().norm(), name
 
 
-def test_dropout_of_tensors_without_numbers() -> None:
+def test_dropout_of_a_model_without_numbers() -> None:
     ours, _ = pair(lora_dropout=0.25)
-    ours.train()
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        assert ours(tokens()).logits.shape == (*tokens().shape, ours.config.vocab_size)
-    ours(tokens()).logits.mean().backward()  # no seed has stayed behind
-    assert ours.to("meta")(tokens().to("meta")).logits.is_meta
+    assert ours.train().to("meta")(tokens().to("meta")).logits.is_meta
     assert ran(ours) == "block"
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from numerics import kept_bytes
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import llama_fast as lf
@@ -276,6 +277,15 @@ def test_the_backward_leaves_the_generator_alone(policy: str) -> None:
     assert not torch.equal(before, after)
     y.backward(dy)
     assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_dropout_of_tensors_without_numbers() -> None:
+    p, (x, dy, cos, sin) = make("all", torch.float32), inputs(torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        given = [mode.from_tensor(t).requires_grad_() for t in (x, *p.values())]
+        y = ours(dropout=True)(given[0], dict(zip(p, given[1:], strict=True)), cos, sin)
+        found = torch.autograd.grad(y, given, mode.from_tensor(dy))
+    assert [t.shape for t in found] == [t.shape for t in given]
 
 
 def test_dropout_where_the_input_alone_has_a_gradient() -> None:
