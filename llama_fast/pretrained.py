@@ -15,9 +15,11 @@ from typing import Any
 
 from llama_fast import bpe
 from llama_fast.bpe import BPETokenizer
+from llama_fast.checkpoint import MANIFEST
 from llama_fast.files import read_json, write_json
 from llama_fast.tokenizer import Tokenizer
 from llama_fast.weights.gguf import read_fields
+from llama_fast.weights.hf import CONFIG
 
 AnyTokenizer = Tokenizer | BPETokenizer
 GENERATION = "generation_config.json"
@@ -35,6 +37,9 @@ _COMPANIONS = (
 def load_tokenizer(path: Path | str) -> AnyTokenizer:
     """The tokenizer of the checkpoint at `path`; of a training run's checkpoint, that of the run.
 
+    A `tokenizer.model` beside the folder is taken too, as Meta's first models have it, but for Hugging Face's folders,
+    which are whole.
+
     Raises:
         FileNotFoundError: there is none.
         ImportError: it needs an extra that is not installed; the message names it.
@@ -51,12 +56,15 @@ def load_tokenizer(path: Path | str) -> AnyTokenizer:
         raise ValueError(f"{path}: tokenizer.ggml.model = {kind!r}: expected gpt2 or llama")
     if (path / "tokenizer.json").is_file():
         return bpe.from_folder(path)
-    for folder in (path, path.parent, path.resolve().parent):  # the last of "." and of a link
+    around = (path.parent, path.resolve().parent)  # the last of "." and of a link
+    whole = (path / CONFIG).is_file() and not (path / MANIFEST).is_file()
+    for folder in (path, *(() if whole else around)):
         file = folder / "tokenizer.model"
         if file.is_file():
             with open(file, "rb") as opened:
                 return bpe.from_tiktoken(file) if bpe.is_tiktoken(opened.read(256)) else Tokenizer(file)
-    raise FileNotFoundError(f"{path}: expected tokenizer.json or tokenizer.model, in it or in the run that it is of")
+    where = "in it" if whole else "in it or in the run that it is of"
+    raise FileNotFoundError(f"{path}: expected tokenizer.json or tokenizer.model, {where}")
 
 
 def chat_template(path: Path | str) -> str | None:

@@ -95,6 +95,20 @@ def test_a_checkpoint_in_a_run_by_any_of_its_names(
             assert load_tokenizer(name).vocab_size == 900
 
 
+def test_a_folder_of_hugging_face_takes_no_tokenizer_from_around_it(model_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(model_path.read_bytes())  # of another model, perhaps
+    for name in ("hf", "meta", "step_0000001"):
+        (tmp_path / name).mkdir()
+    for name in ("hf", "step_0000001"):
+        (tmp_path / name / "config.json").write_text("{}")
+    (tmp_path / "step_0000001" / "manifest.json").write_text("{}")
+    (tmp_path / "meta" / "params.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"hf: expected tokenizer.json or tokenizer.model, in it$"):
+        load_tokenizer(tmp_path / "hf")
+    for name in ("meta", "step_0000001"):
+        assert load_tokenizer(tmp_path / name).vocab_size == 900
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
