@@ -417,7 +417,8 @@ def train(
     run.keep_tokenizer(tokenizer, out)
     trainer = Trainer(model, run.RunData(dataset, batch_size, seq_len, seed), settings, out, resume=resume)
     report = trainer.run()
-    facts = [f"loss {report.losses[-1]:.4f}"] if report.losses else []
+    known = report.tokens_per_s or len(report.losses) == report.step  # else the log was damaged, and ends before
+    facts = [f"loss {report.losses[-1]:.4f}"] if report.losses and known else []
     if report.valid_losses:
         step, valid = list(report.valid_losses.items())[-1]
         facts.append(f"held-out loss {valid:.4f}" + (f" after step {step}" if step != report.step else ""))

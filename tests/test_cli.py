@@ -178,6 +178,12 @@ def test_train_resume_and_generate(llama_fast_program: Any, text: Path, tmp_path
         assert found.status == 0, found.err
         assert found.out.startswith("the ")
 
+    log = (run / "log.jsonl").read_text().splitlines(True)
+    (run / "log.jsonl").write_text(log[0] + "no JSON\n" + log[3])
+    found = llama_fast_program(*common, "--steps", "4", "--resume")
+    assert found.status == 0, found.err
+    assert re.match(r"step 4: (held-out loss .*, )?peak memory", found.out), found.out  # not the loss of step 1
+
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_train_that_a_signal_ends_says_so_by_its_status(

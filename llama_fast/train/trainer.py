@@ -136,7 +136,7 @@ class Report:
     Args:
         step: the last step done.
         signal: the one that stopped it before the last step of the recipe, else None.
-        losses: training loss of every step of the run, those before a resume included.
+        losses: training loss of every step of the run, those before a resume included, as far as the log has them.
         valid_losses: held-out loss by step, likewise.
         tokens_per_s: of this process's steps, without evaluation and checkpoints; 0 where it did none.
         seconds: of the run's steps, those before a resume included.
