@@ -2,7 +2,7 @@
 // after its attention, for few rows whose keys and values are kept elsewhere. The products, whose speed is that of
 // reading the weights once, are dealt by outputs; what is small, the norms of a few rows, every thread computes for
 // itself, so that the threads wait for each other five times a layer. It is the other kernels of this folder on parts
-// of their tensors, so the results are bitwise those of the ops called one by one, and of each row alone, for every
+// of their tensors, so the results are bitwise those of the ops that multiply by gemv, and of each row alone, for every
 // number of threads. Derivation: docs/block.md.
 #include <algorithm>
 #include <cmath>

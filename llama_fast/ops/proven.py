@@ -1,7 +1,7 @@
 """Which kernels of ours have been shown to be right and not slower than the vendor's, by device class.
 
-`proven.json` is written by `make bench-gpu` and committed: {device class: {backend: {primitive: [dtype class]}}}. On a
-GPU the dispatch takes a kernel of ours by default only where it is listed.
+`proven.json` is written by `python -m benchmarks.gpu prove` and committed: {device class: {backend: {primitive: [dtype
+class]}}}. On a GPU the dispatch takes a kernel of ours by default only where it is listed.
 """
 
 from __future__ import annotations
