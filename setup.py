@@ -1,4 +1,4 @@
-"""Builds the native libraries with CMake. Where they cannot be built the package installs all the same, on `reference`.
+"""Builds the native libraries with CMake. Where they cannot, the package installs all the same, on plain PyTorch.
 
 What counts as "cannot": no C++ compiler, or no Python headers. `llama-fast info` names what is missing. A compiler that
 is there and fails is an error. MAX_JOBS bounds the parallel compilations, CXX chooses the compiler; `CXX=none` installs
