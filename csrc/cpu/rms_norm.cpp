@@ -4,6 +4,7 @@
 #ifndef LF_ISA
 
 #include <memory>
+#include <type_traits>
 
 #include "memory.h"
 #include "parallel.h"
@@ -56,11 +57,29 @@ constexpr int64_t kRows = 4;    // rows that the backward takes at once, to read
 // The forward always does. In bf16 on a Zen 5, two cores together, in three processes: without 56, 43, 45; the next
 // row, asked for by each vector, 61, 48, 48; the row after it, by each cache line, 72, 52, 55 (f32 so 84, 54, 53,
 // against 88, 58, 54).
+// The backward's four rows of dy and x fill the first cache, and what is asked for into it drives them out of it. A
+// Zen 4 asks by each cache line, into the second: in five processes, two cores together, bf16 28 to 35 against 27 to 30
+// as above, 1.00 to 1.16 times, with the addition 1.02 to 1.12 times; f32 36 to 43 against 31 to 39 without, 1.05 to
+// 1.25 times, with the addition 0.94 to 1.06 times. Elsewhere the second cache has not been tried.
 template <class T, bool kAdd>
 constexpr int64_t kRowsAhead = !kAdd && sizeof(T) == 2 ? 2 : 1;
+enum class Ahead { none, first_cache, second_cache };
 template <class T>
-bool bwd_reads_ahead() {
-  return sizeof(T) == 2 || amd_family() == 0;
+Ahead bwd_ahead() {
+  if (amd_family() == 25) return Ahead::second_cache;
+  return sizeof(T) == 2 || amd_family() == 0 ? Ahead::first_cache : Ahead::none;
+}
+
+template <class F>
+void with_ahead(Ahead ahead, F&& f) {
+  switch (ahead) {
+    case Ahead::none:
+      return f(std::integral_constant<Ahead, Ahead::none>{});
+    case Ahead::first_cache:
+      return f(std::integral_constant<Ahead, Ahead::first_cache>{});
+    case Ahead::second_cache:
+      return f(std::integral_constant<Ahead, Ahead::second_cache>{});
+  }
 }
 
 template <class T>
@@ -141,7 +160,7 @@ void norm_fwd(const Tensor& x, const Tensor& residual, const Tensor& weight, dou
 
 // dx = rstd (dy weight - x rstd^2 mean(dy weight x)) [+ dsum] for kN rows from `r`; dweight_part += dy x rstd, or = if
 // `first`.
-template <int kN, class T, bool kAdd, bool kStream, bool kAhead>
+template <int kN, class T, bool kAdd, bool kStream, Ahead kAhead>
 void norm_bwd_rows(const Tensor& dy, const Tensor& dsum, const Tensor& x, const T* weight, const float* rstd,
                    const Tensor& dx, int64_t r, bool first, float* dweight_part) {
   const int64_t C = x.size[1];
@@ -165,9 +184,13 @@ void norm_bwd_rows(const Tensor& dy, const Tensor& dsum, const Tensor& x, const 
     const VecF w = load_lanes(weight + c, n);
     VecF dw(0.0F);  // of these rows alone: fewer additions to the large sum, so less of them is rounded away
     for (int i = 0; i < kN; ++i) {
-      if constexpr (kAhead) {
+      if constexpr (kAhead == Ahead::first_cache) {
         __builtin_prefetch(dy_row[i] + c + kN * dy.stride[0]);
         __builtin_prefetch(x_row[i] + c + kN * x.stride[0]);
+      }
+      if (kAhead == Ahead::second_cache && c * static_cast<int64_t>(sizeof(T)) % 64 < kVectorBytes<T>) {
+        __builtin_prefetch(dy_row[i] + c + kN * dy.stride[0], 0, 2);
+        __builtin_prefetch(x_row[i] + c + kN * x.stride[0], 0, 2);
       }
       const VecF g = load_lanes(dy_row[i] + c, n), v = load_lanes(x_row[i] + c, n);
       dw = fma(g * v, scale[i], dw);
@@ -189,7 +212,7 @@ void norm_bwd(const Tensor& dy, const Tensor& dsum, const Tensor& x, const Tenso
     const bool past_caches = should_stream(R * C * static_cast<int64_t>(sizeof(T))) && rows_share_boundaries<T>(dx);
     with_bool(dsum.data != nullptr, [&](auto kAdd) {
       with_bool(past_caches, [&](auto kStream) {
-        with_bool(bwd_reads_ahead<T>(), [&](auto kAhead) {
+        with_ahead(bwd_ahead<T>(), [&](auto kAhead) {
           parallel_for(parts, 1, [&](int64_t part_begin, int64_t part_end) {
             for (int64_t part = part_begin; part < part_end; ++part) {
               const int64_t begin = R * part / parts, end = R * (part + 1) / parts;
