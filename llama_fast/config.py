@@ -70,7 +70,7 @@ _MOST_LAYERS = 100_000  # a damaged file's number: the names of so many layers' 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """All sizes of one LLaMA; immutable, checked when built.
+    """All sizes of one LLaMA, or of a Mistral, Qwen2 or Qwen3; immutable, checked when built.
 
     Args:
         dim: C, the width of the residual stream.
@@ -85,6 +85,9 @@ class LlamaConfig:
         rope_scaling: None, `LinearRopeScaling` or `Llama3RopeScaling`.
         tie_embeddings: the output projection is the embedding.
         explicit_head_dim: D where it is not dim / n_heads.
+        qkv_bias: the projections of q, k and v have biases, as Qwen2's.
+        qk_norm: each head's q and k have an RMSNorm before rotary, with norm_eps, as Qwen3's.
+        window: a token sees this many of the last tokens, itself among them, as a Mistral's; None for all.
 
     Use `dataclasses.replace(config, vocab_size=...)` for a variant.
 
@@ -104,6 +107,9 @@ class LlamaConfig:
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
     explicit_head_dim: int | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    window: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "max_seq_len"):
@@ -116,11 +122,13 @@ class LlamaConfig:
             raise ValueError(
                 f"rope_scaling = {self.rope_scaling!r}: expected None, LinearRopeScaling or Llama3RopeScaling"
             )
-        if not isinstance(self.tie_embeddings, bool):
-            raise ValueError(f"tie_embeddings = {self.tie_embeddings!r}: expected True or False")
-        if self.explicit_head_dim is not None:
-            _check_count("explicit_head_dim", self.explicit_head_dim)
-        elif self.dim % self.n_heads:
+        for name in ("tie_embeddings", "qkv_bias", "qk_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} = {getattr(self, name)!r}: expected True or False")
+        for name in ("explicit_head_dim", "window"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
+        if self.explicit_head_dim is None and self.dim % self.n_heads:
             raise ValueError(f"n_heads = {self.n_heads}: expected a divisor of dim = {self.dim}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_kv_heads = {self.n_kv_heads}: expected a divisor of n_heads = {self.n_heads}")
@@ -136,8 +144,10 @@ class LlamaConfig:
     def n_params(self) -> int:
         """Parameters; a tied embedding counts once."""
         norms = (2 * self.n_layers + 1) * self.dim
+        biases = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim if self.qkv_bias else 0
+        head_norms = 2 * self.head_dim if self.qk_norm else 0
         embedding = 0 if self.tie_embeddings else self.vocab_size * self.dim
-        return self.n_matmul_params + norms + embedding
+        return self.n_matmul_params + norms + self.n_layers * (biases + head_norms) + embedding
 
     @property
     def n_matmul_params(self) -> int:
@@ -152,10 +162,12 @@ class LlamaConfig:
             6 * n_matmul_params + 12 * n_layers * n_heads * head_dim * seq_len
 
         The second term is QK^T and PV over all T keys, three times (forward, and twice in the backward): by PaLM's
-        convention the masked half counts, and recomputation does not, so that figures compare across papers.
+        convention the masked half counts, and recomputation does not, so that figures compare across papers. Of a
+        window it is the window's keys that count.
         Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
         """
-        return 6 * self.n_matmul_params + 12 * self.n_layers * self.n_heads * self.head_dim * seq_len
+        keys = min(seq_len, self.window or seq_len)
+        return 6 * self.n_matmul_params + 12 * self.n_layers * self.n_heads * self.head_dim * keys
 
     @classmethod
     def preset(cls, name: str) -> LlamaConfig:

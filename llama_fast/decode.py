@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
 from llama_fast.block import Weights
-from llama_fast.nn import BUILT, Linear, RMSNorm, TransformerBlock
+from llama_fast.nn import BIASED, HEAD_NORMS, Linear, RMSNorm, TransformerBlock
 from llama_fast.ops import linear, native
 from llama_fast.ops.dispatch import forced, plain
 from llama_fast.parallel import Single
@@ -40,6 +40,7 @@ _WEIGHTS = (
     "mlp.up_proj",
     "mlp.down_proj",
 )  # the modules of what each block.Weights has
+_SETTINGS = ("eps", "window", "qkv_bias", "qk_norm")  # of modules within a block
 
 
 def step(model: Llama, tokens: Tensor, cache: KVCache) -> Tensor | None:
@@ -112,7 +113,7 @@ class Plan:
         self._native = native.decode_plan(
             embed,
             *self._tables,
-            [(*Weights(*w), k, v, *o) for (w, o), k, v in zip(layers, keys, values, strict=True)],
+            [(*w, k, v, *o) for (w, o), k, v in zip(layers, keys, values, strict=True)],
             tensors[0],
             norm.eps,
             tensors[1],
@@ -134,12 +135,14 @@ class Plan:
         self._places.append((module._modules, name, child))  # type: ignore[arg-type]
         return child
 
-    def _weight(self, module: nn.Module) -> Tensor:
-        weight = module._parameters["weight"]
-        if type(weight) is not nn.Parameter:
+    def _weight(self, module: nn.Module, bias: Tensor | None = None) -> Tensor:
+        """The weight of a module that has this bias."""
+        own: Any = module._parameters
+        weight = own["weight"]
+        if type(weight) is not nn.Parameter or not (bias is None or type(bias) is nn.Parameter):
             raise _Changed
-        self._places += [(module._parameters, "weight", weight), (module._parameters, "bias", None)]  # type: ignore[list-item]
-        self._tensors.append(weight)
+        self._places += [(own, "weight", weight), (own, "bias", bias)]
+        self._tensors += [weight] if bias is None else [weight, bias]
         return weight
 
     def _called(self, module: nn.Module, expected: type) -> None:
@@ -150,20 +153,22 @@ class Plan:
         self._places += [(vars(module), name, None) for name in ("forward", "_compiled_call_impl")]
         self._hooks += [getattr(module, name) for name in _HOOKS]
 
-    def _layer(self, layer: Any) -> tuple[list[Tensor], tuple[float, bool, int]]:
+    def _layer(self, layer: Any) -> tuple[Weights, tuple[float, bool, int]]:
         self._called(layer, TransformerBlock)
         options: Any = layer.options
         if type(options.collectives) is not Single or layer.change() is not None:
             raise _Changed
         self._places += [(vars(layer), "options", options), (vars(layer), "weights", None)]
         modules = {"": layer}
-        for path, (owner, name, _) in BUILT.items():
+        for path, (owner, name, _) in layer.built().items():
             module = modules[path] = self._child(modules[owner], name)
             self._places.append((vars(module), "forward", None))
-            self._places += [(vars(module), key, vars(module)[key]) for key in ("eps", "window") if key in vars(module)]
+            self._places += [(vars(module), key, vars(module)[key]) for key in _SETTINGS if key in vars(module)]
             self._hooks += [getattr(module, key) for key in _HOOKS]
-        weights = [self._weight(modules[path]) for path in _WEIGHTS]
-        return weights, (options.eps, options.interleaved, options.window)
+        biases: dict[str, Any] = {path: modules[path]._parameters["bias"] for path in BIASED}
+        weights = [self._weight(modules[path], biases.get(path)) for path in _WEIGHTS]
+        norms: list[Any] = [self._weight(modules[path]) if path in modules else None for path in HEAD_NORMS]
+        return Weights(*weights, *biases.values(), *norms), (options.eps, options.interleaved, options.window)
 
     def _read(self) -> list[tuple[Any, ...]]:
         return [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in self._tensors]

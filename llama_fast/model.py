@@ -29,7 +29,7 @@ Prompts = TypeVar("Prompts", bound=Tensor | Sequence[Sequence[int]])
 
 
 class Llama(nn.Module):
-    """A LLaMA made of llama_fast's blocks.
+    """A LLaMA made of llama_fast's blocks; or a Mistral, Qwen2 or Qwen3, as its config says.
 
     Args:
         config: its sizes, see `LlamaConfig.preset`.
@@ -62,6 +62,9 @@ class Llama(nn.Module):
                 config.head_dim,
                 config.norm_eps,
                 policy,
+                qkv_bias=config.qkv_bias,
+                qk_norm=config.qk_norm,
+                window=config.window,
                 **like,
             )
             for _ in range(config.n_layers)
@@ -194,7 +197,8 @@ class Llama(nn.Module):
 
         Raises:
             FileNotFoundError: nothing is there, or a file of it is missing.
-            ValueError: not a LLaMA, or damaged; names the file, and each tensor that is missing, extra or misshapen.
+            ValueError: another architecture, or damaged; names the file, and each tensor that is missing, extra or
+                misshapen.
         """
         source = weights.open_checkpoint(path, max_seq_len)
         return weights.load_model(source, device, dtype, progress, policy=policy)

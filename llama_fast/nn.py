@@ -16,26 +16,30 @@ from llama_fast.ops.linear import linear
 from llama_fast.ops.rms_norm import rms_norm
 from llama_fast.ops.rope import rope
 from llama_fast.ops.swiglu import swiglu
-from llama_fast.ops.table import check_number
+from llama_fast.ops.table import check_flag, check_number
 from llama_fast.parallel import Single
 from llama_fast.projections import adapters_objection, addition, is_lora, projection_objection
 
 
-def watched(module: nn.Module, kind: type) -> str | None:
-    """What makes a call of the module another thing than the forward of `kind`; None if nothing."""
+def watched(module: nn.Module, kind: type, bias: bool = False) -> str | None:
+    """What makes a call of the module another thing than the forward of `kind`; None if nothing.
+
+    bias: the module may have one.
+    """
     own = vars(module)
     if type(module) is not kind:
         return f"is a {type(module).__module__}.{type(module).__name__}"
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return "has a hook"
-    if own["_parameters"].get("bias") is not None:
+    if not bias and own["_parameters"].get("bias") is not None:
         return "has a bias"
     return "has a forward of its own" if "forward" in own else None
 
 
-def _lora_objection(module: Any) -> str | None:
-    """Why a projection with adapters of PEFT's does not take part in a block, or None."""
-    return projection_objection(module, Linear) or ("has a bias" if module.base_layer.bias is not None else None)
+def _lora_objection(module: Any, bias: bool) -> str | None:
+    """Why a projection with adapters of PEFT's does not take part in a block, or None; bias: it may have one."""
+    found = projection_objection(module, Linear)
+    return "has a bias" if found is None and not bias and module.base_layer.bias is not None else found
 
 
 class Linear(nn.Linear):
@@ -104,7 +108,7 @@ class SwiGLU(nn.Module):
 
 
 class Attention(nn.Module):
-    """LLaMA's causal self-attention with grouped heads and rotary embedding.
+    """LLaMA's causal self-attention with grouped heads and rotary embedding, and Mistral's, Qwen2's and Qwen3's.
 
     Args:
         dim: C.
@@ -112,6 +116,9 @@ class Attention(nn.Module):
         n_kv_heads: G, divides H; None for H.
         head_dim: D; None for C / H.
         window: sliding window, None for none.
+        qkv_bias: the projections of q, k and v have biases.
+        qk_norm: each head's q and k have an RMSNorm before rotary.
+        eps: of these norms.
         device, dtype: of the parameters.
 
     Raises:
@@ -125,6 +132,10 @@ class Attention(nn.Module):
         n_kv_heads: int | None = None,
         head_dim: int | None = None,
         window: int | None = None,
+        *,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        eps: float = 1e-5,
         **like: Any,
     ) -> None:
         super().__init__()
@@ -132,17 +143,22 @@ class Attention(nn.Module):
         for name, value in sizes.items():
             if value is not None:
                 check_number("Attention", name, value, "a positive integer", 1, whole=True)
+        for name, flag in (("qkv_bias", qkv_bias), ("qk_norm", qk_norm)):
+            check_flag("Attention", name, flag)
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
         if n_heads % n_kv_heads:
             raise ValueError(f"n_kv_heads is {n_kv_heads}, expected a divisor of n_heads = {n_heads}")
         if head_dim is None and dim % n_heads:
             raise ValueError(f"n_heads is {n_heads}, expected a divisor of dim = {dim}")
         self.head_dim = dim // n_heads if head_dim is None else head_dim
-        self.window = window
-        self.q_proj = Linear(dim, n_heads * self.head_dim, **like)
-        self.k_proj = Linear(dim, n_kv_heads * self.head_dim, **like)
-        self.v_proj = Linear(dim, n_kv_heads * self.head_dim, **like)
+        self.window, self.qkv_bias, self.qk_norm = window, qkv_bias, qk_norm
+        self.q_proj = Linear(dim, n_heads * self.head_dim, qkv_bias, **like)
+        self.k_proj = Linear(dim, n_kv_heads * self.head_dim, qkv_bias, **like)
+        self.v_proj = Linear(dim, n_kv_heads * self.head_dim, qkv_bias, **like)
         self.o_proj = Linear(n_heads * self.head_dim, dim, **like)
+        if qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, eps, **like)
+            self.k_norm = RMSNorm(self.head_dim, eps, **like)
 
     def forward(
         self,
@@ -154,6 +170,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x [B, T, C], cos and sin [T, D/2] or [B, T, D/2] float32 -> [B, T, C]; see `transformer_block`."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rope(q, k, cos, sin)
         starts = None
         if isinstance(cache, Cache):
@@ -188,8 +206,9 @@ class TransformerBlock(nn.Module):
         n_kv_heads: G, divides H; None for H.
         ffn_dim: F.
         head_dim: D; None for C / H.
-        eps: of both norms.
+        eps: of all norms.
         policy: what is kept for the backward: "save", "recompute-cheap", "recompute-linear" or "recompute-all".
+        qkv_bias, qk_norm, window: of the attention, see `Attention`.
         device, dtype: of the parameters.
     """
 
@@ -202,18 +221,25 @@ class TransformerBlock(nn.Module):
         head_dim: int | None = None,
         eps: float = 1e-5,
         policy: str = "recompute-cheap",
+        *,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        window: int | None = None,
         **like: Any,
     ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(dim, eps, **like)
-        self.self_attn = Attention(dim, n_heads, n_kv_heads, head_dim, **like)
+        self.self_attn = Attention(
+            dim, n_heads, n_kv_heads, head_dim, window, qkv_bias=qkv_bias, qk_norm=qk_norm, eps=eps, **like
+        )
         self.post_attention_layernorm = RMSNorm(dim, eps, **like)
         self.mlp = SwiGLU(dim, ffn_dim, **like)
-        self.options = BlockOptions(head_dim=self.self_attn.head_dim, eps=eps, policy=policy)
+        self.options = BlockOptions(self.self_attn.head_dim, eps, policy, window or 0)
 
     def weights(self) -> Weights:
         """The parameters in the order of the block function."""
         a, m = self.self_attn, self.mlp
+        norms = (a.q_norm.weight, a.k_norm.weight) if a.qk_norm else (None, None)
         return Weights(
             self.input_layernorm.weight,
             a.q_proj.weight,
@@ -224,6 +250,10 @@ class TransformerBlock(nn.Module):
             m.gate_proj.weight,
             m.up_proj.weight,
             m.down_proj.weight,
+            a.q_proj.bias,
+            a.k_proj.bias,
+            a.v_proj.bias,
+            *norms,
         )
 
     def added(self) -> dict[str, LowRank]:
@@ -233,16 +263,22 @@ class TransformerBlock(nn.Module):
         of = [(name, addition(p)) for name, p in zip(LINEAR, found, strict=True) if type(p) is not Linear]
         return {name: added for name, added in of if added is not None}
 
+    def built(self) -> dict[str, tuple[str, str, type]]:
+        """The modules within: path -> owner, name, class; an owner stands before what it owns."""
+        return _NORMED if vars(self._modules["self_attn"]).get("qk_norm") else BUILT
+
     def change(self) -> str | None:
         """What within the block is not as it was built, so that its modules are called one by one; None if nothing."""
-        for path, (owner, name, kind) in BUILT.items():
+        attn = vars(self._modules["self_attn"])
+        for path, (owner, name, kind) in self.built().items():
             module: Any = (vars(self._modules[owner]) if owner else vars(self))["_modules"][name]
-            if text := _lora_objection(module) if kind is Linear and is_lora(module) else watched(module, kind):
+            bias = path in BIASED and attn["qkv_bias"]
+            lora = kind is Linear and is_lora(module)
+            if text := _lora_objection(module, bias) if lora else watched(module, kind, bias):
                 return f"{path} {text}"
             if kind is RMSNorm and vars(module)["eps"] != self.options.eps:
                 return f"{path} has an eps of its own"  # not which: a compiler may hold it for variable
-        window = vars(self._modules["self_attn"])["window"]
-        return None if window in (None, self.options.window) else "self_attn has a window of its own"
+        return None if attn["window"] in (None, self.options.window) else "self_attn has a window of its own"
 
     def forward(
         self,
@@ -258,7 +294,8 @@ class TransformerBlock(nn.Module):
             w, added = self.weights(), self.added()
             if not added or not (change := adapters_objection(added, x, recorded(x, *w, *tensors(added)))):
                 return transformer_block(x, w, cos, sin, o, cu_seqlens=cu_seqlens, cache=cache, low_rank=added)
-        if o.window or o.interleaved or o.keep_residual or type(o.collectives) is not Single:
+        window = o.window and o.window != getattr(self.self_attn, "window", None)  # which its attention has not
+        if window or o.interleaved or o.keep_residual or type(o.collectives) is not Single:
             raise NotSupported(f"block: {change}, and modules called one by one know none of {o}")
         context: dict[str, Any] = {}
         if cu_seqlens is not None:
@@ -273,7 +310,7 @@ class TransformerBlock(nn.Module):
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
-# of a TransformerBlock, as it is built: path -> owner, name, class; an owner stands before what it owns
+# of a plain LLaMA's block, see TransformerBlock.built
 BUILT: dict[str, tuple[str, str, type]] = {
     "input_layernorm": ("", "input_layernorm", RMSNorm),
     "self_attn": ("", "self_attn", Attention),
@@ -287,3 +324,6 @@ BUILT: dict[str, tuple[str, str, type]] = {
     "mlp.up_proj": ("mlp", "up_proj", Linear),
     "mlp.down_proj": ("mlp", "down_proj", Linear),
 }
+HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+BIASED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")  # where the block is built with biases
+_NORMED = BUILT | {path: ("self_attn", path.rpartition(".")[2], RMSNorm) for path in HEAD_NORMS}

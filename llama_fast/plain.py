@@ -24,14 +24,14 @@ _RESIDUAL = ("o_proj.weight", "down_proj.weight")  # the projections that write 
 
 
 def init_weights_(model: nn.Module, n_layers: int, seed: int = 0) -> None:
-    """Fill the parameters of a LLaMA in place: gains one, matrices normal.
+    """Fill the parameters of a LLaMA in place: gains one, biases zero, matrices normal.
 
     Standard deviation 0.02, and 0.02 / sqrt(2 * n_layers) for the two projections that write into the residual stream
     (GPT-2's rule). Drawn in float32 on the CPU from a generator of its own, in order of parameter name, then rounded to
     the parameter's dtype: two models of equal parameter names get equal weights, whatever their device.
 
     Args:
-        model: a module whose one-dimensional parameters are all norm gains.
+        model: a module whose one-dimensional parameters are norm gains, or biases and called so.
         n_layers: its number of blocks.
         seed: of the generator; torch's global generator is not touched.
 
@@ -44,7 +44,7 @@ def init_weights_(model: nn.Module, n_layers: int, seed: int = 0) -> None:
             raise ValueError(f"{name} is on the meta device: expected storage; call to_empty(device=...) first")
         with torch.no_grad():
             if p.ndim == 1:
-                p.fill_(1.0)
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
             std = INIT_STD / (2 * n_layers) ** 0.5 if name.endswith(_RESIDUAL) else INIT_STD
             p.copy_(torch.empty(p.shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator))
@@ -106,7 +106,7 @@ class PlainLlama(nn.Module):
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         self.embed_tokens = _Embedding(config.vocab_size, config.dim, **like)
         self.layers = nn.ModuleList(_Block(config, like) for _ in range(config.n_layers))
-        self.norm = _RMSNorm(config, like)
+        self.norm = _RMSNorm(config.dim, config, like)
         self.lm_head = _Linear(config.dim, config.vocab_size, bias=False, **like)
         self._tie()
         if not self.embed_tokens.weight.is_meta:
@@ -172,10 +172,10 @@ class _Embedding(nn.Embedding):
 
 
 class _RMSNorm(nn.Module):
-    def __init__(self, config: LlamaConfig, like: dict[str, Any]) -> None:
+    def __init__(self, dim: int, config: LlamaConfig, like: dict[str, Any]) -> None:
         super().__init__()
         self.eps = config.norm_eps
-        self.weight = nn.Parameter(torch.ones(config.dim, **like))
+        self.weight = nn.Parameter(torch.ones(dim, **like))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
@@ -186,18 +186,28 @@ class _Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.grouped = config.n_kv_heads != config.n_heads
+        self.window = config.window
         q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.q_proj = _Linear(config.dim, q_dim, bias=False, **like)
-        self.k_proj = _Linear(config.dim, kv_dim, bias=False, **like)
-        self.v_proj = _Linear(config.dim, kv_dim, bias=False, **like)
+        self.q_proj = _Linear(config.dim, q_dim, bias=config.qkv_bias, **like)
+        self.k_proj = _Linear(config.dim, kv_dim, bias=config.qkv_bias, **like)
+        self.v_proj = _Linear(config.dim, kv_dim, bias=config.qkv_bias, **like)
         self.o_proj = _Linear(q_dim, config.dim, bias=False, **like)
+        self.q_norm = _RMSNorm(config.head_dim, config, like) if config.qk_norm else None
+        self.k_norm = _RMSNorm(config.head_dim, config, like) if config.qk_norm else None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (
             p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        mask: dict[str, Any] = {"is_causal": True}
+        if self.window is not None:  # query i sees the keys j with i - window < j <= i
+            T = x.shape[1]
+            seen = torch.ones(T, T, dtype=torch.bool, device=x.device).tril().triu(1 - self.window)
+            mask = {"attn_mask": seen}
+        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.grouped, **mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -215,9 +225,9 @@ class _MLP(nn.Module):
 class _Block(nn.Module):
     def __init__(self, config: LlamaConfig, like: dict[str, Any]) -> None:
         super().__init__()
-        self.input_layernorm = _RMSNorm(config, like)
+        self.input_layernorm = _RMSNorm(config.dim, config, like)
         self.self_attn = _Attention(config, like)
-        self.post_attention_layernorm = _RMSNorm(config, like)
+        self.post_attention_layernorm = _RMSNorm(config.dim, config, like)
         self.mlp = _MLP(config, like)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -269,7 +269,7 @@ def recomputed_flops_per_token(config: LlamaConfig, seq_len: int, policy: str = 
         return 0
     blocks, _ = _parameters(config)
     products = 2 * (blocks - config.n_layers * config.dim * config.ffn_dim)
-    attention = 4 * config.n_layers * config.n_heads * config.head_dim * seq_len
+    attention = 4 * config.n_layers * config.n_heads * config.head_dim * min(seq_len, config.window or seq_len)
     return products + (attention if policy == "recompute-all" else 0)
 
 

@@ -140,3 +140,12 @@ def assert_results_may_replace_arguments(
         found = dispatch.primitives[primitive](*args, backend=backend, into=into)
     assert all(a is b for a, b in zip(found, into, strict=True)), "the results are elsewhere"
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), f"{target_name} {dtype} {shape}"
+
+
+def vary_(model: torch.nn.Module) -> None:
+    """Gains and biases that differ from one another, so that one that is lost or exchanged shows."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for _, p in sorted(model.named_parameters()):
+            if p.ndim == 1:
+                p.add_((0.3 * torch.randn(p.shape, generator=generator)).to(p.dtype))

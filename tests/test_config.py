@@ -38,6 +38,8 @@ def test_flops_are_palms() -> None:
     config = LlamaConfig.preset("llama-7b")
     n = 6_738_415_616 - 65 * 4096 - 32000 * 4096  # no norms, no embedding
     assert config.flops_per_token(2048) == 6 * n + 12 * 32 * 4096 * 2048
+    assert dataclasses.replace(config, window=4096).flops_per_token(2048) == config.flops_per_token(2048)
+    assert dataclasses.replace(config, window=512).flops_per_token(2048) == 6 * n + 12 * 32 * 4096 * 512
 
 
 @pytest.mark.parametrize("name", ["llama7b", "llama-66b", "zzz"])
@@ -62,7 +64,11 @@ def test_unknown_preset_lists_all(name: str) -> None:
         ({"norm_eps": 0.0}, r"norm_eps = 0\.0"),
         ({"rope_theta": float("nan")}, "rope_theta = nan"),
         ({"rope_scaling": 8.0}, r"rope_scaling = 8\.0"),
-        ({"tie_embeddings": 1}, "tie_embeddings = 1"),
+        ({"tie_embeddings": 1}, "tie_embeddings = 1: expected True or False"),
+        ({"qkv_bias": 1}, "qkv_bias = 1: expected True or False"),
+        ({"qk_norm": None}, "qk_norm = None: expected True or False"),
+        ({"window": 0}, "window = 0: expected an integer of 1 or more"),
+        ({"window": True}, "window = True: expected an integer of 1 or more"),
     ],
 )
 def test_bad_fields_are_named(change: dict[str, Any], message: str) -> None:
@@ -93,6 +99,10 @@ def test_from_dict_names_what_is_wrong() -> None:
     linear = LlamaConfig.from_dict({**good, "rope_scaling": {"type": "linear", "factor": 2.0}})
     assert linear.rope_scaling == LinearRopeScaling(2.0)
     assert LlamaConfig.from_dict(linear.to_dict()) == linear
+    old = {name: value for name, value in good.items() if name not in ("qkv_bias", "qk_norm", "window")}
+    assert LlamaConfig.from_dict(old) == PRESETS["tiny"]
+    other = dataclasses.replace(linear, qkv_bias=True, qk_norm=True, window=7)
+    assert LlamaConfig.from_dict(json.loads(json.dumps(other.to_dict()))) == other
     with pytest.raises(ValueError, match="unknown field n_head;"):
         LlamaConfig.from_dict({**good, "n_head": 4})
     with pytest.raises(ValueError, match="'dim'"):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import instruction_set
+from numerics import instruction_set, vary_
 from torch import Tensor, nn
 
 import llama_fast as lf
@@ -41,7 +41,10 @@ def op_by_op() -> Iterator[None]:
 
 
 def drawn(config: LlamaConfig, dtype: torch.dtype) -> Llama:
-    return Llama(config, dtype=dtype).requires_grad_(False)
+    model = Llama(config, dtype=dtype).requires_grad_(False)
+    if config.qkv_bias or config.qk_norm:
+        vary_(model)
+    return model
 
 
 def filled(model: Llama, B: int, used: int, starts: list[int] | None = None, room: int = 8) -> KVCache:
@@ -86,6 +89,17 @@ def test_a_step_gives_the_bits_of_the_ops(isa: str, dtype: torch.dtype) -> None:
             found, expected = both(model, filled(model, B, used, starts), tokens_of(B))
         for one, other in zip(found, expected, strict=True):
             assert torch.equal(one, other), f"{B} rows after {used}, {options}"
+        assert torch.isfinite(found[0]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fields", [{"window": 9}, {"qkv_bias": True}, {"qk_norm": True, "window": 9}], ids=str)
+def test_a_step_of_another_architecture_gives_the_bits_of_the_ops(fields: dict[str, Any], dtype: torch.dtype) -> None:
+    model = drawn(dataclasses.replace(CONFIG, **fields), dtype)
+    for B, used, starts in ((1, 37, None), (3, 64, [3, 0, 64])):
+        found, expected = both(model, filled(model, B, used, starts), tokens_of(B))
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other), f"{B} rows after {used}"
         assert torch.isfinite(found[0]).all()
 
 
@@ -190,6 +204,41 @@ def _layers_swapped(model: Llama, _: KVCache) -> None:
     model.layers[0], model.layers[1] = model.layers[1], model.layers[0]
 
 
+def _bias(model: Llama, _: KVCache) -> None:
+    p = model.layers[1].self_attn.v_proj
+    old, p.bias = p.bias, nn.Parameter(p.bias * 3, requires_grad=False)
+    _overwrite(old)
+
+
+def _bias_data(model: Llama, _: KVCache) -> None:
+    p = model.layers[1].self_attn.v_proj.bias
+    old, p.data = p.data, p.data * 3
+    _overwrite(old)
+
+
+def _no_bias(model: Llama, _: KVCache) -> None:
+    p = model.layers[0].self_attn.q_proj
+    old, p.bias = p.bias, None
+    _overwrite(old)
+
+
+def _head_gain(model: Llama, _: KVCache) -> None:
+    p = model.layers[1].self_attn.k_norm
+    old, p.weight = p.weight, nn.Parameter(p.weight * 3, requires_grad=False)
+    _overwrite(old)
+
+
+def _head_norm(model: Llama, _: KVCache) -> None:
+    old = model.layers[0].self_attn.q_norm
+    model.layers[0].self_attn.q_norm = copy.deepcopy(old)
+    model.layers[0].self_attn.q_norm.weight.mul_(2)
+    _overwrite(old.weight)
+
+
+def _no_head_norms(model: Llama, _: KVCache) -> None:
+    model.layers[1].self_attn.qk_norm = False
+
+
 def _options(model: Llama, _: KVCache) -> None:
     model.layers[0].options = dataclasses.replace(model.layers[0].options, window=3)
 
@@ -231,12 +280,14 @@ def _used(_: Llama, cache: KVCache) -> None:
 CHANGES: list[Callable[[Llama, KVCache], None]] = [
     _data, _transposed, _assigned, _loaded, _moved_and_back, _parameter, _submodule, _layer_less, _layers_swapped,
     _options, _eps, _angles, _max_norm, _grown, _keys, _starts, _used,
+    _bias, _bias_data, _no_bias, _head_gain, _head_norm, _no_head_norms,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__.strip("_"))
 def test_a_change_of_model_or_cache_is_seen(change: Callable[[Llama, KVCache], None]) -> None:
-    model = drawn(dataclasses.replace(TINY, n_layers=2), torch.float32)
+    others = {"qkv_bias": "bias" in change.__name__, "qk_norm": "head" in change.__name__}
+    model = drawn(dataclasses.replace(TINY, **others), torch.float32)
     cache = filled(model, 2, 9, room=20)
     with torch.no_grad():
         before = model(tokens_of(2), cache)

@@ -100,6 +100,7 @@ CROSS_CUTTING = {
     "emulator",
     "cuda",
     "triton",
+    "architectures",
     "sass",
     "gpu",
 }

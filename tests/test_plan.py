@@ -18,6 +18,7 @@ from llama_fast.plan import DEVICES, Layout
 
 # two widths and head layouts: letters that are exchanged by mistake have different sizes
 SHAPES = (LlamaConfig(256, 3, 4, 4, 688, 512, 256), LlamaConfig(192, 2, 6, 2, 640, 1024, 256, explicit_head_dim=48))
+OTHERS = {"qkv_bias": True, "qk_norm": True, "window": 40}
 WIDE = LlamaConfig(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, ffn_dim=176, vocab_size=32, max_seq_len=512)
 B, T = 2, 128
 
@@ -28,11 +29,12 @@ def test_policies_are_the_blocks() -> None:
 
 def _block(config: LlamaConfig, dtype: torch.dtype) -> lf.nn.TransformerBlock:
     c = config
-    return lf.nn.TransformerBlock(c.dim, c.n_heads, c.ffn_dim, c.n_kv_heads, c.head_dim, dtype=dtype)
+    more: dict[str, Any] = {name: getattr(c, name) for name in OTHERS}
+    return lf.nn.TransformerBlock(c.dim, c.n_heads, c.ffn_dim, c.n_kv_heads, c.head_dim, dtype=dtype, **more)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("config", SHAPES)
+@pytest.mark.parametrize("config", [*SHAPES, dataclasses.replace(SHAPES[1], **OTHERS)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_blocks_bytes_are_those_that_it_keeps(config: LlamaConfig, policy: str, dtype: torch.dtype) -> None:
     layer = _block(config, dtype)
@@ -113,6 +115,13 @@ def test_without_gradients_nothing_is_kept(return_keys: bool) -> None:
 def test_autocast_holds_a_copy_of_one_weight_at_a_time() -> None:
     bare, cast = _without_gradients(torch.bfloat16)[0], _without_gradients(torch.float32, autocast=True)[0]
     assert cast <= bare + 2 * 512 * WIDE.dim + 2 * WIDE.ffn_dim * WIDE.dim
+
+
+def test_attention_costs_the_keys_of_its_window() -> None:
+    whole, part = (dataclasses.replace(SHAPES[0], window=window) for window in (None, 40))
+    more = plan.recomputed_flops_per_token(whole, T) - plan.recomputed_flops_per_token(part, T)
+    assert more == 4 * whole.n_layers * whole.dim * (T - 40)
+    assert plan.recomputed_flops_per_token(part, 40) == plan.recomputed_flops_per_token(whole, 40)
 
 
 def test_states_are_those_of_a_real_model() -> None:

@@ -24,7 +24,7 @@ class Recipe:
         final_lr_ratio: of the cosine's end to its peak.
         beta1, beta2: of AdamW.
         eps: of AdamW; the paper gives none, this is PyTorch's.
-        weight_decay: decoupled, on matrices; norm gains have none.
+        weight_decay: decoupled, on matrices; norm gains and biases have none.
         clip: the gradient's largest global 2-norm.
 
     Raises:

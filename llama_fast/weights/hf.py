@@ -1,12 +1,16 @@
-"""Hugging Face folders: `config.json` and one or several .safetensors files with their index."""
+"""Hugging Face folders: `config.json` and one or several .safetensors files with their index.
+
+Of the model types llama, mistral, qwen2 and qwen3, whose configs differ in what a missing key means.
+"""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +31,8 @@ from llama_fast.weights.source import (
 )
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-# Values of config.json that this architecture has by definition; another one is another architecture.
-_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0}
+# Values of config.json that these architectures have by definition; another one is another architecture.
+_FIXED = {"hidden_act": "silu", "mlp_bias": False, "partial_rotary_factor": 1.0}
 _NAMES = {
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",
@@ -45,23 +49,45 @@ _NAMES = {
 _BUFFER = re.compile(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
+class _Kind(NamedTuple):
+    """A model type of transformers.
+
+    Args:
+        architecture: the class that has the weights.
+        missing: the values of keys that a config lacks, where they are not None.
+        attention_bias: whether its config has a key of this name, for biases of q, k, v and o.
+        qkv_bias, qk_norm: as LlamaConfig's.
+    """
+
+    architecture: str
+    missing: dict[str, Any]
+    attention_bias: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+
+_QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+_KINDS = {
+    "llama": _Kind("LlamaForCausalLM", {}, attention_bias=True),
+    "mistral": _Kind("MistralForCausalLM", {"num_key_value_heads": 8, "sliding_window": 4096}),
+    "qwen2": _Kind("Qwen2ForCausalLM", _QWEN, qkv_bias=True),
+    "qwen3": _Kind("Qwen3ForCausalLM", {**_QWEN, "head_dim": 128}, attention_bias=True, qk_norm=True),
+}
+
+
 def config_from_hf(values: Mapping[str, Any]) -> LlamaConfig:
     """The LlamaConfig of a Hugging Face `config.json`, with `rope_scaling` (transformers 4) or `rope_parameters` (5).
-
-    A Mistral without a sliding window is a LLaMA by another name.
 
     Raises:
         ValueError: another model type, a missing size, or an option that this architecture does not have; named.
     """
-    kind = values.get("model_type")
-    if kind not in ("llama", "mistral"):
-        raise ValueError(f"model_type = {kind!r}: expected 'llama' or 'mistral'")
-    # where it is missing a Mistral has one of 4096 keys
-    if kind == "mistral" and (window := values.get("sliding_window", 4096)) is not None:
-        raise ValueError(
-            f"sliding_window = {window!r}: expected null; llama_fast.hf.patch takes a transformers model with a window"
-        )
-    for name, expected in _FIXED.items():
+    name = values.get("model_type")
+    if not isinstance(name, str) or name not in _KINDS:
+        raise ValueError(f"model_type = {name!r}: expected one of {', '.join(_KINDS)}")
+    kind = _KINDS[name]
+    values = {**kind.missing, **values}
+    fixed = {**_FIXED, "attention_bias": False} if kind.attention_bias else _FIXED
+    for name, expected in fixed.items():
         if (value := values.get(name)) is not None and value != expected:
             raise ValueError(f"{name} = {value!r}: expected {expected!r}")
     if values.get("quantization_config"):
@@ -70,7 +96,7 @@ def config_from_hf(values: Mapping[str, Any]) -> LlamaConfig:
         dim, heads = values["hidden_size"], values["num_attention_heads"]
         theta, scaling = _rope_from_hf(values)
         head_dim = values.get("head_dim")
-        return LlamaConfig(
+        config = LlamaConfig(
             dim=dim,
             n_layers=values["num_hidden_layers"],
             n_heads=heads,
@@ -83,9 +109,33 @@ def config_from_hf(values: Mapping[str, Any]) -> LlamaConfig:
             rope_scaling=scaling,
             tie_embeddings=values.get("tie_word_embeddings", False),
             explicit_head_dim=None if head_dim is None or head_dim * heads == dim else head_dim,
+            qkv_bias=kind.qkv_bias,
+            qk_norm=kind.qk_norm,
         )
     except KeyError as error:
         raise ValueError(f"{error.args[0]} is missing") from None
+    return replace(config, window=_window_from_hf(values, config.n_layers))
+
+
+def _window_from_hf(values: Mapping[str, Any], n_layers: int) -> int | None:
+    """The sliding window of all layers; None where none has one."""
+    kind, window, types = values["model_type"], values.get("sliding_window"), values.get("layer_types")
+    first = values.get("max_window_layers")
+    if kind == "llama" or window is None or (kind != "mistral" and not values.get("use_sliding_window")):
+        return None
+    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+        raise ValueError(f"sliding_window = {window!r}: expected null or an integer of 1 or more")
+    if types is not None:
+        name, value = "layer_types", types
+        slide = {t == "sliding_attention" for t in types} if isinstance(types, list) else set()
+    elif kind == "mistral":
+        return window
+    else:
+        name, value = "max_window_layers", first
+        slide = {first <= 0, first < n_layers} if isinstance(first, int) else set()
+    if len(slide) != 1 or (kind == "mistral" and slide == {False}):  # which looks at no layer_types
+        raise ValueError(f"{name} = {value!r}: expected a sliding window in all layers or in none")
+    return window if slide == {True} else None
 
 
 def _rope_from_hf(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
@@ -112,7 +162,25 @@ def _rope_from_hf(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]
 
 
 def config_to_hf(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The `config.json` of a LlamaForCausalLM, in the form that transformers 4 and 5 both read."""
+    """The `config.json` of the model type that has what `config` has, in the form that transformers 4 and 5 both read.
+
+    Raises:
+        ValueError: no model type has it.
+    """
+    if config.qkv_bias and config.qk_norm:
+        raise ValueError("qkv_bias = True, qk_norm = True: expected one of them at most, no model type has both")
+    name = "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else "mistral" if config.window else "llama"
+    kind = _KINDS[name]
+    only: dict[str, Any] = {}
+    if kind.attention_bias:
+        only["attention_bias"] = False
+    if name == "llama":
+        only["mlp_bias"] = False
+    else:
+        only["sliding_window"] = config.window
+    if name in ("qwen2", "qwen3"):
+        only["use_sliding_window"] = config.window is not None
+        only["max_window_layers"] = config.n_layers if config.window is None else 0
     scaling: dict[str, Any] | None = None
     if isinstance(config.rope_scaling, LinearRopeScaling):
         scaling = {"rope_type": "linear", "factor": config.rope_scaling.factor}
@@ -125,8 +193,8 @@ def config_to_hf(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
             "original_max_position_embeddings": config.rope_scaling.original_max_seq_len,
         }
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [kind.architecture],
+        "model_type": name,
         "hidden_size": config.dim,
         "num_hidden_layers": config.n_layers,
         "num_attention_heads": config.n_heads,
@@ -140,14 +208,13 @@ def config_to_hf(config: LlamaConfig, dtype: torch.dtype) -> dict[str, Any]:
         "rope_scaling": scaling,
         "tie_word_embeddings": config.tie_embeddings,
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
+        **only,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
 
 
 def hf_name(name: str) -> str:
-    """Llama's name of a tensor to LlamaForCausalLM's."""
+    """Llama's name of a tensor to transformers'."""
     return name if name == HEAD else f"model.{name}"
 
 
@@ -157,7 +224,8 @@ class HFSource(Source):
 
     Raises:
         FileNotFoundError: a file of weights is missing.
-        ValueError: the config is not a LLaMA's, a file is truncated, or the tensors are not those of the config.
+        ValueError: the config is of another architecture, a file is truncated, or the tensors are not those of the
+            config.
     """
 
     def __init__(self, path: Path) -> None:
@@ -230,8 +298,9 @@ def write_hf(source: Source, folder: Path, dtype: torch.dtype, shards: int, prog
     """Writes `source` into the existing folder, its weights in `shards` files of about equal size.
 
     Raises:
-        ValueError: more shards than tensors, or fewer than one.
+        ValueError: more shards than tensors, or fewer than one; or no model type has what the config has.
     """
+    settings = config_to_hf(source.config, dtype)
     shapes = tensor_shapes(source.config)
     parts = split_evenly(shapes, shards)
     total = dtype.itemsize * sum(math.prod(s) for s in shapes.values())
@@ -253,7 +322,7 @@ def write_hf(source: Source, folder: Path, dtype: torch.dtype, shards: int, prog
         index |= dict.fromkeys(stored, name)
     if shards > 1:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
-    write_json(folder / CONFIG, config_to_hf(source.config, dtype))
+    write_json(folder / CONFIG, settings)
 
 
 def split_evenly(shapes: Mapping[str, tuple[int, ...]], parts: int) -> list[list[str]]:

@@ -134,8 +134,11 @@ def params_to_meta(config: LlamaConfig) -> dict[str, Any]:
     """The `params.json` of a config, with the keys that Meta's ModelArgs has and no other.
 
     Raises:
-        ValueError: Meta's code has no such rotary scaling or head dim.
+        ValueError: Meta's code has no such rotary scaling or head dim, or no biases, norms of heads or window.
     """
+    for name, plain in (("qkv_bias", False), ("qk_norm", False), ("window", None)):
+        if (value := getattr(config, name)) != plain:
+            raise ValueError(f"{name} = {value}: Meta's format expects {plain}")
     scaling = config.rope_scaling
     if scaling is not None:
         fixed = Llama3RopeScaling(scaling.factor, *_LLAMA3_SCALING)

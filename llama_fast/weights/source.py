@@ -29,19 +29,23 @@ def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     C, F = config.dim, config.ffn_dim
     HD, GD = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, C)}
+    attention: dict[str, tuple[int, ...]]
+    attention = {"q_proj.weight": (HD, C), "k_proj.weight": (GD, C), "v_proj.weight": (GD, C)}
+    if config.qkv_bias:
+        attention |= {"q_proj.bias": (HD,), "k_proj.bias": (GD,), "v_proj.bias": (GD,)}
+    if config.qk_norm:
+        attention |= {"q_norm.weight": (config.head_dim,), "k_norm.weight": (config.head_dim,)}
+    layer = {
+        "input_layernorm.weight": (C,),
+        **{f"self_attn.{name}": shape for name, shape in attention.items()},
+        "self_attn.o_proj.weight": (C, HD),
+        "post_attention_layernorm.weight": (C,),
+        "mlp.gate_proj.weight": (F, C),
+        "mlp.up_proj.weight": (F, C),
+        "mlp.down_proj.weight": (C, F),
+    }
     for i in range(config.n_layers):
-        layer = {
-            "input_layernorm": (C,),
-            "self_attn.q_proj": (HD, C),
-            "self_attn.k_proj": (GD, C),
-            "self_attn.v_proj": (GD, C),
-            "self_attn.o_proj": (C, HD),
-            "post_attention_layernorm": (C,),
-            "mlp.gate_proj": (F, C),
-            "mlp.up_proj": (F, C),
-            "mlp.down_proj": (C, F),
-        }
-        shapes |= {f"layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
     shapes["norm.weight"] = (C,)
     if not config.tie_embeddings:
         shapes[HEAD] = (config.vocab_size, C)
