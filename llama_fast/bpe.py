@@ -26,15 +26,18 @@ LLAMA3_PATTERN = "|".join(
         r"\s+",
     )
 )
+QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")  # in transformers' tokenization_qwen2.py: single digits
 _SPECIAL_COUNT = 256
 _NAMED_SPECIAL = (
     "begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1", "finetune_right_pad_id",
     "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag", "image",
 )  # fmt: skip
-# What llama.cpp calls the ways to split a text, by what it does there: Llama 3's pattern, GPT-2's, single digits first.
+# What llama.cpp calls the ways to split a text, by what it does there: Llama 3's pattern, GPT-2's, single digits first,
+# Qwen2's pattern after Unicode's normal form C.
 _LLAMA3_SPLITS = {"llama-bpe", "llama3", "llama-v3"}
 _GPT2_SPLITS = {"gpt-2", "gpt2"}
 _DIGIT_SPLITS = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
+_QWEN2_SPLITS = {"qwen2"}
 _CONTROL, _USER_DEFINED = 3, 4  # token types of GGUF
 
 
@@ -208,7 +211,7 @@ def from_tiktoken(path: Path) -> BPETokenizer:
     names += [f"<|reserved_special_token_{2 + i}|>" for i in range(_SPECIAL_COUNT - len(names))]
     shown = _byte_characters()
     vocab = {_shown(token, shown): rank for token, rank in ranks.items()}
-    backend = _byte_level(library, vocab, _merges(ranks, shown), _llama3_split(library), names, [])
+    backend = _byte_level(library, vocab, _merges(ranks, shown), _pattern_split(library, LLAMA3_PATTERN), names, [])
     ids = [backend.token_to_id(f"<|{name}|>") for name in ("end_of_text", "eom_id", "eot_id")]
     return BPETokenizer(backend, backend.token_to_id("<|begin_of_text|>"), ids, adds_bos=True)
 
@@ -235,14 +238,16 @@ def from_gguf(path: Path, fields: Mapping[str, Any]) -> BPETokenizer:
     split_name = fields.get("tokenizer.ggml.pre", "default")
     pre = library.pre_tokenizers
     if split_name in _LLAMA3_SPLITS:
-        split = _llama3_split(library)
+        split = _pattern_split(library, LLAMA3_PATTERN)
+    elif split_name in _QWEN2_SPLITS:
+        split = _pattern_split(library, QWEN2_PATTERN)
     elif split_name in _GPT2_SPLITS:
         split = pre.ByteLevel(add_prefix_space=False, use_regex=True)
     elif split_name in _DIGIT_SPLITS:
         digits = pre.Digits(individual_digits=True)
         split = pre.Sequence([digits, pre.ByteLevel(add_prefix_space=False, use_regex=True)])
     else:
-        known = ", ".join(sorted(_LLAMA3_SPLITS | _GPT2_SPLITS | _DIGIT_SPLITS))
+        known = ", ".join(sorted(_LLAMA3_SPLITS | _GPT2_SPLITS | _DIGIT_SPLITS | _QWEN2_SPLITS))
         raise ValueError(f"{path}: tokenizer.ggml.pre = {split_name!r}: expected one of {known}")
     try:
         tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
@@ -253,6 +258,9 @@ def from_gguf(path: Path, fields: Mapping[str, Any]) -> BPETokenizer:
     added = [t for t, kind in zip(tokens, kinds, strict=True) if kind == _USER_DEFINED]
     vocab = {token: i for i, token in enumerate(tokens)}
     backend = _byte_level(library, vocab, merges, split, special, added)
+    if split_name in _QWEN2_SPLITS:
+        backend.normalizer = library.normalizers.NFC()
+        backend.model.ignore_merges = False
     keys = ("eos_token_id", "eot_token_id", "eom_token_id")
     eos = [fields[f"tokenizer.ggml.{key}"] for key in keys if f"tokenizer.ggml.{key}" in fields]
     bos_id = fields.get("tokenizer.ggml.bos_token_id")
@@ -277,9 +285,9 @@ def _byte_level(
     return backend
 
 
-def _llama3_split(library: Any) -> Any:
+def _pattern_split(library: Any, pattern: str) -> Any:
     pre = library.pre_tokenizers
-    split = pre.Split(library.Regex(LLAMA3_PATTERN), behavior="isolated")
+    split = pre.Split(library.Regex(pattern), behavior="isolated")
     return pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 

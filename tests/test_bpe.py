@@ -6,6 +6,7 @@ import base64
 import json
 import random
 import sysconfig
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ TEXTS = [
 ]
 
 
-def trained(pattern: Any) -> Any:
-    backend = library.Tokenizer(library.models.BPE(ignore_merges=True))
+def trained(pattern: Any, normalizer: Any = None) -> Any:
+    backend = library.Tokenizer(library.models.BPE(ignore_merges=normalizer is None))
+    if normalizer is not None:
+        backend.normalizer = normalizer
     backend.pre_tokenizer = pattern
     backend.decoder = library.decoders.ByteLevel()
     trainer = library.trainers.BpeTrainer(
@@ -188,7 +191,7 @@ def test_written_files_give_the_same_and_transformers_reads_them(
 @pytest.fixture(scope="module")
 def llama3(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[bytes, int]]:
     """A small vocabulary in Llama 3's form: every byte, then what training merged, in order."""
-    backend = trained(bpe._llama3_split(library))
+    backend = trained(bpe._pattern_split(library, bpe.LLAMA3_PATTERN))
     byte_of = {c: b for b, c in bpe._byte_characters().items()}
     tokens = sorted((i, t) for t, i in backend.get_vocab().items() if t not in SPECIAL)
     order = [bytes(byte_of[c] for c in t) for _, t in tokens]
@@ -244,6 +247,42 @@ def test_damaged_llama3_files(tmp_path: Path, line: str, message: str) -> None:
         load_tokenizer(tmp_path)
 
 
+# ---- Qwen's: another pattern, and texts in normal form C -------------------------------------------------------------
+
+NOT_IN_NFC = "cafe\u0301 \u212b 12345 <|im_end|>"
+
+
+@pytest.fixture(scope="module")
+def qwen2() -> Any:
+    """As transformers' tokenization_qwen2.py has it."""
+    found = trained(bpe._pattern_split(library, bpe.QWEN2_PATTERN), library.normalizers.NFC())
+    found.post_processor = library.processors.ByteLevel(trim_offsets=False)
+    return found
+
+
+def test_the_pattern_is_transformers() -> None:
+    theirs = pytest.importorskip("transformers.models.qwen2.tokenization_qwen2", reason="transformers is not installed")
+    assert getattr(theirs, "PRETOKENIZE_REGEX", bpe.QWEN2_PATTERN) == bpe.QWEN2_PATTERN
+
+
+def test_qwens_folder(qwen2: Any, tmp_path: Path) -> None:
+    """Its tokenizer_config.json has no bos_token, its config.json a bos_token_id that opens no text."""
+    qwen2.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": null, "eos_token": "<|im_end|>"}')
+    (tmp_path / "config.json").write_text('{"bos_token_id": 0, "eos_token_id": 2}')
+    (tmp_path / "generation_config.json").write_text('{"bos_token_id": 0, "eos_token_id": [2, 0]}')
+    tok = load_tokenizer(tmp_path)
+    assert (tok.bos_id, tok.eos_ids, tok.adds_bos) == (0, (2, 0), False)
+    qwen2.encode_special_tokens = True
+    for text in [*TEXTS, NOT_IN_NFC, (STDLIB / "decimal.py").read_text()]:
+        assert tok.encode(text) == qwen2.encode(text).ids
+        assert tok.decode(tok.encode(text)) == unicodedata.normalize("NFC", text)
+    assert tok.encode_marked("<|im_start|>a<|im_end|>")[::2] == [1, 2]
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert theirs(NOT_IN_NFC)["input_ids"] == tok.encode_marked(NOT_IN_NFC)
+
+
 # ---- inside a GGUF file ----------------------------------------------------------------------------------------------
 
 
@@ -261,26 +300,36 @@ def gguf_fields(backend: Any, pre: str) -> dict[str, Any]:
     }
 
 
-def test_gguf_vocabularies_give_the_same_ids(digits: Any) -> None:
+def test_gguf_vocabularies_give_the_same_ids(digits: Any, qwen2: Any) -> None:
     pre = library.pre_tokenizers
     ways = {
         "smollm": digits,
         "gpt-2": trained(pre.ByteLevel(add_prefix_space=False)),
-        "llama-bpe": trained(bpe._llama3_split(library)),
+        "llama-bpe": trained(bpe._pattern_split(library, bpe.LLAMA3_PATTERN)),
+        "qwen2": qwen2,
     }
     for name, backend in ways.items():
         tok = bpe.from_gguf(Path("a.gguf"), gguf_fields(backend, name))
-        for text in TEXTS:
+        for text in [*TEXTS, NOT_IN_NFC, Path(__file__).read_text()]:
             backend.encode_special_tokens = True
             assert tok.encode(text) == backend.encode(text).ids, (name, text)
         assert (tok.bos_id, tok.eos_ids, tok.adds_bos) == (0, (2,), name == "llama-bpe")
         assert tok.encode_marked("<|im_end|>") == [2]
 
 
+def test_qwens_vocabulary_inside_a_gguf() -> None:
+    """Each digit stands alone, and a token that no merges lead to is not taken whole."""
+    tokens = [*sorted(library.pre_tokenizers.ByteLevel.alphabet()), "12", "bc", "ab", "abc"]
+    fields = {"pre": "qwen2", "tokens": tokens, "token_type": len(tokens) * [1]}
+    fields["merges"] = ["1 2", "b c", "a b", "ab c"]
+    tok = bpe.from_gguf(Path("a.gguf"), {f"tokenizer.ggml.{name}": value for name, value in fields.items()})
+    assert [tok.token(i) for i in tok.encode("12abc")] == ["1", "2", "a", "bc"]
+
+
 def test_gguf_metadata_that_will_not_do(digits: Any) -> None:
     fields = gguf_fields(digits, "smollm")
-    with pytest.raises(ValueError, match=r"a.gguf: tokenizer.ggml.pre = 'qwen2': expected one of"):
-        bpe.from_gguf(Path("a.gguf"), {**fields, "tokenizer.ggml.pre": "qwen2"})
+    with pytest.raises(ValueError, match=r"a.gguf: tokenizer.ggml.pre = 'tekken': expected one of"):
+        bpe.from_gguf(Path("a.gguf"), {**fields, "tokenizer.ggml.pre": "tekken"})
     del fields["tokenizer.ggml.merges"]
     with pytest.raises(ValueError, match=r"a.gguf: tokenizer.ggml.merges is missing"):
         bpe.from_gguf(Path("a.gguf"), fields)

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numerics import vary_
 
 from llama_fast.config import LinearRopeScaling, Llama3RopeScaling, LlamaConfig
 from llama_fast.model import Llama
 from llama_fast.weights import gguf as ours
+from llama_fast.weights.hf import hf_name
 from llama_fast.weights.source import ModelSource, halves_to_pairs, tensor_shapes
 
 gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
@@ -32,7 +34,8 @@ def write_gguf(
 ) -> Path:
     """A file as llama.cpp's converter writes it; `change` and `tensors` add, replace, or drop (None)."""
     config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
+    arch = "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else "llama"
+    writer = gguf.GGUFWriter(path, arch)
     heads = config.head_dim
     fields = {
         "llama.vocab_size": config.vocab_size,
@@ -46,7 +49,7 @@ def write_gguf(
         "llama.rope.freq_base": config.rope_theta,
         "llama.attention.layer_norm_rms_epsilon": config.norm_eps,
     } | (change or {})
-    for key, value in fields.items():
+    for key, value in ((key.replace("llama.", f"{arch}."), value) for key, value in fields.items()):
         if key == "general.architecture":
             writer.kv_data[0][key].value = value
         elif isinstance(value, str):
@@ -61,7 +64,7 @@ def write_gguf(
     quantised = gguf.GGMLQuantizationType[kind]
     for name in tensor_shapes(config):
         t = source.read(name).float()
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
+        if arch == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
             t = halves_to_pairs(t, heads)
         if ours.gguf_name(name) in (tensors or {}):
             continue
@@ -119,6 +122,33 @@ def test_types_and_what_transformers_reads(tmp_path: Path, kind: str, dtype: tor
         assert torch.equal(p, other), name
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"qkv_bias": True, "tie_embeddings": True}, {"qk_norm": True, "explicit_head_dim": 128}],
+    ids=["qwen2", "qwen3"],
+)
+def test_qwen(tmp_path: Path, fields: dict[str, Any]) -> None:
+    """q and k have their rows in Hugging Face's order there. transformers' reader takes a head dim of 128."""
+    config = dataclasses.replace(CONFIG, norm_eps=1e-6, **fields)
+    model = Llama(config)
+    vary_(model)
+    arch = gguf.MODEL_ARCH.QWEN2 if config.qkv_bias else gguf.MODEL_ARCH.QWEN3
+    names = gguf.get_tensor_name_map(arch, config.n_layers)
+    for name in tensor_shapes(config):
+        assert names.get_name(hf_name(name), try_suffixes=(".weight", ".bias")) == ours.gguf_name(name)
+    change = {"llama.attention.key_length": config.head_dim, "llama.rope.dimension_count": None}
+    read = Llama.from_pretrained(write_gguf(tmp_path / "a.gguf", model, change=change))
+    assert read.config == config
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="a.gguf")
+    for name, p in model.named_parameters():
+        assert torch.equal(p, read.get_parameter(name)), name
+        assert torch.equal(p, theirs.get_parameter(hf_name(name))), name
+    tokens = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(read(tokens), theirs.eval()(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
 def llama3_divisors(scaling: Llama3RopeScaling) -> np.ndarray:
     freqs = 500000.0 ** -(torch.arange(0, 16, 2, dtype=torch.float64) / 16)
     return (freqs / scaling.scale(freqs)).float().numpy()
@@ -146,7 +176,7 @@ def test_rotary_scalings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"general.architecture": "qwen2"}, "general.architecture = 'qwen2': expected 'llama'"),
+        ({"general.architecture": "gemma"}, "general.architecture = 'gemma': expected one of llama, qwen2, qwen3"),
         ({"llama.expert_count": 8}, "llama.expert_count = 8: expected 0"),
         ({"llama.block_count": None}, "llama.block_count is missing"),
         ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type = 'yarn': expected none or linear"),

@@ -1,6 +1,7 @@
-"""GGUF files of architecture llama, read through PyPI's `gguf` (the extra `gguf`), their weights dequantised.
+"""GGUF files of architecture llama, qwen2 and qwen3, read through PyPI's `gguf` (the extra `gguf`), their weights
+dequantised.
 
-llama.cpp keeps the rows of the query and key projections in Meta's rotary order, rounds numbers of the config to
+llama.cpp keeps the rows of a LLaMA's query and key projections in Meta's rotary order, rounds numbers of the config to
 float32, and writes Llama 3.1's rotary scaling as a tensor, `rope_freqs.weight`: by what each frequency is divided.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; llama.cpp, convert_hf_to_gguf.py.
@@ -40,23 +41,26 @@ _LAYER = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
 }
 _TOP = {EMBEDDING: "token_embd.weight", "norm.weight": "output_norm.weight", HEAD: "output.weight"}
 _OURS = {v: k for k, v in (_LAYER | _TOP).items()}
 _ROPE = "rope_freqs.weight"
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ROWS = 1024  # of a matrix that are dequantised at a time
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _NAMES = {
-    "dim": "llama.embedding_length",
-    "n_layers": "llama.block_count",
-    "n_heads": "llama.attention.head_count",
-    "n_kv_heads": "llama.attention.head_count_kv",
-    "explicit_head_dim": "llama.attention.key_length",
-    "ffn_dim": "llama.feed_forward_length",
-    "max_seq_len": "llama.context_length",
-    "norm_eps": "llama.attention.layer_norm_rms_epsilon",
-    "rope_theta": "llama.rope.freq_base",
-}
+    "dim": "embedding_length",
+    "n_layers": "block_count",
+    "n_heads": "attention.head_count",
+    "n_kv_heads": "attention.head_count_kv",
+    "explicit_head_dim": "attention.key_length",
+    "ffn_dim": "feed_forward_length",
+    "max_seq_len": "context_length",
+    "norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+}  # behind the architecture's name and a dot
 _LLAMA3_SCALING = (1.0, 4.0, 8192)  # what the converter assumes where the config names nothing else
 
 
@@ -65,14 +69,15 @@ def gguf_name(name: str) -> str:
     if name in _TOP:
         return _TOP[name]
     _, layer, rest = name.split(".", 2)
-    return f"blk.{layer}.{_LAYER[rest.removesuffix('.weight')]}.weight"
+    module, _, kind = rest.rpartition(".")
+    return f"blk.{layer}.{_LAYER[module]}.{kind}"
 
 
 def _our_name(stored: str) -> str | None:
     if stored in _OURS:
         return _OURS[stored]
-    match = re.fullmatch(r"blk\.(\d+)\.(.+)\.weight", stored)
-    return f"layers.{match[1]}.{_OURS[match[2]]}.weight" if match and match[2] in _OURS else None
+    match = re.fullmatch(r"blk\.(\d+)\.(.+)\.(weight|bias)", stored)
+    return f"layers.{match[1]}.{_OURS[match[2]]}.{match[3]}" if match and match[2] in _OURS else None
 
 
 def read_fields(path: Path) -> dict[str, Any]:
@@ -134,37 +139,40 @@ def config_from_gguf(
     Raises:
         ValueError: another architecture, a missing size, or an option that this architecture does not have.
     """
-    if fields.get("general.architecture") != "llama":
-        raise ValueError(f"general.architecture = {fields.get('general.architecture')!r}: expected 'llama'")
-    if fields.get("llama.expert_count", 0):
-        raise ValueError(f"llama.expert_count = {fields['llama.expert_count']}: expected 0, no mixture of experts")
+    arch = fields.get("general.architecture")
+    if arch not in _ARCHITECTURES:
+        raise ValueError(f"general.architecture = {arch!r}: expected one of {', '.join(_ARCHITECTURES)}")
+    if fields.get(f"{arch}.expert_count", 0):
+        raise ValueError(f"{arch}.expert_count = {fields[f'{arch}.expert_count']}: expected 0, no mixture of experts")
     if fields.get("split.count", 1) > 1:
         raise ValueError(
             f"split.count = {fields['split.count']}: expected one file; llama.cpp's gguf-split merges them"
         )
     try:
-        dim, heads = fields["llama.embedding_length"], fields["llama.attention.head_count"]
-        head_dim = fields.get("llama.attention.key_length", fields.get("llama.rope.dimension_count", dim // heads))
-        theta = _as_written(fields.get("llama.rope.freq_base", 10000.0))
+        dim, heads = fields[f"{arch}.embedding_length"], fields[f"{arch}.attention.head_count"]
+        head_dim = fields.get(f"{arch}.attention.key_length", fields.get(f"{arch}.rope.dimension_count", dim // heads))
+        theta = _as_written(fields.get(f"{arch}.rope.freq_base", 10000.0))
         config = LlamaConfig(
             dim=dim,
-            n_layers=fields["llama.block_count"],
+            n_layers=fields[f"{arch}.block_count"],
             n_heads=heads,
-            n_kv_heads=fields.get("llama.attention.head_count_kv", heads),
-            ffn_dim=fields["llama.feed_forward_length"],
-            vocab_size=shapes.get(EMBEDDING, (fields.get("llama.vocab_size", 0),))[0],
-            max_seq_len=fields["llama.context_length"],
-            norm_eps=_as_written(fields["llama.attention.layer_norm_rms_epsilon"]),
+            n_kv_heads=fields.get(f"{arch}.attention.head_count_kv", heads),
+            ffn_dim=fields[f"{arch}.feed_forward_length"],
+            vocab_size=shapes.get(EMBEDDING, (fields.get(f"{arch}.vocab_size", 0),))[0],
+            max_seq_len=fields[f"{arch}.context_length"],
+            norm_eps=_as_written(fields[f"{arch}.attention.layer_norm_rms_epsilon"]),
             rope_theta=theta,
             rope_scaling=_scaling(fields, head_dim, theta, rope_divisors),
             tie_embeddings=HEAD not in shapes,
             explicit_head_dim=None if head_dim * heads == dim else head_dim,
+            qkv_bias=arch == "qwen2",
+            qk_norm=arch == "qwen3",
         )
     except KeyError as error:
         raise ValueError(f"{error.args[0]} is missing") from None
-    turned = fields.get("llama.rope.dimension_count", config.head_dim)
+    turned = fields.get(f"{arch}.rope.dimension_count", config.head_dim)
     if turned != config.head_dim:
-        raise ValueError(f"llama.rope.dimension_count = {turned}: expected head_dim = {config.head_dim}")
+        raise ValueError(f"{arch}.rope.dimension_count = {turned}: expected head_dim = {config.head_dim}")
     return config
 
 
@@ -174,8 +182,9 @@ def _as_written(value: float) -> float:
 
 
 def _scaling(fields: Mapping[str, Any], head_dim: int, theta: float, divisors: Tensor | None) -> RopeScaling | None:
-    factor = fields.get("llama.rope.scaling.factor", fields.get("llama.rope.scale_linear"))  # the latter of 2023
-    kind = fields.get("llama.rope.scaling.type", "linear" if factor else "none")  # as llama.cpp reads them
+    arch = fields["general.architecture"]
+    factor = fields.get(f"{arch}.rope.scaling.factor", fields.get(f"{arch}.rope.scale_linear"))  # the latter of 2023
+    kind = fields.get(f"{arch}.rope.scaling.type", "linear" if factor else "none")  # as llama.cpp reads them
     if divisors is not None:
         scaling = Llama3RopeScaling(_as_written(divisors.max().item()), *_LLAMA3_SCALING)
         freqs = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
@@ -185,10 +194,10 @@ def _scaling(fields: Mapping[str, Any], head_dim: int, theta: float, divisors: T
         return scaling
     if kind == "linear":
         if factor is None:
-            raise KeyError("llama.rope.scaling.factor")
+            raise KeyError(f"{arch}.rope.scaling.factor")
         return LinearRopeScaling(_as_written(factor))
     if kind != "none":
-        raise ValueError(f"llama.rope.scaling.type = {kind!r}: expected none or linear")
+        raise ValueError(f"{arch}.rope.scaling.type = {kind!r}: expected none or linear")
     return None
 
 
@@ -197,7 +206,7 @@ class GGUFSource(Source):
 
     Raises:
         ImportError: the package `gguf` is not installed.
-        ValueError: the file is damaged, no LLaMA's, or its tensors are not those of its config.
+        ValueError: the file is damaged, of another architecture, or its tensors are not those of its config.
     """
 
     def __init__(self, path: Path) -> None:
@@ -207,10 +216,13 @@ class GGUFSource(Source):
         self._tensors = {ours: t for name, t in stored.items() if (ours := _our_name(name)) is not None}
         shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
         freqs = None if divisors is None else torch.from_numpy(divisors.data.astype(np.float64))
-        config = read_config(path, fields, _NAMES, lambda: config_from_gguf(fields, shapes, freqs))
+        arch = fields.get("general.architecture")
+        names = {name: f"{arch}.{key}" for name, key in _NAMES.items()}
+        config = read_config(path, fields, names, lambda: config_from_gguf(fields, shapes, freqs))
         unknown = [name for name in stored if _our_name(name) is None]
         check_tensors(path, config, shapes, unknown, gguf_name)
         self._config = config
+        self._pairs = arch == "llama"  # others keep the rows of queries and keys in Hugging Face's order
         sizes = [(_FLOATS.get(t.tensor_type.name, torch.float32), int(t.n_elements)) for t in self._tensors.values()]
         super().__init__(path, config, main_dtype(sizes))
 
@@ -222,7 +234,7 @@ class GGUFSource(Source):
         for at in range(0, len(data), rows):
             piece = out[at : at + rows] if data.ndim > 1 else out
             t = torch.from_numpy(self._numbers(stored, data[at : at + rows])).view(piece.shape)
-            if name.endswith(("q_proj.weight", "k_proj.weight")):
+            if self._pairs and name.endswith(("q_proj.weight", "k_proj.weight")):
                 copy_pairs_to_halves(piece, t, self._config.head_dim)
             else:
                 piece.copy_(t)
