@@ -235,6 +235,7 @@ class TransformerBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(dim, eps, **like)
         self.mlp = SwiGLU(dim, ffn_dim, **like)
         self.options = BlockOptions(self.self_attn.head_dim, eps, policy, window or 0)
+        self._window = window  # of the attention as it is built
 
     def weights(self) -> Weights:
         """The parameters in the order of the block function."""
@@ -278,7 +279,7 @@ class TransformerBlock(nn.Module):
                 return f"{path} {text}"
             if kind is RMSNorm and vars(module)["eps"] != self.options.eps:
                 return f"{path} has an eps of its own"  # not which: a compiler may hold it for variable
-        return None if attn["window"] in (None, self.options.window) else "self_attn has a window of its own"
+        return None if attn["window"] in (self._window, self.options.window) else "self_attn has a window of its own"
 
     def forward(
         self,

@@ -36,10 +36,11 @@ class Kind(NamedTuple):
     fields: dict[str, Any]
 
 
+_TIED = {"qkv_bias": True, "explicit_head_dim": 24, "tie_embeddings": True}
 KINDS = {
     "mistral": Kind("Mistral", {"sliding_window": W, "head_dim": 24}, {"window": W, "explicit_head_dim": 24}),
     "mistral, whole": Kind("Mistral", {"sliding_window": None}, {}),
-    "qwen2": Kind("Qwen2", {"tie_word_embeddings": True}, {"qkv_bias": True, "tie_embeddings": True}),
+    "qwen2": Kind("Qwen2", {"head_dim": 24, "tie_word_embeddings": True}, _TIED),
     "qwen2, window": Kind("Qwen2", _SLIDES, {"qkv_bias": True, "window": W}),
     "qwen3": Kind("Qwen3", {"head_dim": 24}, {"qk_norm": True, "explicit_head_dim": 24}),
     "qwen3, window": Kind("Qwen3", {**_SLIDES, "head_dim": 16}, {"qk_norm": True, "window": W}),
@@ -192,6 +193,18 @@ def test_a_window_that_the_modules_do_not_know_is_refused() -> None:
     x, tables = torch.randn(1, 3, TINY.dim, dtype=torch.float64), lf.config.rope_cos_sin(drawn("mistral").config, 3)
     with pytest.raises(lf.NotSupported, match=r"self_attn.o_proj has a bias, .* window=7"):
         block(x, *tables)
+
+
+def test_a_window_that_is_taken_away() -> None:
+    model, other = drawn("mistral"), drawn("mistral")
+    for layer in model.layers:  # whose attention has no say while the block is one function
+        layer.options = dataclasses.replace(layer.options, window=0)
+    whole = Llama(dataclasses.replace(model.config, window=None), dtype=torch.float64)
+    whole.load_state_dict(model.state_dict())
+    assert torch.equal(model(tokens()), whole(tokens()))
+    other.layers[0].self_attn.window = None
+    with pytest.raises(lf.NotSupported, match=r"self_attn has a window of its own, .* window=6"):
+        other(tokens())
 
 
 @pytest.mark.parametrize("name", ["qkv_bias", "qk_norm"])
@@ -367,6 +380,11 @@ def test_what_a_missing_key_means_is_what_transformers_says(
         ("qwen3", {**_SLIDES, "sliding_window": 2.5}, r"sliding_window = 2\.5: expected null or an integer"),
         ("qwen3", {"attention_bias": True}, "attention_bias = True: expected False"),
         ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type = 'yarn': expected default"),
+        (
+            "qwen3",
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+            "rope_parameters has full_attention: expected one rotary embedding for all layers",
+        ),
     ],
 )
 def test_configs_that_are_refused(kind: str, values: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -143,6 +143,8 @@ def _rope_from_hf(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]
     rope = values.get(name) or {}
     if not isinstance(rope, Mapping):
         raise ValueError(f"{name} = {rope!r}: expected an object")
+    if nested := [key for key, value in rope.items() if isinstance(value, Mapping)]:
+        raise ValueError(f"{name} has {', '.join(nested)}: expected one rotary embedding for all layers")
     theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
