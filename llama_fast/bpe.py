@@ -258,9 +258,9 @@ def from_gguf(path: Path, fields: Mapping[str, Any]) -> BPETokenizer:
     added = [t for t, kind in zip(tokens, kinds, strict=True) if kind == _USER_DEFINED]
     vocab = {token: i for i, token in enumerate(tokens)}
     backend = _byte_level(library, vocab, merges, split, special, added)
+    backend.model.ignore_merges = split_name in _LLAMA3_SPLITS
     if split_name in _QWEN2_SPLITS:
         backend.normalizer = library.normalizers.NFC()
-        backend.model.ignore_merges = False
     keys = ("eos_token_id", "eot_token_id", "eom_token_id")
     eos = [fields[f"tokenizer.ggml.{key}"] for key in keys if f"tokenizer.ggml.{key}" in fields]
     bos_id = fields.get("tokenizer.ggml.bos_token_id")

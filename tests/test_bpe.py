@@ -31,8 +31,8 @@ TEXTS = [
 ]
 
 
-def trained(pattern: Any, normalizer: Any = None) -> Any:
-    backend = library.Tokenizer(library.models.BPE(ignore_merges=normalizer is None))
+def trained(pattern: Any, normalizer: Any = None, whole: bool = False) -> Any:
+    backend = library.Tokenizer(library.models.BPE(ignore_merges=whole))
     if normalizer is not None:
         backend.normalizer = normalizer
     backend.pre_tokenizer = pattern
@@ -305,7 +305,7 @@ def test_gguf_vocabularies_give_the_same_ids(digits: Any, qwen2: Any) -> None:
     ways = {
         "smollm": digits,
         "gpt-2": trained(pre.ByteLevel(add_prefix_space=False)),
-        "llama-bpe": trained(bpe._pattern_split(library, bpe.LLAMA3_PATTERN)),
+        "llama-bpe": trained(bpe._pattern_split(library, bpe.LLAMA3_PATTERN), whole=True),
         "qwen2": qwen2,
     }
     for name, backend in ways.items():
@@ -317,13 +317,22 @@ def test_gguf_vocabularies_give_the_same_ids(digits: Any, qwen2: Any) -> None:
         assert tok.encode_marked("<|im_end|>") == [2]
 
 
-def test_qwens_vocabulary_inside_a_gguf() -> None:
-    """Each digit stands alone, and a token that no merges lead to is not taken whole."""
+@pytest.mark.parametrize(
+    ("pre", "expected"),
+    [
+        ("qwen2", ["1", "2", "a", "bc"]),
+        ("smollm", ["1", "2", "a", "bc"]),
+        ("gpt-2", ["12", "a", "bc"]),
+        ("llama-bpe", ["12", "abc"]),
+    ],
+)
+def test_digits_and_tokens_that_no_merges_lead_to(pre: str, expected: list[str]) -> None:
+    """Llama 3's tokens are taken whole where a text has them, the others' are what the merges give."""
     tokens = [*sorted(library.pre_tokenizers.ByteLevel.alphabet()), "12", "bc", "ab", "abc"]
-    fields = {"pre": "qwen2", "tokens": tokens, "token_type": len(tokens) * [1]}
+    fields = {"pre": pre, "tokens": tokens, "token_type": len(tokens) * [1]}
     fields["merges"] = ["1 2", "b c", "a b", "ab c"]
     tok = bpe.from_gguf(Path("a.gguf"), {f"tokenizer.ggml.{name}": value for name, value in fields.items()})
-    assert [tok.token(i) for i in tok.encode("12abc")] == ["1", "2", "a", "bc"]
+    assert [tok.token(i) for i in tok.encode("12abc")] == expected
 
 
 def test_gguf_metadata_that_will_not_do(digits: Any) -> None:
