@@ -197,8 +197,8 @@ class Llama(nn.Module):
 
         Raises:
             FileNotFoundError: nothing is there, or a file of it is missing.
-            ValueError: another architecture, or damaged; names the file, and each tensor that is missing, extra or
-                misshapen.
+            ValueError: another architecture, or damaged; names the file, and tensors that are missing, extra or
+                misshapen, up to eight of a kind.
         """
         source = weights.open_checkpoint(path, max_seq_len)
         return weights.load_model(source, device, dtype, progress, policy=policy)

@@ -260,7 +260,8 @@ def test_old_buffers_are_no_extra_tensors(folder: Path) -> None:
     assert_same(before, Llama.from_pretrained(folder))
 
 
-def test_a_tied_head_may_be_stored_if_it_is_the_embedding(tmp_path: Path) -> None:
+def test_a_tied_head_may_be_stored_if_it_is_the_embedding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf, "_PIECE", 64 * 100)  # of 256 rows: three pieces
     model = Llama(CONFIGS["tied"])
     model.save_pretrained(tmp_path / "a")
     file = tmp_path / "a" / "model.safetensors"
@@ -268,9 +269,15 @@ def test_a_tied_head_may_be_stored_if_it_is_the_embedding(tmp_path: Path) -> Non
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     safetensors.torch.save_file(tensors, file)
     assert_same(model, Llama.from_pretrained(tmp_path / "a"))
-    tensors["lm_head.weight"][3, 4] += 1
-    safetensors.torch.save_file(tensors, file)
-    with pytest.raises(ValueError, match=r"lm_head.weight differs from the embedding"):
+    other = tensors["lm_head.weight"].clone()
+    other[253, 4] += 1
+    for head in (other, tensors["lm_head.weight"][:-1].contiguous()):
+        safetensors.torch.save_file(tensors | {"lm_head.weight": head}, file)
+        with pytest.raises(ValueError, match=r"lm_head.weight differs from the embedding"):
+            Llama.from_pretrained(tmp_path / "a")
+    safetensors.torch.save_file(tensors | {"model.norm.weight": torch.ones(3)}, file)
+    monkeypatch.delattr(hf, "read_tensor")  # nothing is read before all shapes fit
+    with pytest.raises(ValueError, match=r"misshapen: model.norm.weight is \(3,\), expected \(64,\)"):
         Llama.from_pretrained(tmp_path / "a")
 
 

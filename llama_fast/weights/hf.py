@@ -33,6 +33,7 @@ from llama_fast.weights.source import (
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # Values of config.json that these architectures have by definition; another one is another architecture.
 _FIXED = {"hidden_act": "silu", "mlp_bias": False, "partial_rotary_factor": 1.0}
+_PIECE = 1 << 20  # numbers
 _NAMES = {
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",
@@ -245,30 +246,34 @@ class HFSource(Source):
                     raise ValueError(f"{file}: tensor {stored} is also in {self._entries[name][0].name}")
                 self._entries[name] = (file, stored, entry)
         shapes = {name: entry.shape for name, (_, _, entry) in self._entries.items()}
-        if config.tie_embeddings and HEAD in shapes:
-            self._check_tied(path)
-            shapes.pop(HEAD)
+        head = shapes.pop(HEAD, None) if config.tie_embeddings else None
         known = tensor_shapes(config)
         unknown = [self._entries[name][1] for name in shapes if name not in known]
         found = {name: shape for name, shape in shapes.items() if name in known}
         check_tensors(path, config, found, unknown, str if own else hf_name)
+        if head is not None and not (head == found[EMBEDDING] and self._equal(HEAD, EMBEDDING)):
+            raise ValueError(f"{path}: tie_word_embeddings = True, and lm_head.weight differs from the embedding")
         sizes = []
         for name, shape in found.items():
             file, stored, entry = self._entries[name]
             sizes.append((check_dtype(file, stored, entry.dtype), math.prod(shape)))
         super().__init__(path, config, main_dtype(sizes))
 
-    def _check_tied(self, path: Path) -> None:
-        """Raises unless a stored output projection equals the embedding, to which the config ties it."""
-        if EMBEDDING not in self._entries:
-            return
-        pair = []
-        for name in (HEAD, EMBEDDING):
-            entry = self._entries[name][2]
-            pair.append(torch.empty(entry.shape, dtype=check_dtype(path, name, entry.dtype), device="cpu"))
-            self.read_into(name, pair[-1])
-        if not torch.equal(*pair):
-            raise ValueError(f"{path}: tie_word_embeddings = True, and lm_head.weight differs from the embedding")
+    def _equal(self, *names: str) -> bool:
+        """Whether matrices of one shape hold the same numbers; reads a few megabytes of each at a time."""
+        V, C = self._entries[names[0]][2].shape
+        step = max(1, _PIECE // C)
+        for begin in range(0, V, step):
+            rows = []
+            for file, stored, entry in (self._entries[name] for name in names):
+                dtype = check_dtype(file, stored, entry.dtype)
+                shape, row = (min(step, V - begin), C), C * dtype.itemsize
+                rows.append(torch.empty(shape, dtype=dtype, device="cpu"))
+                part = Entry(dtype, shape, entry.begin + begin * row, shape[0] * row)
+                read_tensor(file, stored, part, rows[-1])
+            if not torch.equal(*(t.double() for t in rows)):
+                return False
+        return True
 
     def read_into(self, name: str, out: Tensor) -> None:
         file, stored, entry = self._entries[name]

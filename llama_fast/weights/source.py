@@ -117,7 +117,7 @@ def check_tensors(
         stored_name: Llama's name to the format's.
 
     Raises:
-        ValueError: lists every tensor that is missing, extra or misshapen, by its name in the checkpoint.
+        ValueError: names tensors that are missing, extra or misshapen, up to eight of a kind, as the checkpoint does.
     """
     expected = tensor_shapes(config)
     missing = [stored_name(name) for name in expected if name not in found]
