@@ -203,13 +203,16 @@ class TransformerBlock(nn.Module):
     Args:
         dim: C.
         n_heads: H.
-        n_kv_heads: G, divides H; None for H.
         ffn_dim: F.
+        n_kv_heads: G, divides H; None for H.
         head_dim: D; None for C / H.
         eps: of all norms.
         policy: what is kept for the backward: "save", "recompute-cheap", "recompute-linear" or "recompute-all".
         qkv_bias, qk_norm, window: of the attention, see `Attention`.
         device, dtype: of the parameters.
+
+    Raises:
+        ValueError: a size is no positive integer or does not divide what it must, or there is no such policy.
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from llama_fast.plain import PlainLlama
 peft = pytest.importorskip("peft")
 
 TINY = lf.LlamaConfig.preset("tiny")
+MODELS = (lf.Llama, PlainLlama)
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -140,4 +142,19 @@ def test_adapters_that_float16_would_lose_run_by_the_modules(blocks: list[int]) 
     assert not blocks
     with torch.no_grad():
         ours(tokens())
+    assert blocks == [len(ALL)] * TINY.n_layers
+
+
+@pytest.mark.parametrize("has", [{"qkv_bias": True}, {"qk_norm": True}, {"window": 5}], ids=str)
+def test_biases_norms_of_heads_and_a_window_beside_adapters(has: dict[str, Any], blocks: list[int]) -> None:
+    config = dataclasses.replace(TINY, **has)
+    ours, theirs = (
+        peft.get_peft_model(m(config, dtype=torch.float64), peft.LoraConfig(target_modules=ALL)) for m in MODELS
+    )
+    for model in (ours, theirs):
+        torch.manual_seed(3)
+        for name, p in model.named_parameters():
+            if "lora_" in name or p.ndim == 1:
+                nn.init.normal_(p, 0.0 if "lora_" in name else 1.0, 0.2)
+    assert_alike(ours, theirs)
     assert blocks == [len(ALL)] * TINY.n_layers
