@@ -286,6 +286,8 @@ def test_dropout_of_tensors_without_numbers() -> None:
         y = ours(dropout=True)(given[0], dict(zip(p, given[1:], strict=True)), cos, sin)
         found = torch.autograd.grad(y, given, mode.from_tensor(dy))
     assert [t.shape for t in found] == [t.shape for t in given]
+    on_meta = {name: t.to("meta") for name, t in p.items()}
+    assert ours(dropout=True)(x.to("meta"), on_meta, cos.to("meta"), sin.to("meta")).is_meta
 
 
 def test_dropout_where_the_input_alone_has_a_gradient() -> None:
