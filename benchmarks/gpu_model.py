@@ -30,6 +30,13 @@ PARTS = ("block", "llama", "hf")
 TOLERANCE = {"bfloat16": 4e-2, "float16": 6e-3, "float32": 1e-4}
 ADDED = 4.0
 ARCHITECTURES: dict[str, dict[str, int]] = {"Llama": {}, "Mistral": {"sliding_window": 7}, "Qwen2": {}, "Qwen3": {}}
+# of a LlamaConfig, beside its sizes
+CONFIGS: dict[str, dict[str, Any]] = {
+    "LLaMA": {},
+    "biases": {"qkv_bias": True},
+    "norms of heads": {"qk_norm": True},
+    "window": {"window": 7},
+}
 # of the block: options of its call
 VARIANTS = ("plain", "biases and norms of heads", "window", "packed", "padded", "LoRA", "LoRA with dropout")
 _CAPTURED = ("plain", "LoRA")
@@ -43,7 +50,7 @@ def units(parts: Sequence[str], tiny: bool) -> list[Row]:
         if "block" in parts:
             found += [{"kind": "block", "op": "block", "variant": v, "dtype": name} for v in VARIANTS]
         if "llama" in parts:
-            found.append({"kind": "llama", "op": "llama", "dtype": name})
+            found += [{"kind": "llama", "op": "llama", "has": has, "dtype": name} for has in CONFIGS]
     if "hf" in parts:
         for name in ["float32"] if tiny else ["float32", "bfloat16"]:
             found += [{"kind": "hf", "op": "hf", "architecture": a, "dtype": name} for a in ARCHITECTURES]
@@ -204,8 +211,12 @@ def check_llama(unit: Row, args: argparse.Namespace) -> Iterator[Row]:
     """Loss and gradients against float64; in float32 the tokens of a generation, alone and beside a longer prompt."""
     name = unit["dtype"]
     sizes = (32, 2, 2, 1, 40, 33, 64) if args.tiny else (256, 2, 4, 2, 352, 515, 256)
-    config = lf.LlamaConfig(*sizes)
+    config = lf.LlamaConfig(*sizes, **CONFIGS[unit["has"]])
     plain = PlainLlama(config, device=args.device, dtype=DTYPES[name])
+    with torch.no_grad():
+        for p in plain.parameters():
+            if p.ndim == 1:  # gains that are not one, biases that are not zero
+                p.add_(0.25 * torch.linspace(-1, 1, len(p), device=args.device).to(p.dtype))
     exact = PlainLlama(config, device=args.device, dtype=torch.float64)
     exact.load_state_dict(plain.state_dict())
     drawn = torch.Generator().manual_seed(0)
@@ -235,7 +246,7 @@ def check_llama(unit: Row, args: argparse.Namespace) -> Iterator[Row]:
         found = model.generate(prompts, max_new_tokens=8)
         return "" if list(map(list, found)) == expected else f"generated {found}, expected {expected}"
 
-    yield from _by_backend(unit, args, "loss, gradients, generation", check)
+    yield from _by_backend(unit, args, f"{unit['has']}: loss, gradients, generation", check)
 
 
 # ---- transformers ---------------------------------------------------------------------------------------------------
