@@ -22,7 +22,6 @@ Legend: R rows, C inputs of a layer, V its outputs, r rank.
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -84,12 +83,14 @@ def check_added(added: Mapping[str, LowRank], w: Weights, x: Tensor) -> None:
             raise ValueError(f"{where}.a_rC has shape {a}, expected [r, {C}], r >= 1")
         if b != (V, a[0]):
             raise ValueError(f"{where}.b_Vr has shape {b}, expected {(V, a[0])}")
-        if isinstance(addition.scale, Tensor):
-            raise ValueError(f"{where}.scale is a {type(addition.scale).__name__}, expected a finite number")
         most = sys.float_info.max
-        number = functools.partial(table.check_number, "block")
-        number(f"low_rank[{name!r}].scale", addition.scale, "a finite number", -most, most)
-        number(f"low_rank[{name!r}].dropout", addition.dropout, "a probability from 0 to 1", 0.0, 1.0)
+        for what, value, expected, low, high in (
+            ("scale", addition.scale, "a finite number", -most, most),
+            ("dropout", addition.dropout, "a probability from 0 to 1", 0.0, 1.0),
+        ):
+            if isinstance(value, Tensor):
+                raise ValueError(f"{where}.{what} is a {type(value).__name__}, expected {expected}")
+            table.check_number("block", f"low_rank[{name!r}].{what}", value, expected, low, high)
         if addition.dropout and torch.compiler.is_compiling():
             raise ValueError(f"{where}.dropout is {addition.dropout} under torch.compile, expected 0")
 

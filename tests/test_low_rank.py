@@ -360,6 +360,7 @@ def test_bad_input_is_named() -> None:
         ({"wq_HDxC": good._replace(scale=torch.ones(()))}, r"'wq_HDxC'\].scale is a Tensor, expected a finite number"),
         ({"wq_HDxC": good._replace(scale="1")}, r"low_rank\['wq_HDxC'\].scale is '1', expected a finite number"),
         ({"wq_HDxC": good._replace(dropout=-0.1)}, r"\.dropout is -0.1, expected a probability from 0 to 1"),
+        ({"wq_HDxC": good._replace(dropout=torch.tensor(0.1))}, r"\.dropout is a Tensor, expected a probability"),
         ({"wq_HDxC": good._replace(dropout=math.nan)}, r"\.dropout is nan, expected a probability from 0 to 1"),
     ):
         with pytest.raises(ValueError, match=message):
