@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import llama_fast as lf
 from benchmarks import gpu, gpu_model
 from llama_fast.low_rank import Products
 from llama_fast.ops import dispatch
+from llama_fast.projections import is_lora
 
 UNITS = gpu_model.units(gpu_model.PARTS, tiny=True)
 
@@ -75,3 +77,15 @@ def test_a_layer_that_does_not_run_as_a_block_is_red(monkeypatch: pytest.MonkeyP
     pytest.importorskip("transformers")
     monkeypatch.setattr(lf.hf, "patch", lambda model: model)
     assert rows(_unit(op="hf"))[0]["problem"] == "ran set(), expected the block"
+
+
+def test_dropout_that_does_not_run_in_the_block_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    from llama_fast.hf import layers
+
+    objection = layers.projection_objection
+    dropped = lambda m: is_lora(m) and any(isinstance(d, nn.Dropout) for d in m.lora_dropout.values())  # noqa: E731
+    monkeypatch.setattr(layers, "projection_objection", lambda m: "no" if dropped(m) else objection(m))
+    expected = "LoRA with dropout: ran {'q_proj no'}, expected the block"
+    assert [r["problem"] for r in rows(_unit(op="hf"))] == [expected] * 2
