@@ -222,6 +222,14 @@ OTHERS: dict[str, tuple[dict[str, Any], Callable[[Any], object], str]] = {
         {}, lambda m: _first(m.train()).lora_dropout.update({"default": nn.Dropout(0.25, inplace=True)}),
         "q_proj has a dropout in place",
     ),
+    "another module for a dropout": (
+        {}, lambda m: _first(m).lora_dropout.update({"default": nn.Tanh()}),
+        "q_proj has a dropout that is a torch Tanh",
+    ),
+    "a hook on the dropout": (
+        {}, lambda m: _first(m).lora_dropout["default"].register_forward_hook(lambda *given: 2 * given[-1]),
+        "q_proj has a hook on its dropout",
+    ),
     "DoRA": ({"use_dora": True}, lambda _: None, "q_proj has a variant of LoRA"),
     "a bias": ({"lora_bias": True}, lambda _: None, "q_proj has an adapter with a bias"),
     "two": ({}, _two, "q_proj has 2 active adapters"),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import llama_fast as lf
 from llama_fast import block as block_module
 from llama_fast import nn as layers
+from llama_fast.low_rank import kept
 from llama_fast.plain import PlainLlama
 
 peft = pytest.importorskip("peft")
@@ -43,6 +44,7 @@ def tokens() -> Tensor:
 def trained(model: Any) -> dict[str, Tensor | None]:
     """The loss, and gradients of what is trained."""
     model.zero_grad()
+    torch.manual_seed(8)
     loss = model.base_model.model.loss(tokens()[:, :-1], tokens()[:, 1:].contiguous())
     loss.backward()
     return {"loss": loss.detach(), **{n: p.grad for n, p in model.named_parameters() if p.requires_grad}}
@@ -107,6 +109,42 @@ def test_autocast_and_adapters_in_float32(blocks: list[int]) -> None:
     assert blocks == [len(ALL)] * TINY.n_layers
     for name, t in truth.items():
         assert (found[name].double() - t).norm() < 0.05 * t.norm(), name  # type: ignore[union-attr]
+
+
+class _Dropout(nn.Module):
+    """nn.Dropout, of the numbers that the block drops."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = kept(x, 0.25, int(torch.empty((), dtype=torch.int64).random_())) if self.training else None
+        return x if mask is None else x * mask / 0.75
+
+
+def test_dropout(blocks: list[int]) -> None:
+    """Of its own in each call, that of a seed again; in evaluation none, and nothing is drawn."""
+    ours, theirs = pair(lora_dropout=0.25)
+    for module in theirs.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = _Dropout()
+    for train in (True, False):
+        for model in (ours, theirs):
+            model.train(train)
+        assert_alike(ours, theirs)
+        before = torch.get_rng_state()
+        first, second = ours(tokens()), ours(tokens())
+        assert torch.equal(first, second) != train
+        assert torch.equal(before, torch.get_rng_state()) != train
+    assert blocks == [len(ALL)] * TINY.n_layers * 6
+
+
+def test_dropout_under_torch_compile_runs_by_the_modules() -> None:
+    ours, theirs = pair(lora_dropout=0.25)
+    torch.compiler.reset()
+    compiled = torch.compile(ours.train().base_model.model, backend="aot_eager", fullgraph=True)
+    found = []
+    for model in (compiled, theirs.train()):
+        torch.manual_seed(8)
+        found.append(model(tokens()))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
 
 
 def _first(model: Any) -> Any:
