@@ -531,7 +531,7 @@ def transformer_block(
     Gradient: of x, of each weight and of what is added that require one; those of k and v are taken in.
     Memory:   by policy, see the top of the file.
     Error:    at most that of the same block by autograd in the same dtype, both against float64 (tests/test_block.py).
-    Repeats:  bitwise, for equal shapes, dtype, backend and number of threads.
+    Repeats:  bitwise, for equal shapes, dtype, backend and number of threads; with dropout from an equal seed.
 
     Raises:
         ValueError: shapes, dtypes or devices disagree, those that a cache gives among them, or a cache is given where
