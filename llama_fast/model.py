@@ -23,6 +23,7 @@ from llama_fast.nn import Linear, RMSNorm, TransformerBlock, watched
 from llama_fast.ops.dispatch import plain
 from llama_fast.ops.linear_cross_entropy import linear_cross_entropy
 from llama_fast.plain import check_targets, check_tokens, init_weights_
+from llama_fast.projections import base
 from llama_fast.sampling import Sampler
 
 Prompts = TypeVar("Prompts", bound=Tensor | Sequence[Sequence[int]])
@@ -82,7 +83,7 @@ class Llama(nn.Module):
 
     def _tie(self) -> None:
         if self.config.tie_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
+            base(self.lm_head).weight = self.embed_tokens.weight
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Llama:
         super()._apply(fn, recurse)

@@ -196,3 +196,11 @@ def test_biases_norms_of_heads_and_a_window_beside_adapters(has: dict[str, Any],
                 nn.init.normal_(p, 0.0 if "lora_" in name else 1.0, 0.2)
     assert_alike(ours, theirs)
     assert blocks == [len(ALL)] * TINY.n_layers
+
+
+def test_adapters_of_a_tied_output_projection() -> None:
+    model = lf.Llama(dataclasses.replace(TINY, tie_embeddings=True))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["lm_head"]))
+    adapted.load_state_dict(adapted.bfloat16().state_dict(), assign=True)
+    assert model.lm_head.base_layer.weight is model.embed_tokens.weight
+    assert model.lm_head.base_layer.weight.dtype == torch.bfloat16
