@@ -47,8 +47,8 @@ class LowRank(NamedTuple):
     to the dtype of the computation. scale is a number: a tensor would get no gradient.
 
     dropout is the probability, to the nearest of 65536 parts, with which a number of x is taken for 0 here; the others
-    are divided by 1 - dropout. Each call draws a seed for them from torch's default generator of the CPU, and on a
-    generator of its own, so that they are others than nn.Dropout's.
+    are divided by 1 - dropout. Each call draws a seed for that from torch's default generator of the CPU. nn.Dropout,
+    from the same seed, drops others.
     """
 
     a_rC: Tensor

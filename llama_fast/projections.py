@@ -176,4 +176,7 @@ def adapters_objection(added: dict[str, LowRank], x: Tensor, recording: bool) ->
     other = any(p.dtype != x.dtype for p in found)
     if x.dtype == torch.float16 and other and autocast_dtype(x) is None and recording:
         return "adapters that are not in torch.float16, which would lose their small gradients"
+    # its seed would be that of the capture for ever, which torch refuses
+    if x.is_cuda and any(a.dropout for a in added.values()) and torch.cuda.is_current_stream_capturing():
+        return "adapters with dropout while a CUDA graph is captured"
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 import llama_fast as lf
 from llama_fast import block as block_module
 from llama_fast import nn as layers
-from llama_fast.low_rank import kept
+from llama_fast.low_rank import LowRank, kept
 from llama_fast.plain import PlainLlama
+from llama_fast.projections import adapters_objection
 
 peft = pytest.importorskip("peft")
 
@@ -196,6 +198,17 @@ def test_biases_norms_of_heads_and_a_window_beside_adapters(has: dict[str, Any],
                 nn.init.normal_(p, 0.0 if "lora_" in name else 1.0, 0.2)
     assert_alike(ours, theirs)
     assert blocks == [len(ALL)] * TINY.n_layers
+
+
+def test_dropout_while_a_graph_is_captured_runs_by_the_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    x: Any = SimpleNamespace(is_cuda=True, device=torch.device("cpu"), dtype=torch.float32)
+    a, b = torch.ones(1, 3), torch.ones(3, 1)
+    with_, without = ({"wq_HDxC": LowRank(a, b, dropout=p)} for p in (0.1, 0.0))
+    for capturing in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
+        assert adapters_objection(without, x, True) is None
+        expected = "adapters with dropout while a CUDA graph is captured" if capturing else None
+        assert adapters_objection(with_, x, True) == expected
 
 
 def test_adapters_of_a_tied_output_projection() -> None:
